@@ -1,0 +1,24 @@
+"""Why: spectra, updates against weights, ranks, results as tables, and the report of a run."""
+
+from __future__ import annotations
+
+from rankwise.analysis.ranks import rank_grid, rank_table, read_adapter, read_ranks, split_module
+from rankwise.analysis.report import write_report
+from rankwise.analysis.spectra import UpdateOverlap, effective_rank, subspace_overlap, update_overlap
+from rankwise.analysis.tables import combined, result_markdown, result_table
+
+__all__ = [
+    "UpdateOverlap",
+    "combined",
+    "effective_rank",
+    "rank_grid",
+    "rank_table",
+    "read_adapter",
+    "read_ranks",
+    "result_markdown",
+    "result_table",
+    "split_module",
+    "subspace_overlap",
+    "update_overlap",
+    "write_report",
+]

@@ -1,0 +1,219 @@
+"""The ranks of a saved adapter: stored, live and effective, by module."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rankwise.analysis.columns import ABSENT
+from rankwise.analysis.spectra import effective_rank
+from rankwise.errors import UserError
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_KEY = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>embedding_A|embedding_B|A|B|gate|start\.A|start\.B)(?:\..+)?$"
+)
+_LAYER = re.compile(r"(?P<stack>(?:.*?\.)?)(?P<number>\d+)\.(?P<kind>.+)$")
+
+
+@dataclass(frozen=True)
+class RankGrid:
+    """A pivot for a heat map: layers down, kinds of module across, ``None`` where there is no module."""
+
+    layers: list[str]
+    kinds: list[str]
+    ranks: list[list[int | None]]
+
+
+def read_ranks(adapter_folder: Path) -> list[dict[str, Any]]:
+    """One row a module of a LoRA adapter; see :func:`read_adapter`, which also counts what it passes over."""
+    return read_adapter(adapter_folder)[0]
+
+
+def read_adapter(adapter_folder: Path) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Read the ranks of a LoRA adapter from its folder.
+
+    Returns:
+        Rows with ``module``; ``rank``, the stored one; ``live``, the number of directions whose row of A,
+        column of B and gate (if it has one) are not zero; ``effective_rank`` of the update, which is B A, or
+        B A - B0 A0 where the start is kept; ``configured_rank``, what the configuration says; ``parameters``,
+        those trained; and ``bytes``, all that is stored. Beside them the counts of tensors that belong to no
+        pair A, B.
+
+    Raises:
+        UserError: the folder holds no adapter, one without LoRA matrices, or unreadable files.
+    """
+    folder = Path(adapter_folder)
+    config = _read_config(folder)
+    tensors, ignored = _read_tensors(folder / WEIGHTS)
+    rows = [_row(module, parts, config) for module, parts in tensors.items() if {"A", "B"} <= set(parts)]
+    halves = len(tensors) - len(rows)
+    counts = dict(ignored) | ({"modules with one LoRA matrix only": halves} if halves else {})
+    if not rows:
+        raise UserError(f"{folder / WEIGHTS} holds no pair lora_A, lora_B: give the folder of a LoRA adapter")
+    return sorted(rows, key=lambda row: natural_key(row["module"])), counts
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The adapter's configuration, once it is clear that the folder holds both of its files."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give the folder that holds {WEIGHTS}")
+    if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
+        raise UserError(
+            f"{folder} holds adapter_model.bin, a pickle, which is not read: save the adapter as safetensors"
+        )
+    missing = [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder} is no adapter, it lacks {' and '.join(missing)}: give a run's adapter folder")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder / CONFIG} is not JSON ({error}): save the adapter again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / CONFIG} holds no JSON object: save the adapter again")
+    return config
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, dict[str, Tensor]], Counter[str]]:
+    """LoRA tensors by module and part, and the counts of the other tensors."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    ignored: Counter[str] = Counter()
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():
+                found = _KEY.match(key)
+                if found is None:
+                    ignored["tensors other than LoRA"] += 1
+                else:
+                    part = found["part"].removeprefix("embedding_")
+                    modules.setdefault(found["module"], {})[part] = file.get_tensor(key)
+    except SafetensorError as error:
+        raise UserError(f"{path} is not readable as safetensors ({error}): save the adapter again") from error
+    return modules, ignored
+
+
+def _row(module: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    # flatten(1) lays the kernels of convolutions out as columns: their update is B A all the same.
+    down, up = parts["A"].flatten(1), parts["B"].flatten(1)
+    if down.shape[0] != up.shape[1]:
+        raise UserError(
+            f"{module}: lora_A has {down.shape[0]} rows, lora_B {up.shape[1]} columns: save the adapter again"
+        )
+    gate = parts["gate"].flatten() if "gate" in parts else torch.ones(down.shape[0])
+    gated = up.float() * gate.float()
+    trained = [tensor for part, tensor in parts.items() if not part.startswith("start")]
+    return {
+        "module": module,
+        "rank": down.shape[0],
+        "live": int((down.ne(0).any(dim=1) & gated.ne(0).any(dim=0)).sum()),
+        "effective_rank": effective_rank(update_spectrum(*_from_start(gated, down.float(), parts))),
+        "configured_rank": _configured_rank(module, config),
+        "parameters": sum(tensor.numel() for tensor in trained),
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in parts.values()),
+    }
+
+
+def _from_start(up: Tensor, down: Tensor, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Factors of the update B A - B0 A0, for an adapter that keeps the pair it started from."""
+    if not {"start.A", "start.B"} <= set(parts):
+        return up, down
+    up = torch.cat([up, -parts["start.B"].flatten(1).float()], dim=1)
+    return up, torch.cat([down, parts["start.A"].flatten(1).float()])
+
+
+def update_spectrum(up: Float[Tensor, "out rank"], down: Float[Tensor, "rank in"]) -> Float[Tensor, " values"]:
+    """Singular values of ``up @ down``, from a matrix of rank x rank only; the product is never formed.
+
+    Values below the rounding of float32, measured by the factors, are zeros: in B A - B0 A0 much may cancel.
+    """
+    left = torch.linalg.qr(up.double(), mode="r").R
+    right = torch.linalg.qr(down.double().T, mode="r").R
+    values: Tensor = torch.linalg.svdvals(left @ right.T)
+    rounding = torch.finfo(torch.float32).eps * left.norm() * right.norm()
+    return values.where(values > rounding, 0.0)
+
+
+def _configured_rank(module: str, config: Mapping[str, Any]) -> int | None:
+    """The rank that the configuration gives a module: by the first pattern, as peft matches, or ``r``."""
+    for pattern, rank in (config.get("rank_pattern") or {}).items():
+        try:
+            found = re.match(rf"(.*\.)?({pattern})$", module)
+        except re.error as error:
+            raise UserError(f"rank_pattern {pattern!r} is no regular expression ({error}): correct it") from error
+        if found:
+            return int(rank)
+    return int(config["r"]) if config.get("r") is not None else None
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """A sort key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def split_module(module: str) -> tuple[str, str]:
+    """Layer and kind of a module: ``model.layers.3.mlp.up_proj`` is ``("model.layers.3", "mlp.up_proj")``.
+
+    The layer is empty for a module outside any numbered layer.
+    """
+    found = _LAYER.match(module)
+    return (f"{found['stack']}{found['number']}", found["kind"]) if found else ("", module)
+
+
+def rank_grid(rows: Sequence[Mapping[str, Any]], value: str = "rank") -> RankGrid:
+    """Pivot rows with ``module`` and ``value`` into layers x kinds of module, in the model's order.
+
+    Names are as short as they can be without two of them becoming one.
+    """
+    places = {split_module(row["module"]): int(row[value]) for row in rows}
+    layers = sorted({layer for layer, _ in places}, key=lambda layer: (layer == "", natural_key(layer)))
+    kinds = list(dict.fromkeys(kind for layer in layers for at, kind in places if at == layer))
+    grid = [[places.get((layer, kind)) for kind in kinds] for layer in layers]
+    return RankGrid(_short_layers(layers), _short_kinds(kinds), grid)
+
+
+def _short_layers(layers: Sequence[str]) -> list[str]:
+    stacks = {layer.rpartition(".")[0] for layer in layers if layer}
+    names = [layer if len(stacks) > 1 else f"layer {layer.rpartition('.')[2]}" for layer in layers]
+    return [name if layer else "outside layers" for name, layer in zip(names, layers, strict=True)]
+
+
+def _short_kinds(kinds: Sequence[str]) -> list[str]:
+    tails = Counter(kind.rpartition(".")[2] for kind in kinds)
+    return [tail if tails[tail := kind.rpartition(".")[2]] == 1 else kind for kind in kinds]
+
+
+def rank_table(rows: Sequence[Mapping[str, Any]], counts: Mapping[str, int] | None = None) -> Table:
+    """A console table of :func:`read_adapter`'s rows, totals at its foot, what was passed over below it."""
+    caption = ", ".join(f"{number} {name}" for name, number in (counts or {}).items())
+    table = Table(title="Ranks by module", caption=f"passed over: {caption}" if caption else None, show_footer=True)
+    table.add_column("module", footer=f"{len(rows)} modules", overflow="fold")
+    totals = {key: sum(row[key] for row in rows) for key in ("rank", "live", "parameters", "bytes")}
+    for key, title in (
+        ("configured_rank", "configured"),
+        ("rank", "stored"),
+        ("live", "live"),
+        ("effective_rank", "effective"),
+        ("parameters", "parameters"),
+        ("bytes", "bytes"),
+    ):
+        table.add_column(title, justify="right", footer=f"{totals[key]:,}" if key in totals else "")
+    for row in rows:
+        table.add_row(
+            row["module"],
+            *(str(row[key]) if row[key] is not None else ABSENT for key in ("configured_rank", "rank", "live")),
+            f"{row['effective_rank']:.2f}",
+            f"{row['parameters']:,}",
+            f"{row['bytes']:,}",
+        )
+    return table

@@ -1,0 +1,194 @@
+"""The command line: a table of thin commands. Heavy modules are imported when a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankwise import __version__
+from rankwise.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rankwise.recipes import Recipe
+
+Arguments = argparse.Namespace
+
+
+def demo(arguments: Arguments, console: Console) -> Any:
+    """Run the whole main job on an embedded synthetic log, or on your own files: SFT, DPO, softmax-DPO, compared."""
+    from rankwise.demo import demo_recipe
+    from rankwise.run import Run
+
+    return Run(demo_recipe(arguments, console), console)()
+
+
+def train(arguments: Arguments, console: Console) -> Any:
+    """Run a recipe: data, stages, evaluation, export, report."""
+    from rankwise.run import Run
+
+    return Run(_recipe(arguments), console, resume=arguments.resume)()
+
+
+def prepare(arguments: Arguments, console: Console) -> Any:
+    """Write the rows of a recipe's interactions as JSONL with prompt, chosen and rejected, for any trainer."""
+    from rankwise.recipes import RecommendationSettings
+    from rankwise.recommend.prepare import write_rows
+    from rankwise.tasks.load import check_files, prepare
+
+    recipe = _recipe(arguments)
+    if not isinstance(recipe.data, RecommendationSettings):
+        raise UserError(f"data of kind {recipe.data.kind} has no rows to prepare: use interactions or sdpo")
+    check_files(recipe.data)
+    prepared = prepare(recipe.data, recipe.seed)
+    folder = write_rows(Path(arguments.folder), prepared)
+    for name, count in prepared.counts.items():
+        console.print(f"  {name}: {count}", highlight=False)
+    console.print(f"rows: {folder}", highlight=False)
+    return {"folder": str(folder), "counts": prepared.counts}
+
+
+def evaluate(arguments: Arguments, console: Console) -> Any:
+    """Measure a finished run's adapter again, on another part of its data if wanted."""
+    from rankwise.evaluation import evaluate_run
+
+    return evaluate_run(Path(arguments.run), arguments.overrides, console)
+
+
+def export(arguments: Arguments, console: Console) -> Any:
+    """Write the adapter of a stage as plain LoRA of a smaller rank, or as merged weights."""
+    from rankwise.evaluation import export_stage
+
+    return export_stage(
+        Path(arguments.run),
+        Path(arguments.folder),
+        console,
+        stage=arguments.stage,
+        rank=arguments.rank,
+        energy=arguments.energy,
+        layout=arguments.layout,
+    )
+
+
+def inspect(arguments: Arguments, console: Console) -> Any:
+    """Show an adapter's ranks, parameters and bytes, module by module."""
+    from rankwise.analysis.ranks import rank_table, read_adapter
+
+    rows, counts = read_adapter(Path(arguments.adapter))
+    console.print(rank_table(rows, counts))
+    return {"modules": rows, "counts": counts}
+
+
+def report(arguments: Arguments, console: Console) -> Any:
+    """Write a run's page; of several runs that differ in their seed, print mean and standard deviation."""
+    from rankwise.analysis.report import write_report
+    from rankwise.analysis.tables import combined, result_markdown, result_table
+
+    runs = [Path(run) for run in arguments.runs]
+    if len(runs) == 1:
+        page = write_report(runs[0])
+        console.print(f"report: {page}", highlight=False)
+        return {"report": str(page)}
+    results = combined(runs)
+    console.print(result_markdown(results) if arguments.markdown else result_table(results))
+    return results
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = argparse.ArgumentParser(
+        prog="rankwise",
+        description="Low-rank fine-tuning: which directions (MiLoRA), how many (SoRA), in what order (softmax-DPO).",
+    )
+    top.add_argument("--version", action="version", version=f"rankwise {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    made = _add(commands, demo, "rankwise demo --ratings ratings.csv --items movies.csv")
+    made.add_argument("--ratings", metavar="FILE", help="your interactions: CSV, TSV, JSONL or Parquet")
+    made.add_argument("--items", metavar="FILE", help="your items with their titles")
+    made.add_argument("--output", default="runs/demo", metavar="FOLDER", help="the run's folder (%(default)s)")
+    made.add_argument("--seed", type=int, default=0, help="of all draws (%(default)s)")
+
+    made = _add(commands, train, "rankwise train recipe.yaml stages.0.epochs=2 output=runs/two-epochs")
+    _recipe_arguments(made)
+    made.add_argument("--resume", action="store_true", help="go on with an unfinished run of the same recipe")
+
+    made = _add(commands, prepare, "rankwise prepare recipe.yaml rows/ data.negatives=5")
+    made.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    made.add_argument("folder", metavar="FOLDER", help="where train.jsonl, validation.jsonl and test.jsonl go")
+    made.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+
+    made = _add(commands, evaluate, "rankwise evaluate runs/films evaluation.split=validation")
+    made.add_argument("run", metavar="RUN", help="a run's folder")
+    made.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+
+    made = _add(commands, export, "rankwise export runs/films smaller/ --rank 8")
+    made.add_argument("run", metavar="RUN", help="a run's folder")
+    made.add_argument("folder", metavar="FOLDER", help="where the adapter goes")
+    made.add_argument("--stage", help="the stage to export (the last)")
+    made.add_argument("--rank", type=int, help="largest rank to keep")
+    made.add_argument("--energy", type=float, help="share of each update's squared norm to keep, above 0, at most 1")
+    made.add_argument("--layout", default="uniform", help="uniform, compact or merged (%(default)s)")
+
+    made = _add(commands, inspect, "rankwise inspect runs/films/adapter")
+    made.add_argument("adapter", metavar="ADAPTER", help="an adapter's folder")
+
+    made = _add(commands, report, "rankwise report runs/films-0 runs/films-1 runs/films-2")
+    made.add_argument("runs", nargs="+", metavar="RUN", help="one run for its page, or several for a table")
+    made.add_argument("--markdown", action="store_true", help="print the table of several runs as markdown")
+    return top
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a command; returns 0, or 2 after a user's mistake, or 1 after a failure."""
+    from rich.console import Console
+
+    arguments = parser().parse_args(words)
+    console = Console(stderr=arguments.json)
+    try:
+        result = arguments.run_command(arguments, console)
+    except UserError as error:
+        print(f"rankwise: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rankwise: interrupted", file=sys.stderr)
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        print(f"rankwise: failed: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    if arguments.json:
+        print(json.dumps(result, ensure_ascii=False))
+    return 0
+
+
+def _add(commands: Any, function: Callable[..., Any], example: str) -> argparse.ArgumentParser:
+    """A command named and described as its function, with an example."""
+    text = (function.__doc__ or "").strip()
+    made: argparse.ArgumentParser = commands.add_parser(
+        function.__name__, help=text.partition(":")[0].rstrip("."), description=text, epilog=f"example: {example}"
+    )
+    made.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    made.set_defaults(run_command=function)
+    return made
+
+
+def _recipe_arguments(made: argparse.ArgumentParser) -> None:
+    made.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    made.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+
+
+def _recipe(arguments: Arguments) -> Recipe:
+    from rankwise.recipes import load_recipe
+
+    return load_recipe(arguments.recipe, arguments.overrides)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""The recipe of ``rankwise demo``: the main job on a synthetic log, or on the user's own files."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rankwise.errors import UserError
+from rankwise.recipes import Recipe, make_recipe
+from rankwise.recommend.synthetic import write_synthetic
+
+
+def demo_recipe(arguments: argparse.Namespace, console: Console) -> Recipe:
+    """The recipe, after writing the synthetic log where no files are given.
+
+    Raises:
+        UserError: only one of the two files is given.
+    """
+    if bool(arguments.ratings) != bool(arguments.items):
+        raise UserError("demo needs both --ratings and --items, or neither for the synthetic log")
+    values = _values(arguments)
+    if arguments.ratings:
+        values["data"] |= {"interactions": arguments.ratings, "items": arguments.items}
+    else:
+        folder = Path(arguments.output).with_name(f"{Path(arguments.output).name}-log")
+        console.print(f"synthetic log, made by rankwise's own generator: {folder}", highlight=False)
+        ratings, items = write_synthetic(folder)
+        values["data"] |= {"interactions": str(ratings), "items": str(items)}
+    return make_recipe(values)
+
+
+def _values(arguments: argparse.Namespace) -> dict[str, Any]:
+    """SFT, then DPO with one negative and softmax-DPO with three, both from the SFT model."""
+    preference = {"kind": "softmax_dpo", "start": "sft", "epochs": 1, "learning_rate": 2e-4, "rows": 800}
+    return {
+        "name": "demo",
+        "adapter": {"kind": "milora", "r": 16},
+        "data": {"kind": "interactions", "template": "films", "negatives": 3, "rows": 2000},
+        "stages": [
+            {"name": "sft", "kind": "sft", "epochs": 2, "learning_rate": 1e-3},
+            {"name": "DPO-1", "negatives": 1, **preference},
+            {"name": "softmax-DPO-3", "negatives": 3, **preference},
+        ],
+        "output": arguments.output,
+        "seed": arguments.seed,
+    }

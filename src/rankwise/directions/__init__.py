@@ -1,0 +1,6 @@
+"""Which directions? Singular subspaces of a weight, and adapters that start from them."""
+
+from rankwise.directions.milora import MiloraConfig
+from rankwise.directions.triplets import Part, Triplets, largest_triplets, smallest_triplets, triplets
+
+__all__ = ["MiloraConfig", "Part", "Triplets", "largest_triplets", "smallest_triplets", "triplets"]

@@ -1,0 +1,98 @@
+"""The base model: the small one that ships here, one from a folder, or one from a hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rankwise.errors import UserError
+from rankwise.recipes import EMBEDDED
+
+EMBEDDED_FOLDER = Path(__file__).parent / "reviews"
+
+
+def resolve(path: str) -> str:
+    """The place of a model: the shipped one's folder for ``embedded``, else as given.
+
+    Raises:
+        UserError: the path looks like a folder and is none.
+    """
+    if path == EMBEDDED:
+        return str(EMBEDDED_FOLDER)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    folder = Path(path).expanduser()
+    if looks_local and not (folder / "config.json").is_file():
+        raise UserError(f"model.path {path}: no model's folder (it has no config.json); give a folder or a hub id")
+    return str(folder) if folder.is_dir() else path
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    place = resolve(path)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise _unavailable(path, error) from error
+    return tokenizer
+
+
+def load_language_model(path: str) -> PreTrainedModel:
+    """A causal language model with float32 weights, read from safetensors; on an accelerator where there is one.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    return _load(AutoModelForCausalLM, path)
+
+
+def load_classifier(path: str, labels: list[str], padding: int) -> PreTrainedModel:
+    """The model with a new classification head over ``labels``; otherwise as :func:`load_language_model`.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    names = dict(enumerate(labels))
+    model = _load(AutoModelForSequenceClassification, path, id2label=names, label2id={n: i for i, n in names.items()})
+    model.config.pad_token_id = padding
+    return model
+
+
+def context_limit(path: str, wanted: int | None) -> int:
+    """Most tokens of a row: the model's own limit, or fewer where wanted.
+
+    Raises:
+        UserError: more is wanted than the model has positions for.
+    """
+    config = AutoConfig.from_pretrained(resolve(path))
+    limit = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
+    if wanted is not None and wanted > limit:
+        raise UserError(f"model.context {wanted} is more than the model's {limit} positions: give {limit} or fewer")
+    return wanted or limit
+
+
+def _load(kind: type, path: str, **options: object) -> PreTrainedModel:
+    try:
+        model: PreTrainedModel = kind.from_pretrained(  # type: ignore[attr-defined]
+            resolve(path), dtype=torch.float32, use_safetensors=True, **options
+        )
+    except (OSError, ValueError) as error:
+        raise _unavailable(path, error) from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _unavailable(path: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    return UserError(f"model.path {path} cannot be loaded: {reason[:300]}")

@@ -1,0 +1,152 @@
+"""All that rankwise knows of PEFT's insides: one place to mend when PEFT changes.
+
+A method is a :class:`LowRankVariant` (how an adapter computes its update) and a config. :func:`register` makes the config
+known to PEFT under a name of its own, so that ``get_peft_model``, saving and loading take their usual way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from peft import LoraConfig, PeftModel
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
+from peft.tuners.lora.model import LoraModel
+from peft.utils.other import transpose
+from torch import Tensor, nn
+
+from rankwise.errors import UserError
+
+
+class LowRankVariant(LoraVariant):
+    """An update ``scaling * B' A'`` of low rank whose factors follow from what is trained.
+
+    A subclass says what it keeps in a layer (:meth:`attach`), what its factors are (:meth:`factors`) and how it adds the
+    update to a layer's output (``forward``, PEFT's hook). Merging and export follow from the factors.
+    """
+
+    state_name: ClassVar[str]
+
+    def attach(self, layer: Linear, adapter: str, config: LoraConfig) -> None:
+        """Make this variant's own parameters and buffers in ``layer``; on the meta device, only their shapes."""
+        raise NotImplementedError(f"{type(self).__name__} must say what it keeps in a layer")
+
+    def factors(self, layer: Linear, adapter: str) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
+        """B' and A', whose product times the layer's scaling is the update."""
+        raise NotImplementedError(f"{type(self).__name__} must give its factors")
+
+    def delta(self, layer: Linear, adapter: str) -> Tensor:
+        """The update in the layout of the base weight, computed in float32 at least."""
+        b, a = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in self.factors(layer, adapter))
+        update: Tensor = transpose(b @ a, layer.fan_in_fan_out) * layer.scaling[adapter]
+        return update
+
+    def merge_safe(self, module: Linear, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """PEFT's hook: the merged weight as a new tensor."""
+        return (orig_weight + self.delta(module, active_adapter)).to(orig_weight.dtype)
+
+    def merge_unsafe(self, module: Linear, active_adapter: str, orig_weight: Tensor) -> None:
+        """PEFT's hook: merge into the weight's storage."""
+        orig_weight.data.copy_(self.merge_safe(module, active_adapter, orig_weight.data))
+
+    def unmerge(self, module: Linear, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """PEFT's hook: the weight without the update."""
+        return (orig_weight.data - self.delta(module, active_adapter)).to(orig_weight.dtype)
+
+
+def keep_state(layer: Linear, name: str, adapter: str, state: nn.Module | nn.Parameter) -> None:
+    """Put ``state`` into the layer under ``name`` so that PEFT saves, moves, enables and deletes it with the adapter."""
+    if not hasattr(layer, name):
+        setattr(layer, name, nn.ParameterDict() if isinstance(state, nn.Parameter) else nn.ModuleDict())
+        layer.adapter_layer_names = (*layer.adapter_layer_names, name)
+    getattr(layer, name)[adapter] = state
+
+
+class VariantModel(LoraModel):
+    """PEFT's LoRA tuner with one of our variants in every layer it makes."""
+
+    variant: ClassVar[type[LowRankVariant]]
+
+    def _create_and_replace(
+        self,
+        lora_config: LoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
+        layer = getattr(parent, target_name)
+        if not isinstance(layer, Linear):
+            kind = type(layer.get_base_layer()).__name__
+            raise UserError(
+                f"{type(lora_config).__name__} cannot adapt {current_key} ({kind}): it handles Linear and Conv1D; "
+                "leave the module out of target_modules"
+            )
+        variant = self.variant()
+        layer.lora_variant[adapter_name] = variant
+        with torch.no_grad():
+            variant.attach(layer, adapter_name, lora_config)
+
+
+def register(name: str, config: type[LoraConfig], tuner: type[VariantModel]) -> str:
+    """Make a method known to PEFT under the string ``name``; returns the name, for the config's ``peft_type``."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[name] = config
+    PEFT_TYPE_TO_TUNER_MAPPING[name] = tuner
+    PEFT_TYPE_TO_PREFIX_MAPPING[name] = "lora_"
+    return name
+
+
+def active_adapter(model: nn.Module) -> str:
+    """The one active adapter of a PEFT model.
+
+    Raises:
+        UserError: ``model`` is no PEFT model, or several adapters are active.
+    """
+    if not isinstance(model, PeftModel):
+        raise UserError(f"a model with an adapter is needed, not {type(model).__name__}: use peft.get_peft_model first")
+    active = model.active_adapters if hasattr(model, "active_adapters") else [model.active_adapter]
+    names = [active] if isinstance(active, str) else list(active)
+    if len(names) != 1:
+        raise UserError(f"one active adapter is needed, not {len(names)} ({', '.join(names)}): use model.set_adapter")
+    return names[0]
+
+
+def adapted_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
+    """Each layer that holds ``adapter``, with its name in the base model."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    for name, layer in base.named_modules():
+        if isinstance(layer, LoraLayer) and adapter in layer.r:
+            yield name, layer
+
+
+def low_rank_factors(layer: LoraLayer, adapter: str, name: str) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
+    """B' and A' of any trained LoRA layer, without its scaling.
+
+    Raises:
+        UserError: the layer's update is not of low rank (DoRA's magnitude, say) or is no matrix (a convolution).
+    """
+    variant = layer.lora_variant.get(adapter)
+    if isinstance(variant, LowRankVariant) and isinstance(layer, Linear):
+        return variant.factors(layer, adapter)
+    if variant is not None:
+        raise UserError(
+            f"{name}: an update of {type(variant).__name__} is no product of two small matrices; merge it instead"
+        )
+    if adapter in layer.lora_embedding_A:
+        return layer.lora_embedding_B[adapter].detach(), layer.lora_embedding_A[adapter].detach()
+    b, a = layer.lora_B[adapter].weight.detach(), layer.lora_A[adapter].weight.detach()
+    if a.ndim != 2:
+        raise UserError(
+            f"{name}: a convolution's adapter (shape {tuple(a.shape)}) has no plain LoRA form; merge it instead"
+        )
+    return b, a

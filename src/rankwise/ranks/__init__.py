@@ -1,0 +1,16 @@
+"""How many directions? Gates that become sparse while training, and the pruning that follows."""
+
+from rankwise.ranks.proximal import attach_proximal_step, published_step, soft_threshold, sora_optimizer
+from rankwise.ranks.pruning import PruneReport, prune
+from rankwise.ranks.sora import SoraConfig, gates
+
+__all__ = [
+    "PruneReport",
+    "SoraConfig",
+    "attach_proximal_step",
+    "gates",
+    "prune",
+    "published_step",
+    "soft_threshold",
+    "sora_optimizer",
+]

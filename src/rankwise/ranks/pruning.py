@@ -1,0 +1,100 @@
+"""Cut the directions whose gate is zero out of a SoRA adapter: smaller matrices, the same function."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import Linear
+from torch import nn
+
+from rankwise.peft_bridge import active_adapter, adapted_layers
+from rankwise.ranks.sora import GATE, SoraConfig, gates
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What pruning left.
+
+    Attributes:
+        ranks: rank left by layer, 0 where the layer's adapter was removed.
+        removed: names of the layers whose adapter was removed.
+        parameters_before: adapter parameters (A, B and gates) before.
+        parameters: adapter parameters after.
+    """
+
+    ranks: dict[str, int]
+    removed: tuple[str, ...]
+    parameters_before: int
+    parameters: int
+
+
+@torch.no_grad()
+def prune(model: nn.Module) -> PruneReport:
+    """Drop every direction whose gate is exactly zero from A, B and the gate; the function stays the same.
+
+    A layer left without a direction loses its adapter and computes its base again (PEFT needs one adapted layer: where all
+    are dead, the first keeps one dead direction). The config's ``rank_pattern``, ``alpha_pattern`` and ``target_modules``
+    follow, so that the pruned adapter saves and loads as usual. Make a new optimizer afterwards: the parameters are new.
+
+    Raises:
+        UserError: the active adapter is not SoRA.
+    """
+    before = sum(p.numel() for p in _adapter_parameters(model))
+    live = {name: gate.detach() != 0 for name, gate in gates(model).items()}
+    if not any(mask.any() for mask in live.values()):
+        live[next(iter(live))][0] = True
+    adapter = active_adapter(model)
+    layers = dict(adapted_layers(model, adapter))
+    for name, mask in live.items():
+        if mask.any():
+            _cut(layers[name], adapter, mask)
+        else:
+            _remove(model, name, adapter)
+    kept = {name: int(mask.sum()) for name, mask in live.items()}
+    _update_config(model, adapter, kept)
+    removed = tuple(name for name, rank in kept.items() if rank == 0)
+    return PruneReport(kept, removed, before, sum(p.numel() for p in _adapter_parameters(model)))
+
+
+def _adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    adapter = active_adapter(model)
+    found = []
+    for _, layer in adapted_layers(model, adapter):
+        found += [layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, getattr(layer, GATE)[adapter]]
+    return found
+
+
+def _cut(layer: Linear, adapter: str, live: torch.Tensor) -> None:
+    """Keep the live rows of A, columns of B and entries of the gate; the scaling stays."""
+    a, b, gate = layer.lora_A[adapter], layer.lora_B[adapter], getattr(layer, GATE)
+    trained = gate[adapter].requires_grad
+    a.weight = nn.Parameter(a.weight[live].clone(), requires_grad=trained)
+    b.weight = nn.Parameter(b.weight[:, live].clone(), requires_grad=trained)
+    gate[adapter] = nn.Parameter(gate[adapter][live].clone(), requires_grad=trained)
+    layer.r[adapter] = a.out_features = b.in_features = int(live.sum())
+
+
+def _remove(model: nn.Module, name: str, adapter: str) -> None:
+    """Delete the adapter from its layer; a layer without any adapter becomes its base layer again."""
+    assert isinstance(model, PeftModel)
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_base_model().get_submodule(parent_name)
+    layer = getattr(parent, child)
+    if len(layer.r) > 1:
+        layer.delete_adapter(adapter)
+    else:
+        setattr(parent, child, layer.get_base_layer())
+
+
+def _update_config(model: nn.Module, adapter: str, ranks: dict[str, int]) -> None:
+    """State each layer's rank, and the alpha that gives the same scaling at that rank."""
+    config: SoraConfig = model.peft_config[adapter]  # type: ignore[index, assignment]
+    scalings = {name: layer.scaling[adapter] for name, layer in adapted_layers(model, adapter)}
+    kept = {name: rank for name, rank in ranks.items() if rank}
+    config.target_modules = set(kept)
+    config.rank_pattern = dict(kept)
+    root = math.sqrt if config.use_rslora else float
+    config.alpha_pattern = {name: scalings[name] * root(rank) for name, rank in kept.items()}

@@ -1,0 +1,73 @@
+"""What next for this user? Interactions, splits, candidates, prompts, metrics and baselines."""
+
+from __future__ import annotations
+
+from rankwise.recommend.baselines import popularity_scores, random_scores, target_places
+from rankwise.recommend.candidates import draw_candidates, draw_negatives, with_candidates
+from rankwise.recommend.interactions import (
+    InteractionColumns,
+    ItemColumns,
+    attach_titles,
+    read_interactions,
+    read_items,
+    tidy_title,
+)
+from rankwise.recommend.metrics import ProtocolResult, case_metrics, ranking_metrics, substring_protocol
+from rankwise.recommend.prepare import (
+    InteractionSettings,
+    Prepared,
+    RowSettings,
+    prepare_interactions,
+    rows,
+    write_rows,
+)
+from rankwise.recommend.prompts import Template, load_template, template_names
+from rankwise.recommend.published import (
+    PublishedSettings,
+    prepare_published,
+    read_candidate_lists,
+    read_names,
+    read_windows,
+)
+from rankwise.recommend.splits import Case, Split, leave_last_out, sample_cases
+from rankwise.recommend.synthetic import SyntheticSettings, synthetic_log, write_synthetic
+
+__all__ = [
+    "Case",
+    "InteractionColumns",
+    "InteractionSettings",
+    "ItemColumns",
+    "Prepared",
+    "ProtocolResult",
+    "PublishedSettings",
+    "RowSettings",
+    "Split",
+    "SyntheticSettings",
+    "Template",
+    "attach_titles",
+    "case_metrics",
+    "draw_candidates",
+    "draw_negatives",
+    "leave_last_out",
+    "load_template",
+    "popularity_scores",
+    "prepare_interactions",
+    "prepare_published",
+    "random_scores",
+    "ranking_metrics",
+    "read_candidate_lists",
+    "read_interactions",
+    "read_items",
+    "read_names",
+    "read_windows",
+    "rows",
+    "sample_cases",
+    "substring_protocol",
+    "synthetic_log",
+    "target_places",
+    "template_names",
+    "tidy_title",
+    "with_candidates",
+    "write_rows",
+    "write_synthetic",
+]

@@ -1,0 +1,115 @@
+"""Prompt templates as data: what a user saw, and maybe a list to choose from, as a text to complete."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+import yaml
+
+from rankwise.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Template:
+    """A prompt and its answer.
+
+    Both are tokenised apart, so no space ends the prompt, and one begins the answer.
+    A title that is inserted may hold any characters, braces too.
+    """
+
+    name: str
+    description: str
+    prompt: str  # holds {history}, and {candidates} where the answer is to be chosen from a list
+    separator: str  # between two titles of a list
+    answer: str  # holds {title}; begins with a space or a line break
+
+    @property
+    def shows_candidates(self) -> bool:
+        """Whether the prompt lists the candidates."""
+        return "candidates" in _placeholders(self.prompt)
+
+    def render(self, history: Sequence[str], candidates: Sequence[str] = ()) -> str:
+        """The prompt for a history (oldest first) and the candidates in the order given."""
+        shown = self.prompt.format(history=self.separator.join(history), candidates=self.separator.join(candidates))
+        return shown.rstrip()
+
+    def render_answer(self, title: str) -> str:
+        """The text of an answer: what the model is to write after the prompt."""
+        return self.answer.format(title=title)
+
+
+def template_names() -> list[str]:
+    """Names of the templates that are shipped, sorted."""
+    folder = resources.files("rankwise.recommend") / "templates"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_template(name: str | Path) -> Template:
+    """A shipped template by name, or a user's own by the path of a YAML file.
+
+    Raises:
+        UserError: there is no such template or file, or the file is no valid template.
+    """
+    if isinstance(name, Path) or name.endswith((".yaml", ".yml")) or "/" in name:
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"{path}: no such template file")
+        return _parse(path, str(path))
+    if name not in template_names():
+        raise UserError(
+            f"unknown template {name!r}; {nearest(name, template_names())}, or give the path of a YAML file"
+        )
+    return _parse(resources.files("rankwise.recommend") / "templates" / f"{name}.yaml", name)
+
+
+def _parse(file: Path | Traversable, source: str) -> Template:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"template {source}: no valid YAML ({' '.join(str(error).split())})") from error
+    known = [field.name for field in fields(Template)]
+    if not isinstance(content, dict):
+        raise UserError(f"template {source}: must be a mapping with {', '.join(known)}")
+    for key in content:
+        if key not in known:
+            raise UserError(f"template {source}: unknown key {key!r}; {nearest(str(key), known)}")
+    for key in known:
+        if not isinstance(content.get(key), str):
+            raise UserError(f"template {source}: {key} = {content.get(key)!r} must be a text")
+    return _checked(Template(**{**content, "prompt": content["prompt"].rstrip()}), source)
+
+
+def _checked(template: Template, source: str) -> Template:
+    _check_placeholders(template.prompt, source, "prompt", required="history", known=("history", "candidates"))
+    _check_placeholders(template.answer, source, "answer", required="title", known=("title",))
+    if not template.answer[0].isspace():
+        raise UserError(f"template {source}: answer = {template.answer!r} must begin with a space or a line break")
+    if not template.separator:
+        raise UserError(f"template {source}: separator is empty, so that titles would run together")
+    return template
+
+
+def _check_placeholders(text: str, source: str, key: str, required: str, known: Sequence[str]) -> None:
+    try:
+        found = _placeholders(text)
+    except ValueError as error:
+        raise UserError(f"template {source}: {key}: {error}; a brace that is meant is written twice") from error
+    for name in found:
+        if name not in known:
+            raise UserError(f"template {source}: unknown placeholder {{{name}}} in {key}; {nearest(name, known)}")
+    if required not in found:
+        raise UserError(f"template {source}: {key} has no {{{required}}}")
+
+
+def _placeholders(text: str) -> list[str]:
+    """Names in braces, with any index, conversion or format, which then is unknown and refused."""
+    return [
+        name + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
+        for _, name, form, conversion in string.Formatter().parse(text)
+        if name is not None
+    ]

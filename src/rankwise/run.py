@@ -1,0 +1,267 @@
+"""Run a recipe: data, model with adapter, stages, evaluation, export, report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils import set_peft_model_state_dict
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, set_seed
+from transformers.utils import logging as transformers_logging
+
+import rankwise
+from rankwise.analysis.ranks import read_ranks
+from rankwise.analysis.report import write_report
+from rankwise.analysis.tables import result_table
+from rankwise.directions import MiloraConfig
+from rankwise.errors import UserError
+from rankwise.exporting import export
+from rankwise.files import new_folder, write_json, write_jsonl, write_text
+from rankwise.models import context_limit, load_tokenizer
+from rankwise.ranks import SoraConfig, prune
+from rankwise.recipes import AnyStage, LoraSettings, MiloraSettings, Recipe, SoraSettings, dump_recipe
+from rankwise.tasks.load import check_files, load_task
+from rankwise.tasks.task import Task
+from rankwise.training import Rows, train_stage
+
+BASE = "base model"
+
+
+class Run:
+    """One run of a recipe in its folder.
+
+    The folder gets ``recipe.yaml``, ``versions.json``, ``metrics.jsonl``, ``stages/<name>/`` (the adapter after each stage),
+    ``results.json``, ``ranks.json``, ``adapter/`` (the finished plain LoRA) and ``report.html``.
+    """
+
+    def __init__(self, recipe: Recipe, console: Console, resume: bool = False) -> None:
+        """Check everything that can be checked before slow work.
+
+        Args:
+            recipe: what to run.
+            console: where progress and results are shown.
+            resume: go on with the stages that an earlier run of the same recipe in the same folder did not finish.
+
+        Raises:
+            UserError: a file is missing, or the output folder holds something else.
+        """
+        self.recipe, self.console = recipe, console
+        self.folder = Path(recipe.output)
+        check_files(recipe.data)
+        self.context = context_limit(recipe.model.path, recipe.model.context)
+        self.tokenizer = load_tokenizer(recipe.model.path)
+        self.results: dict[str, Any] = {}
+        if resume and (self.folder / "recipe.yaml").exists():
+            self.results = _earlier_results(self.folder, recipe)
+        else:
+            _check_folder(self.folder)
+
+    def __call__(self) -> dict[str, Any]:
+        """Run all of it; returns the results, as written to ``results.json``."""
+        _settle()
+        with self._timed("data"):
+            task = load_task(self.recipe, self.tokenizer, self.context)
+        done = {row["name"] for row in self.results.get("rows", [])}
+        self._open(task)
+        set_seed(self.recipe.seed)
+        base = task.load_model()
+        for name, metrics in task.baselines().items():
+            if name not in done:
+                self._row(task, name, metrics)
+        if self.recipe.evaluation.base and BASE not in done:
+            self._measure(task, base, BASE)
+        model = with_adapter(base, self.recipe, task.task_type)
+        self._stages(task, model, done)
+        self._finish(model)
+        return self.results
+
+    def _stages(self, task: Task, model: PeftModel, done: set[str]) -> None:
+        """Train each stage from the one it starts from, and measure it; what is in the model is ``held``."""
+        held = last = None
+        for stage in self.recipe.stages:
+            if stage.name not in done:
+                start = stage.start or last
+                if start != held:
+                    load_stage(model, self.folder / "stages" / str(start))
+                self._stage(task, model, stage)
+                held = stage.name
+            last = stage.name
+        if held != last:
+            load_stage(model, self.folder / "stages" / str(last))
+
+    def _stage(self, task: Task, model: PeftModel, stage: AnyStage) -> None:
+        """Train, save and measure one stage."""
+        _forget(self.folder / "metrics.jsonl", stage.name)
+        with self._timed(stage.name):
+            counts = self._train(task, model, stage)
+        self.results["counts"] |= {f"{stage.name}: {name}": count for name, count in counts.items()}
+        save_stage(model, self.folder / "stages" / stage.name)
+        self._measure(task, model, stage.name)
+
+    def _train(self, task: Task, model: PeftModel, stage: AnyStage) -> dict[str, int]:
+        if stage.kind == "softmax_dpo":
+            rows = task.preference_rows(stage.rows)
+        else:
+            rows = whole_rows(task.sft_rows()) if stage.loss == "row" else task.sft_rows()
+        return train_stage(
+            model,
+            self.tokenizer,
+            stage,
+            rows,
+            adapter=self.recipe.adapter,
+            context=self.context,
+            folder=self.folder,
+            seed=self.recipe.seed,
+            bfloat16=self.recipe.precision == "bfloat16",
+            console=self.console,
+            trainer=task.trainer,
+        )
+
+    def _finish(self, model: PeftModel) -> None:
+        """Prune, export, and write the ranks and the report."""
+        with self._timed("export"):
+            if isinstance(self.recipe.adapter, SoraSettings):
+                pruned = prune(model)
+                self.results["counts"]["adapter parameters before pruning"] = pruned.parameters_before
+                self.results["counts"]["layers whose adapter was removed"] = len(pruned.removed)
+            wanted = self.recipe.export
+            report = export(model, self.folder / "adapter", wanted.rank, wanted.energy, wanted.layout)
+            self.tokenizer.save_pretrained(self.folder / "adapter")
+        self.results["export"] = {
+            "relative_error": report.relative_error,
+            "parameters": report.parameters,
+            "layout": wanted.layout,
+        }
+        if wanted.layout != "merged":
+            write_json(self.folder / "ranks.json", _ranks(self.folder / "adapter", self.recipe.adapter.r))
+        write_json(self.folder / "results.json", self.results)
+        self.console.print(result_table(self.results))
+        self.console.print(f"report: {write_report(self.folder)}", highlight=False)
+
+    def _open(self, task: Task) -> None:
+        """Write what is known before training, so that even a run that fails can be read."""
+        write_text(self.folder / "recipe.yaml", dump_recipe(self.recipe))
+        write_json(self.folder / "versions.json", versions())
+        start = {"task": task.kind, "columns": list(task.columns), "rows": [], "counts": dict(task.counts)}
+        self.results = {**start, **self.results}
+        for name, count in task.counts.items():
+            if count:
+                self.console.print(f"  {name}: {count}", style="dim", highlight=False)
+
+    def _measure(self, task: Task, model: torch.nn.Module, name: str) -> None:
+        with self._timed("evaluation"):
+            self._row(task, name, task.evaluate(model))
+
+    def _row(self, task: Task, name: str, metrics: dict[str, float]) -> None:
+        self.results["rows"].append({"name": name, "metrics": metrics, "cases": task.cases})
+        write_json(self.folder / "results.json", self.results)
+        shown = "  ".join(f"{column} {value:.4f}" for column, value in metrics.items())
+        self.console.print(f"{name}: {shown}", highlight=False)
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        seconds = self.results.setdefault("seconds", {})
+        seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - started, 2)
+
+
+def with_adapter(base: PreTrainedModel, recipe: Recipe, task_type: str) -> PeftModel:
+    """The base with a new adapter as the recipe wants it; its weights stay as they are."""
+    return peft.get_peft_model(base, adapter_config(recipe.adapter, task_type, recipe.seed))
+
+
+def adapter_config(settings: LoraSettings, task_type: str, seed: int) -> LoraConfig:
+    """PEFT's config for a recipe's adapter settings."""
+    targets = settings.target_modules
+    common: dict[str, Any] = {
+        "r": settings.r,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "lora_dropout": settings.dropout,
+        "use_rslora": settings.use_rslora,
+        "task_type": task_type,
+    }
+    if isinstance(settings, MiloraSettings):
+        return MiloraConfig(**common, lora_alpha=settings.alpha, part=settings.part, part_seed=seed)
+    common["lora_alpha"] = settings.alpha or 2 * settings.r
+    if isinstance(settings, SoraSettings):
+        gate = settings.model_dump(include={"threshold", "l1", "gate_init", "mode"})
+        return SoraConfig(**common, **gate)
+    return LoraConfig(**common)
+
+
+def whole_rows(rows: Rows) -> Rows:
+    """The same rows with the loss on every token after the first."""
+    return [{**row, "labels": row["input_ids"]} for row in rows]
+
+
+def save_stage(model: PeftModel, folder: Path) -> None:
+    """Save the adapter as it is trained, replacing the folder in one step."""
+    with new_folder(folder) as made:
+        model.save_pretrained(made)
+
+
+def load_stage(model: PeftModel, folder: Path) -> None:
+    """Put the weights of a saved stage into the model's adapter."""
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on, and the machine."""
+    packages = ("torch", "transformers", "peft", "trl", "accelerate", "tokenizers", "polars", "numpy")
+    found = {name: version(name) for name in packages}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+    return {
+        "rankwise": rankwise.__version__,
+        **found,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+    }
+
+
+def _ranks(adapter: Path, initial: int) -> list[dict[str, Any]]:
+    return [{**row, "initial_rank": initial} for row in read_ranks(adapter)]
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output {folder} is a file: give a folder that is new or empty")
+    if folder.is_dir() and any(folder.iterdir()):
+        what = "holds another run" if (folder / "recipe.yaml").exists() else "is not empty"
+        raise UserError(f"output {folder} {what}: give another folder (output=...), or remove it first")
+
+
+def _earlier_results(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Results of an unfinished run, whose recipe must be the same."""
+    if (folder / "recipe.yaml").read_text(encoding="utf-8") != dump_recipe(recipe):
+        raise UserError(
+            f"output {folder} holds a run of another recipe: resume with its own recipe.yaml and no changes"
+        )
+    path = folder / "results.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
+
+
+def _forget(metrics: Path, stage: str) -> None:
+    """Drop the lines of a stage that was begun and not finished."""
+    if metrics.exists():
+        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        write_jsonl(metrics, [line for line in lines if line["stage"] != stage])
+
+
+def _settle() -> None:
+    """Keep libraries' own bars and notices out of ours."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,53 @@
+"""Language modelling and instructions: rows of tokens, measured by the loss on what is held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+from rankwise.errors import UserError
+from rankwise.models import load_language_model
+from rankwise.tasks.language_loss import answer_loss
+from rankwise.tasks.task import Metrics
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+class AnswerTask:
+    """A :class:`rankwise.tasks.task.Task` over rows of ``input_ids`` and ``labels``."""
+
+    task_type = "CAUSAL_LM"
+    columns: tuple[str, ...] = ("loss", "perplexity")
+    trainer: Callable[..., Trainer] | None = None
+
+    def __init__(self, kind: str, train: Rows, held_out: Rows, model_path: str, counts: dict[str, int]) -> None:
+        """Keep the rows; ``kind`` is ``text`` or ``instructions``."""
+        self.kind, self.counts = kind, counts
+        self._train, self._held_out, self._path = train, held_out, model_path
+        self.cases = len(held_out)
+
+    def load_model(self) -> PreTrainedModel:
+        """A causal language model."""
+        return load_language_model(self._path)
+
+    def sft_rows(self) -> Rows:
+        """The training rows."""
+        return self._train
+
+    def preference_rows(self, limit: int | None) -> Rows:
+        """None of these data has rejected answers."""
+        raise UserError(
+            f"data of kind {self.kind} has no rejected answers: a softmax_dpo stage needs interactions or sdpo"
+        )
+
+    def baselines(self) -> dict[str, Metrics]:
+        """Nothing beside the base model."""
+        return {}
+
+    def evaluate(self, model: nn.Module) -> Metrics:
+        """Cross-entropy of held-out answers, in nats per token, and its exponential."""
+        found = answer_loss(model, self._held_out)
+        return {name: found[name] for name in self.columns}

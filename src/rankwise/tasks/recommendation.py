@@ -1,0 +1,103 @@
+"""Recommendation: prompts with a history, the true next item, and candidates to rank."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from rankwise.errors import UserError
+from rankwise.models import load_language_model
+from rankwise.recommend.baselines import popularity_scores, random_scores, target_places
+from rankwise.recommend.metrics import ranking_metrics, substring_protocol
+from rankwise.recommend.prepare import Prepared
+from rankwise.recommend.ranking import generate_answers, score_candidates
+from rankwise.tasks.task import Metrics
+from rankwise.tokenise import encode_answers
+
+PROTOCOL = ("HR@1 greedy", "HR@1 greedy of valid", "valid ratio")
+
+
+class RecommendationTask:
+    """A :class:`rankwise.tasks.task.Task` over prepared rows."""
+
+    kind = "recommend"
+    task_type = "CAUSAL_LM"
+    trainer: Callable[..., Trainer] | None = None
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        tokenizer: PreTrainedTokenizerBase,
+        model_path: str,
+        context: int,
+        *,
+        split: str = "test",
+        cases: int | None = None,
+        generate: bool = True,
+        seed: int = 0,
+    ) -> None:
+        """Choose the evaluation cases and tokenise the training rows."""
+        self._prepared, self._tokenizer, self._path, self._context = prepared, tokenizer, model_path, context
+        self._seed, self._generate = seed, generate
+        self._evaluation = _draw(getattr(prepared, split), cases, seed)
+        if not self._evaluation:
+            raise UserError(f"the {split} part has no case to evaluate on")
+        self.columns: tuple[str, ...] = ("HR@1", "HR@5", "NDCG@5", "MRR", *(PROTOCOL if generate else ()))
+        self.cases = len(self._evaluation)
+        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in prepared.train]
+        self._rows, cut = encode_answers(rows, tokenizer, context)
+        self.counts = {**prepared.counts, **{f"training {name}": count for name, count in cut.items()}}
+
+    def load_model(self) -> PreTrainedModel:
+        """A causal language model."""
+        return load_language_model(self._path)
+
+    def sft_rows(self) -> Sequence[Mapping[str, Any]]:
+        """Prompts with the true next item as the answer."""
+        return self._rows
+
+    def preference_rows(self, limit: int | None) -> Sequence[Mapping[str, Any]]:
+        """Training rows with their rejected items."""
+        return _draw(self._prepared.train, limit, self._seed)
+
+    def baselines(self) -> dict[str, Metrics]:
+        """Chance, and what is most popular in training."""
+        candidates, targets = self._candidates()
+        scores = {
+            "random": random_scores(candidates),
+            "popularity": popularity_scores(candidates, self._prepared.popularity),
+        }
+        places = target_places(candidates, targets)
+        return {name: ranking_metrics(values, places) for name, values in scores.items()}
+
+    def evaluate(self, model: nn.Module) -> Metrics:
+        """Rank every case's candidates, and run the papers' protocol where it is wanted."""
+        was_training = model.training
+        model.eval()
+        candidates, targets = self._candidates()
+        prompts = [row["prompt"] for row in self._evaluation]
+        answers = [[f" {title}" for title in titles] for titles in candidates]
+        scores = score_candidates(model, self._tokenizer, prompts, answers, self._context)
+        metrics = ranking_metrics(scores, target_places(candidates, targets))
+        if self._generate:
+            texts = generate_answers(model, self._tokenizer, self._evaluation, self._context)
+            found = substring_protocol(texts, candidates, targets)
+            values = (found.hit_rate, found.hit_rate_valid, found.valid_ratio)
+            metrics |= dict(zip(PROTOCOL, values, strict=True))
+        model.train(was_training)
+        return metrics
+
+    def _candidates(self) -> tuple[list[list[str]], list[str]]:
+        return [row["candidates"] for row in self._evaluation], [row["target"] for row in self._evaluation]
+
+
+def _draw(rows: Sequence[Mapping[str, Any]], limit: int | None, seed: int) -> list[Mapping[str, Any]]:
+    """At most ``limit`` rows, drawn by ``seed``, in their order."""
+    if limit is None or limit >= len(rows):
+        return list(rows)
+    chosen = sorted(random.Random(f"{seed}:draw").sample(range(len(rows)), limit))
+    return [rows[index] for index in chosen]

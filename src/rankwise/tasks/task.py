@@ -1,0 +1,47 @@
+"""What a run needs of its data, whatever its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+Metrics = dict[str, float]
+
+
+@runtime_checkable
+class Task(Protocol):
+    """Data made ready for training, with a way to measure a model on it.
+
+    Attributes:
+        kind: shown in the results: recommend, instructions, text or classification.
+        columns: names of the metrics, in the order of the table.
+        cases: how many cases a measurement is over.
+        counts: what was read, dropped, cut or left out.
+        task_type: PEFT's name for the kind of model.
+        trainer: makes the trainer of an sft stage; the answer trainer where it is None.
+    """
+
+    kind: str
+    columns: tuple[str, ...]
+    cases: int
+    counts: dict[str, int]
+    task_type: str
+    trainer: Callable[..., Trainer] | None
+
+    def load_model(self) -> PreTrainedModel:
+        """The base model, of the kind that the task needs."""
+
+    def sft_rows(self) -> Sequence[Mapping[str, Any]]:
+        """Encoded rows for supervised training."""
+
+    def preference_rows(self, limit: int | None) -> Sequence[Mapping[str, Any]]:
+        """Rows of prompt, chosen and rejected, at most ``limit``."""
+
+    def baselines(self) -> dict[str, Metrics]:
+        """Metrics of what needs no model, by name."""
+
+    def evaluate(self, model: nn.Module) -> Metrics:
+        """Metrics of a model, one for each column; leaves its mode as it was."""

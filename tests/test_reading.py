@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from rankwise.errors import UserError
+from rankwise.recommend.reading import find_column, find_optional_column, read_table
+
+
+def test_csv_is_text_with_quotes_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes('\ufeffid,title\r\n01,"Heat, ""The"""\r\n2,"two\nlines"\r\n3,a,b\r\n4\r\n'.encode())
+    table, left_out = read_table(path)
+    assert table.rows() == [("01", 'Heat, "The"'), ("2", "two\nlines"), ("4", None)]
+    assert left_out == 1
+
+
+def test_json_lines_may_hold_line_separators_and_other_keys(tmp_path: Path) -> None:
+    rows = [{"id": 1, "title": "a\u2028b\x85c"}, {"id": 2.0, "year": 1999}, {"id": [1], "title": True}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    table, left_out = read_table(path)
+    assert table.rows() == [("1", "a\u2028b\x85c", None), ("2", None, "1999"), (None, None, None)]
+    assert left_out == 0
+
+
+def test_parquet_columns_of_every_kind_become_text(tmp_path: Path) -> None:
+    moment = datetime(2020, 1, 1, 12, tzinfo=UTC)
+    table = pl.DataFrame(
+        {
+            "float_id": [1.0, None],
+            "share": [0.5, float("inf")],
+            "moment": pl.Series([moment, None], dtype=pl.Datetime("ns", "UTC")),
+            "list": [["a"], ["b"]],
+            "kind": pl.Series(["x", None], dtype=pl.Categorical),
+        }
+    )
+    table.write_parquet(tmp_path / "a.parquet")
+    first, second = read_table(tmp_path / "a.parquet")[0].rows()
+    assert first[:2] == ("1", "0.5")
+    assert datetime.fromisoformat(first[2]) == moment.replace(tzinfo=None)
+    assert first[3:] == (None, "x")
+    assert second == (None, "inf", None, None, None)
+
+
+def test_common_names_are_found_whatever_their_spelling(tmp_path: Path) -> None:
+    columns = ["User ID", "movieId", "rating"]
+    assert find_column(tmp_path, columns, "user", None, ("user", "user_id")) == "User ID"
+    assert find_column(tmp_path, columns, "item", None, ("item", "movie_id")) == "movieId"
+    assert find_column(tmp_path, columns, "item", "rating", ("movie_id",)) == "rating"
+    assert find_optional_column(tmp_path, columns, "time", None, ("time",)) is None
+    with pytest.raises(UserError, match="no column found for the time, name it; known: User ID, movieId"):
+        find_column(tmp_path, columns, "time", None, ("time",))
+    with pytest.raises(UserError, match="no column 'ratings' for the rating; did you mean 'rating'"):
+        find_optional_column(tmp_path, columns, "rating", "ratings", ())

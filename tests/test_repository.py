@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import ast
+import importlib.resources
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import rankwise
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE_FOLDERS = ("src", "scripts", "benchmarks")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+LINK = re.compile(r"\]\(<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\)|(?:src|href)=\"([^\"]+)\"")
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+# No god files
+
+
+@pytest.mark.parametrize("path", python_files(*CODE_FOLDERS, "tests"), ids=relative)
+def test_no_file_is_over_400_lines(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+# Shapes
+
+
+def test_shapes_are_checked_while_tests_run() -> None:
+    with pytest.raises(jaxtyping.TypeCheckError, match="policy_rejected"):
+        rankwise.softmax_dpo_loss(*(torch.zeros(shape) for shape in [2, (3, 1), 2, (2, 1)]), 1.0)
+
+
+# Nothing that runs code out of a file
+
+UNPICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+LOADERS = {"load", "load_all", "full_load", "full_load_all", "unsafe_load", "unsafe_load_all"}
+UNSAFE_CALLS = {"eval", "exec"} | {f"{module}.{loader}" for module in ("torch", "yaml") for loader in LOADERS}
+UNSAFE_SWITCHES = {"trust_remote_code", "allow_pickle"}
+
+
+def dangers(source: str) -> list[str]:
+    """Each use of something that can run code out of a data file, as `line: what`."""
+    return [f"{node.lineno}: {what}" for node in ast.walk(ast.parse(source)) if (what := danger(node))]
+
+
+def danger(node: ast.AST) -> str | None:
+    match node:
+        case ast.Import():
+            return next((alias.name for alias in node.names if alias.name.split(".")[0] in UNPICKLERS), None)
+        case ast.ImportFrom(module=str(module)):
+            loads = module in {"torch", "yaml"} and LOADERS & {alias.name for alias in node.names}
+            return module if loads or module.split(".")[0] in UNPICKLERS else None
+        case ast.Call() if ast.unparse(node.func) in UNSAFE_CALLS:
+            return ast.unparse(node.func)
+        case ast.keyword(arg=str(switch), value=value) if switch in UNSAFE_SWITCHES:
+            return None if isinstance(value, ast.Constant) and value.value is False else switch
+    return None
+
+
+@pytest.mark.parametrize("path", python_files(*CODE_FOLDERS), ids=relative)
+def test_nothing_runs_code_out_of_a_file(path: Path) -> None:
+    assert dangers(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from joblib import load",
+        "torch.load(path)",
+        "from torch import load",
+        "yaml.load(text, Loader=yaml.SafeLoader)",
+        "yaml.unsafe_load(text)",
+        "yaml.full_load_all(text)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "AutoModel.from_pretrained(name, trust_remote_code=flag)",
+        "numpy.load(path, allow_pickle=True)",
+        "eval(text)",
+    ],
+)
+def test_the_check_finds(source: str) -> None:
+    assert len(dangers(source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "yaml.safe_load(text)",
+        "model.eval()",
+        "json.load(file)",
+        "from_pretrained(name, trust_remote_code=False)",
+    ],
+)
+def test_the_check_lets_pass(source: str) -> None:
+    assert dangers(source) == []
+
+
+# Pages
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    targets = [first or second for first, second in LINK.findall(text)]
+    local = [target.split("#")[0] for target in targets if not re.match(r"[a-z]+:|#", target)]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def test_changelog_ends_at_the_version() -> None:
+    headings = re.findall(
+        r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    assert headings[:2] == ["Unreleased", rankwise.__version__]
+
+
+# Packaging
+
+
+def test_models_and_templates_are_package_data() -> None:
+    package = importlib.resources.files("rankwise")
+    assert (package / "py.typed").is_file()
+    assert (package / "models" / "reviews" / "model.safetensors").is_file()
+    assert [
+        entry for entry in (package / "recommend" / "templates").iterdir() if entry.name.endswith(".yaml")
+    ]
+
+
+def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert built.returncode == 0, built.stderr
+    [wheel] = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"rankwise-{rankwise.__version__}-")
+    package = ROOT / "src" / "rankwise"
+    files = {path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    with zipfile.ZipFile(wheel) as archive:
+        inside = {name for name in archive.namelist() if name.startswith("rankwise/")}
+    assert inside == {f"rankwise/{path.relative_to(package).as_posix()}" for path in files}
+
+
+# Exact versions
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if not line.startswith("#")]
+    assert [line for line in kept if not re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line)] == []
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    [torch] = re.findall(r"^TORCH \?= (torch==\S+)$", makefile, flags=re.MULTILINE)
+    return dict(line.split("==") for line in [*kept, torch])
+
+
+def test_every_requirement_is_pinned_within_its_range() -> None:
+    asked = list(PROJECT["project"]["dependencies"]) + list(PROJECT["dependency-groups"]["weights"])
+    for extra in ("dev", "bench"):
+        asked += PROJECT["project"]["optional-dependencies"][extra]
+    versions = pins()
+    for requirement in map(Requirement, asked):
+        assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
