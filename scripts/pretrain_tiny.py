@@ -7,8 +7,8 @@ training reviews and the unlabelled ones. The reviews of the test split are neve
 
 The run is deterministic from its seed on one kind of machine and is resumed by the same command: the work folder holds
 the tokens and one checkpoint (safetensors), replaced in one atomic step. Matrices inside the blocks are trained with
-Muon (Jordan et al. 2024, as in ``torch.optim.Muon``), the embedding and the norms with AdamW; rows are short for most of
-the training and of full context for the last part, which costs less and leaves the positions trained.
+Muon (Jordan et al. 2024, as in ``torch.optim.Muon``), the embedding and the norms with AdamW; rows are short for most
+of the training and of full context for the last part, which costs less and leaves the positions trained.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Settings:
     short_context: int = 256  # tokens in a row before
     long_share: float = 0.2  # share of all steps at full context
     tokens_per_step: int = 16384
-    steps: int = 2000
+    steps: int = 1200
     warmup_steps: int = 40
     decay_share: float = 0.5  # share of all steps in which the rate falls linearly to zero
     matrix_lr: float = 0.02
@@ -311,10 +311,10 @@ demonstrations and tests, not a model to build a product on.
   {settings.heads} heads, {settings.kv_heads} key-value heads, feed-forward {settings.feed_forward}), tied embeddings,
   context {settings.context:,}. Weights in bfloat16.
 - **Tokenizer:** byte-level BPE, {settings.vocabulary:,} tokens, digits apart; `{END}` begins and ends a text.
-- **Data:** the labelled training reviews and the unlabelled reviews of the Large Movie Review Dataset (Maas et al. 2011),
-  {card["stream_tokens"]:,} tokens. Reviews of its test split were not trained on.
-- **Training:** {settings.steps:,} steps of {settings.tokens_per_step:,} tokens, {card["training_tokens"]:,} tokens in all
-  ({card["passes"]:.2f} passes); rows of {settings.short_context} tokens, then of {settings.context:,} for the last
+- **Data:** the labelled training reviews and the unlabelled reviews of the Large Movie Review Dataset
+  (Maas et al. 2011), {card["stream_tokens"]:,} tokens. Reviews of its test split were not trained on.
+- **Training:** {settings.steps:,} steps of {settings.tokens_per_step:,} tokens, {card["training_tokens"]:,} tokens in
+  all ({card["passes"]:.2f} passes); rows of {settings.short_context} tokens, then of {settings.context:,} for the last
   {settings.long_share:.0%} of the steps; Muon and AdamW; seed {settings.seed}; bfloat16 arithmetic.
 - **Limits:** it knows the language of film reviews of before 2011 and little else; it repeats what reviewers wrote,
   opinions and errors included.

@@ -16,7 +16,7 @@ from rankwise.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from rankwise.recipes import Recipe
+    from rankwise.schema import Recipe
 
 Arguments = argparse.Namespace
 
@@ -38,8 +38,8 @@ def train(arguments: Arguments, console: Console) -> Any:
 
 def prepare(arguments: Arguments, console: Console) -> Any:
     """Write the rows of a recipe's interactions as JSONL with prompt, chosen and rejected, for any trainer."""
-    from rankwise.recipes import RecommendationSettings
     from rankwise.recommend.prepare import write_rows
+    from rankwise.schema import RecommendationSettings
     from rankwise.tasks.load import check_files, prepare
 
     recipe = _recipe(arguments)
@@ -151,6 +151,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
     arguments = parser().parse_args(words)
     console = Console(stderr=arguments.json)
+    if not console.is_terminal:
+        console = Console(stderr=arguments.json, width=140)
     try:
         result = arguments.run_command(arguments, console)
     except UserError as error:

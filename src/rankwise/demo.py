@@ -9,8 +9,9 @@ from typing import Any
 from rich.console import Console
 
 from rankwise.errors import UserError
-from rankwise.recipes import Recipe, make_recipe
+from rankwise.recipes import make_recipe
 from rankwise.recommend.synthetic import write_synthetic
+from rankwise.schema import Recipe
 
 
 def demo_recipe(arguments: argparse.Namespace, console: Console) -> Recipe:

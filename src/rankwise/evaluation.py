@@ -14,8 +14,10 @@ from rankwise.analysis.tables import result_table
 from rankwise.errors import UserError, nearest
 from rankwise.exporting import Layout, export
 from rankwise.files import write_json
-from rankwise.models import context_limit, load_tokenizer
-from rankwise.recipes import Recipe, load_recipe
+from rankwise.models import context_limit, load_tokenizer, quiet_libraries
+from rankwise.recipes import load_recipe
+from rankwise.run import load_stage, with_adapter
+from rankwise.schema import Recipe
 from rankwise.tasks.load import check_files, load_task
 from rankwise.tasks.task import Task
 
@@ -50,7 +52,8 @@ def export_stage(
     if stage is not None and stage not in names:
         raise UserError(f"stage {stage!r} is not in {run}: {nearest(stage, names)}")
     trained = _existing(run, run / "stages" / (stage or names[-1]))
-    model = PeftModel.from_pretrained(task.load_model(), trained)
+    model = with_adapter(task.load_model(), recipe, task.task_type)
+    load_stage(model, trained)
     report = export(model, folder, rank, energy, cast(Layout, layout))
     console.print(
         f"{folder}: {report.parameters:,} parameters, relative error {report.relative_error:.2e}", highlight=False
@@ -59,6 +62,7 @@ def export_stage(
 
 
 def _open(run: Path, overrides: Sequence[str]) -> tuple[Recipe, Task]:
+    quiet_libraries()
     recipe = load_recipe(_existing(run, run / "recipe.yaml"), overrides)
     check_files(recipe.data)
     tokenizer = load_tokenizer(recipe.model.path)

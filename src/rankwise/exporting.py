@@ -10,16 +10,27 @@ from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rankwise.errors import UserError, nearest
 from rankwise.files import new_folder
-from rankwise.peft_bridge import active_adapter, adapted_layers, low_rank_factors
+from rankwise.peft_bridge import (
+    active_adapter,
+    adapted_layers,
+    base_modules,
+    low_rank_factors,
+    pattern_keys,
+    target_modules,
+)
 
 Layout = Literal["uniform", "compact", "merged"]
 Factors = tuple[Tensor, Tensor]
+
+# What PEFT calls the starts that change the base weights.
+CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,8 @@ class ExportReport:
     """What was written.
 
     Attributes:
-        ranks: rank of each layer's update as written, before padding; layers whose update is zero are left out.
+        ranks: rank of each layer's update as written, before padding; layers whose update is zero are left out (but for
+            one, where all are zero).
         relative_error: Frobenius norm of all that was cut off, over that of the whole update; 0 to 1.
         parameters: numbers in the written low-rank factors, padding included; of the whole model for ``merged``.
     """
@@ -46,12 +58,13 @@ def export(
 ) -> ExportReport:
     """Write the active adapter as a plain LoRA, which loads with peft on the untouched base.
 
-    Each layer's update ``s B A`` (for MiLoRA ``s [B, -B0] [A; A0]``) goes through a thin QR of both factors and the SVD of
-    the small product, in float64, and is written as ``B' A'`` with ``B' = U sqrt(S)``, ``A' = sqrt(S) Vh`` and scaling 1.
+    Each layer's update ``s B A`` (for MiLoRA ``s [B, -B0] [A; A0]``) goes through a thin QR of both factors and the
+    SVD of the small product, in float64, and is written as ``B' A'`` with ``B' = U sqrt(S)``, ``A' = sqrt(S) Vh`` and
+    scaling 1.
 
     Args:
         model: a PEFT model with one active LoRA, MiLoRA or SoRA adapter (or any LoRA variant of low rank).
-        folder: replaced in one step when all is written.
+        folder: new, empty or an earlier export, which is replaced in one step when all is written.
         rank: the largest rank to keep in each layer; all of the update's own rank where it is not given.
         energy: keep the fewest directions that hold this share of the squared norm; above 0, at most 1.
         layout: ``uniform`` (one rank, zero-padded, alpha = rank: computes the same in PEFT, vLLM and llama.cpp),
@@ -61,34 +74,52 @@ def export(
         The ranks, the relative error and the number of parameters.
 
     Raises:
-        UserError: no adapter, an unknown layout, a rank or energy out of range, or an update that is not of low rank.
+        UserError: no adapter, an unknown layout, a rank or energy out of range, a folder that holds something else, an
+            update that is not finite or not of low rank, or an adapter whose start changed the base.
     """
-    _check(rank, energy, layout)
+    _check(rank, energy, layout, Path(folder))
     adapter = active_adapter(model)
     assert isinstance(model, PeftModel)
     if layout == "merged":
         return _export_merged(model, adapter, Path(folder))
+    _check_start(model.peft_config[adapter])
     updates = _updates(model, adapter)
     spectra = {name: _balanced(b, a) for name, (b, a) in updates.items()}
     chosen = {name: _rank(s, rank, energy) for name, (_, s, _) in spectra.items()}
+    if model.peft_config[adapter].bias != "none":  # a layer's trained bias is written under its adapter's name
+        chosen = {name: max(count, 1) for name, count in chosen.items()}
     chosen = {name: count for name, count in chosen.items() if count} or {next(iter(updates)): 1}
-    factors = {name: _cut(*spectra[name], count) for name, count in chosen.items()}
+    factors = {name: _pad(*_cut(*spectra[name], count), count) for name, count in chosen.items()}
     whole = sum(float(s.square().sum()) for _, s, _ in spectra.values())
-    lost = whole - sum(float(spectra[name][1][:count].square().sum()) for name, count in chosen.items())
+    lost = sum(float(s[chosen.get(name, 0) :].square().sum()) for name, (_, s, _) in spectra.items())
     if layout == "uniform":
         factors = {name: _pad(b, a, max(chosen.values())) for name, (b, a) in factors.items()}
     _write(model, adapter, factors, Path(folder))
     parameters = sum(b.numel() + a.numel() for b, a in factors.values())
-    return ExportReport(chosen, (max(lost, 0.0) / whole) ** 0.5 if whole else 0.0, parameters)
+    return ExportReport(chosen, (lost / whole) ** 0.5 if whole else 0.0, parameters)
 
 
-def _check(rank: int | None, energy: float | None, layout: str) -> None:
+def _check(rank: int | None, energy: float | None, layout: str, folder: Path) -> None:
     if layout not in get_args(Layout):
         raise UserError(f"layout {layout!r} is unknown: {nearest(layout, get_args(Layout))}")
     if rank is not None and rank < 1:
         raise UserError(f"rank {rank} is not possible: it must be 1 or more")
     if energy is not None and not 0 < energy <= 1:
         raise UserError(f"energy {energy} is not possible: it is a share, above 0 and at most 1")
+    if layout == "merged" and (rank is not None or energy is not None):
+        raise UserError("layout 'merged' holds the whole update: leave rank and energy out, or take another layout")
+    mark = "config.json" if layout == "merged" else "adapter_config.json"
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file()):
+        raise UserError(f"{folder} holds something other than an earlier export: give a new folder")
+
+
+def _check_start(config: PeftConfig) -> None:
+    start = getattr(config, "init_lora_weights", True)
+    if isinstance(start, str) and start.startswith(CHANGING_STARTS):
+        raise UserError(
+            f"an adapter with init_lora_weights={start!r} stands on base weights that it changed, not on the original: "
+            "write it with layout='merged'"
+        )
 
 
 def _updates(model: PeftModel, adapter: str) -> dict[str, Factors]:
@@ -96,6 +127,8 @@ def _updates(model: PeftModel, adapter: str) -> dict[str, Factors]:
     found = {}
     for name, layer in adapted_layers(model, adapter):
         b, a = low_rank_factors(layer, adapter, name)
+        if not (torch.isfinite(b).all() and torch.isfinite(a).all()):
+            raise UserError(f"{name}: the adapter holds NaN or infinity: go back to an earlier checkpoint")
         found[name] = (b.double() * layer.scaling[adapter], a.double())
     if not found:
         raise UserError(f"adapter {adapter!r} has no LoRA layers: only LoRA and its kin can be exported")
@@ -163,15 +196,18 @@ def _config(model: PeftModel, adapter: str, factors: Mapping[str, Factors]) -> L
     trained: LoraConfig = model.peft_config[adapter]
     ranks = {name: b.shape[1] for name, (b, _) in factors.items()}
     largest = max(ranks.values())
-    uneven = {name: rank for name, rank in ranks.items() if rank != largest}
+    keys = pattern_keys(model, ranks)
+    uneven = {keys[name]: rank for name, rank in ranks.items() if rank != largest}
     return LoraConfig(
         r=largest,
         lora_alpha=largest,
         rank_pattern=uneven,
         alpha_pattern=dict(uneven),
-        target_modules=_target_modules(model, adapter, set(factors)),
+        target_modules=_target_modules(model, set(factors)),
         task_type=trained.task_type,
         modules_to_save=trained.modules_to_save,
+        trainable_token_indices=trained.trainable_token_indices,
+        layer_replication=trained.layer_replication,
         fan_in_fan_out=trained.fan_in_fan_out,
         bias=trained.bias,
         base_model_name_or_path=trained.base_model_name_or_path,
@@ -179,21 +215,19 @@ def _config(model: PeftModel, adapter: str, factors: Mapping[str, Factors]) -> L
     )
 
 
-def _target_modules(model: PeftModel, adapter: str, names: set[str]) -> list[str]:
+def _target_modules(model: PeftModel, names: set[str]) -> list[str] | str:
     """The modules' last names where these mean just these modules, else their full names."""
     short = {name.rpartition(".")[2] for name in names}
-    adapted = {name for name, _ in adapted_layers(model, adapter)}
-    inside = tuple(f"{name}." for name in adapted)
-    meant = {
-        name
-        for name, _ in model.get_base_model().named_modules()
-        if name.rpartition(".")[2] in short and not name.startswith(inside)
-    }
-    return sorted(short if meant == names else names)
+    meant = {name for name, _ in base_modules(model) if name.rpartition(".")[2] in short}
+    found = short if meant == names else target_modules(model, names)
+    return found if isinstance(found, str) else sorted(found)
 
 
 def _export_merged(model: PeftModel, adapter: str, folder: Path) -> ExportReport:
     """Write the whole model with the update added to a copy of its weights."""
+    if not isinstance(model.get_base_model(), PreTrainedModel):
+        kind = type(model.get_base_model()).__name__
+        raise UserError(f"layout 'merged' writes models of transformers, not {kind}: merge and save it yourself")
     ranks = {name: layer.r[adapter] for name, layer in adapted_layers(model, adapter)}
     merged = copy.deepcopy(model).merge_and_unload()
     with new_folder(folder) as made:

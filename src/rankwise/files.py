@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +15,15 @@ from typing import Any
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` by ``text`` in one step: temporary file beside it, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = _beside(path)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -43,20 +43,39 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder to fill, which takes the place of ``path`` when the block ends without an error.
 
-    Where the block fails, ``path`` is as it was. A folder that was there is moved aside first and removed last.
+    Where the block or the exchange fails, ``path`` is as it was. A folder that was there is moved aside first and
+    removed last.
+
+    Raises:
+        FileExistsError: ``path`` is a file.
     """
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file, where a folder is to be made")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary = _beside(path)
+    temporary.mkdir()
     try:
         yield temporary
-        temporary.chmod(0o755)
-        if path.exists():
-            aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-            path.rename(aside / "folder")
-            temporary.rename(path)
-            shutil.rmtree(aside)
-        else:
-            temporary.rename(path)
+        _exchange(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _exchange(made: Path, path: Path) -> None:
+    if not path.exists():
+        made.rename(path)
+        return
+    aside = _beside(path)
+    path.rename(aside)
+    try:
+        made.rename(path)
+    except BaseException:
+        aside.rename(path)
+        raise
+    shutil.rmtree(aside)
+
+
+def _beside(path: Path) -> Path:
+    """A name that no other process takes; made with the user's own permissions, which tempfile's would not have."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")

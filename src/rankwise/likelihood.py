@@ -22,16 +22,16 @@ def answer_log_probabilities(
 ) -> tuple[Float[Tensor, "batch kept"], Bool[Tensor, "batch kept"]]:
     """Log-probability of each answer token given what stands before it.
 
-    Rows are padded on the left, so that all answers lie in a common end of the rows: the output head, usually the widest
-    matrix of all, runs on that end only (where the model's ``forward`` knows ``logits_to_keep``).
+    Rows are padded on the left, so that all answers lie in a common end of the rows: the output head, usually the
+    widest matrix of all, runs on that end only (where the model's ``forward`` knows ``logits_to_keep``).
 
     Args:
         model: a causal language model, adapted or not.
         batch: ``input_ids``, ``attention_mask`` and ``labels``, each (batch, length); labels are -100 outside answers.
 
     Returns:
-        Log-probabilities in nats, float32, and a mask that is true at answer tokens; ``kept`` is the length of the common end.
-        Where the mask is false the value is 0.
+        Log-probabilities in nats, float32, and a mask that is true at answer tokens; ``kept`` is the length of the
+        common end. Where the mask is false the value is 0.
     """
     labels = batch["labels"][:, 1:]
     has_answer = (labels != -100).any(dim=0).nonzero()

@@ -1,13 +1,15 @@
 """All that rankwise knows of PEFT's insides: one place to mend when PEFT changes.
 
-A method is a :class:`LowRankVariant` (how an adapter computes its update) and a config. :func:`register` makes the config
-known to PEFT under a name of its own, so that ``get_peft_model``, saving and loading take their usual way.
+A method is a :class:`LowRankVariant` (how an adapter computes its update) and a config. :func:`register` makes the
+config known to PEFT under a name of its own, so that ``get_peft_model``, saving and loading take their usual way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, ClassVar
+import dataclasses
+import re
+from collections.abc import Collection, Iterator
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from jaxtyping import Float
@@ -17,7 +19,8 @@ from peft.mapping import (
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
+from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant, MultiheadAttention, ParamWrapper
 from peft.tuners.lora.model import LoraModel
 from peft.utils.other import transpose
 from torch import Tensor, nn
@@ -28,8 +31,8 @@ from rankwise.errors import UserError
 class LowRankVariant(LoraVariant):
     """An update ``scaling * B' A'`` of low rank whose factors follow from what is trained.
 
-    A subclass says what it keeps in a layer (:meth:`attach`), what its factors are (:meth:`factors`) and how it adds the
-    update to a layer's output (``forward``, PEFT's hook). Merging and export follow from the factors.
+    A subclass says what it keeps in a layer (:meth:`attach`), what its factors are (:meth:`factors`) and how it adds
+    the update to a layer's output (``forward``, PEFT's hook). Merging and export follow from the factors.
     """
 
     state_name: ClassVar[str]
@@ -41,6 +44,10 @@ class LowRankVariant(LoraVariant):
     def factors(self, layer: Linear, adapter: str) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
         """B' and A', whose product times the layer's scaling is the update."""
         raise NotImplementedError(f"{type(self).__name__} must give its factors")
+
+    def supports_lora_conversion(self) -> bool:
+        """PEFT's hook: its own conversion would take B A for the update; ``rankwise.export`` converts."""
+        return False
 
     def delta(self, layer: Linear, adapter: str) -> Tensor:
         """The update in the layout of the base weight, computed in float32 at least."""
@@ -62,7 +69,7 @@ class LowRankVariant(LoraVariant):
 
 
 def keep_state(layer: Linear, name: str, adapter: str, state: nn.Module | nn.Parameter) -> None:
-    """Put ``state`` into the layer under ``name`` so that PEFT saves, moves, enables and deletes it with the adapter."""
+    """Put ``state`` into the layer under ``name``, so that PEFT saves, moves, enables and deletes it as it does A and B."""
     if not hasattr(layer, name):
         setattr(layer, name, nn.ParameterDict() if isinstance(state, nn.Parameter) else nn.ModuleDict())
         layer.adapter_layer_names = (*layer.adapter_layer_names, name)
@@ -97,6 +104,25 @@ class VariantModel(LoraModel):
         with torch.no_grad():
             variant.attach(layer, adapter_name, lora_config)
 
+    def add_weighted_adapter(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse PEFT's combination of adapters: it combines A and B alone, which these adapters do not compute."""
+        raise UserError("adapters of this kind cannot be combined: export each, then combine the exported ones")
+
+
+def check_config(config: LoraConfig) -> None:
+    """Refuse a setting of ``LoraConfig`` that would be ignored here or would change the base weights.
+
+    Raises:
+        UserError: a setting of another LoRA variant, ``lora_bias``, or an ``init_lora_weights`` of another method.
+    """
+    kind = type(config).__name__
+    variants = [field.name for field in dataclasses.fields(config) if field.metadata.get("is_lora_variant")]
+    for name in (*variants, "lora_bias"):
+        if getattr(config, name):
+            raise UserError(f"{kind}({name}={getattr(config, name)!r}) is not available: leave {name} out")
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise UserError(f"{kind}(init_lora_weights={config.init_lora_weights!r}) is not available: leave it out")
+
 
 def register(name: str, config: type[LoraConfig], tuner: type[VariantModel]) -> str:
     """Make a method known to PEFT under the string ``name``; returns the name, for the config's ``peft_type``."""
@@ -129,6 +155,32 @@ def adapted_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraLa
             yield name, layer
 
 
+def target_modules(model: nn.Module, names: Collection[str]) -> set[str] | str:
+    """What PEFT's ``target_modules`` must be to mean just the modules of these full names."""
+    ends = tuple(f".{name}" for name in names)
+    others = {name for name, _ in base_modules(model) if name not in names}
+    if any(name.endswith(ends) for name in others):
+        return "|".join(re.escape(name) for name in sorted(names))
+    return set(names)
+
+
+def pattern_keys(model: nn.Module, names: Collection[str]) -> dict[str, str]:
+    """What to call modules in PEFT's patterns of rank and alpha, where a name also means all that ends in it."""
+    modules = [name for name, _ in base_modules(model)]
+    return {name: f"^{name}" if any(m.endswith(f".{name}") for m in modules) else name for name in names}
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the base model as it was before it had adapters."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    inside: tuple[str, ...] = ()
+    for name, module in base.named_modules():
+        if not name.startswith(inside):
+            yield name, module
+        if isinstance(module, LoraLayer):
+            inside = (*inside, f"{name}.")
+
+
 def low_rank_factors(layer: LoraLayer, adapter: str, name: str) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
     """B' and A' of any trained LoRA layer, without its scaling.
 
@@ -144,6 +196,10 @@ def low_rank_factors(layer: LoraLayer, adapter: str, name: str) -> tuple[Float[T
         )
     if adapter in layer.lora_embedding_A:
         return layer.lora_embedding_B[adapter].detach(), layer.lora_embedding_A[adapter].detach()
+    if isinstance(layer, AdaLoraLayer | MultiheadAttention | ParamWrapper):
+        raise UserError(f"{name}: an adapter of {type(layer).__name__} has no plain LoRA form; merge it instead")
+    if layer.lora_bias.get(adapter):
+        raise UserError(f"{name}: an adapter with lora_bias has no plain LoRA form; merge it instead")
     b, a = layer.lora_B[adapter].weight.detach(), layer.lora_A[adapter].weight.detach()
     if a.ndim != 2:
         raise UserError(

@@ -18,7 +18,6 @@ from peft.utils import set_peft_model_state_dict
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, set_seed
-from transformers.utils import logging as transformers_logging
 
 import rankwise
 from rankwise.analysis.ranks import read_ranks
@@ -28,9 +27,10 @@ from rankwise.directions import MiloraConfig
 from rankwise.errors import UserError
 from rankwise.exporting import export
 from rankwise.files import new_folder, write_json, write_jsonl, write_text
-from rankwise.models import context_limit, load_tokenizer
+from rankwise.models import context_limit, load_tokenizer, quiet_libraries
 from rankwise.ranks import SoraConfig, prune
-from rankwise.recipes import AnyStage, LoraSettings, MiloraSettings, Recipe, SoraSettings, dump_recipe
+from rankwise.recipes import dump_recipe
+from rankwise.schema import AnyStage, LoraSettings, MiloraSettings, Recipe, SoraSettings
 from rankwise.tasks.load import check_files, load_task
 from rankwise.tasks.task import Task
 from rankwise.training import Rows, train_stage
@@ -41,8 +41,8 @@ BASE = "base model"
 class Run:
     """One run of a recipe in its folder.
 
-    The folder gets ``recipe.yaml``, ``versions.json``, ``metrics.jsonl``, ``stages/<name>/`` (the adapter after each stage),
-    ``results.json``, ``ranks.json``, ``adapter/`` (the finished plain LoRA) and ``report.html``.
+    The folder gets ``recipe.yaml``, ``versions.json``, ``metrics.jsonl``, ``stages/<name>/`` (the adapter after each
+    stage), ``results.json``, ``ranks.json``, ``adapter/`` (the finished plain LoRA) and ``report.html``.
     """
 
     def __init__(self, recipe: Recipe, console: Console, resume: bool = False) -> None:
@@ -69,7 +69,7 @@ class Run:
 
     def __call__(self) -> dict[str, Any]:
         """Run all of it; returns the results, as written to ``results.json``."""
-        _settle()
+        quiet_libraries()
         with self._timed("data"):
             task = load_task(self.recipe, self.tokenizer, self.context)
         done = {row["name"] for row in self.results.get("rows", [])}
@@ -232,6 +232,7 @@ def versions() -> dict[str, str]:
 
 
 def _ranks(adapter: Path, initial: int) -> list[dict[str, Any]]:
+    """Ranks of the finished adapter beside the recipe's; an update of MiLoRA has up to twice as many directions."""
     return [{**row, "initial_rank": initial} for row in read_ranks(adapter)]
 
 
@@ -259,9 +260,3 @@ def _forget(metrics: Path, stage: str) -> None:
     if metrics.exists():
         lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
         write_jsonl(metrics, [line for line in lines if line["stage"] != stage])
-
-
-def _settle() -> None:
-    """Keep libraries' own bars and notices out of ours."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()

@@ -18,8 +18,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rankwise.counting import count
 from rankwise.errors import UserError
-from rankwise.tasks.counting import count
 
 IGNORED = -100
 PROMPTS_CUT = "prompts cut to the context"
@@ -166,7 +166,8 @@ class AnswerCollator:
     def __call__(self, features: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
         """Rows of ``input_ids`` and ``labels`` as int64 tensors of one shape, with their attention mask."""
         input_ids, attention_mask = pad_left([row["input_ids"] for row in features], self.pad_id)
-        labels, _ = pad_left([row["labels"] for row in features], IGNORED)
+        # A row's first token has nothing before it: padding on the left must not become what it is predicted from.
+        labels, _ = pad_left([[IGNORED, *row["labels"][1:]] for row in features], IGNORED)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 

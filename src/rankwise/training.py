@@ -27,7 +27,7 @@ from rankwise.errors import UserError
 from rankwise.likelihood import answer_log_probabilities
 from rankwise.preferences import SoftmaxDPOConfig, SoftmaxDPOTrainer
 from rankwise.ranks import SoraConfig, gates, sora_optimizer
-from rankwise.recipes import SftStage, SoftmaxDpoStage, SoraSettings
+from rankwise.schema import SftStage, SoftmaxDpoStage, SoraSettings
 from rankwise.tokenise import AnswerCollator
 
 Rows = Sequence[Mapping[str, Any]]

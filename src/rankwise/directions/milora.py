@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rankwise.directions.triplets import Part, check_part, triplets
 from rankwise.errors import UserError
-from rankwise.peft_bridge import LowRankVariant, VariantModel, keep_state, register
+from rankwise.peft_bridge import LowRankVariant, VariantModel, check_config, keep_state, register
 
 START = "lora_start"
 
@@ -23,8 +23,9 @@ START = "lora_start"
 class MiloraConfig(LoraConfig):
     """A ``peft.LoraConfig`` whose adapter starts from a part of each weight's spectrum, without changing the weight.
 
-    With U, S, Vh the chosen triplets of W and s the scaling, B0 = U sqrt(S / s) and A0 = sqrt(S / s) Vh. The layer computes
-    ``W x + s (B A - B0 A0) x`` with B, A starting at B0, A0: the same function as MiLoRA's ``(W - s B0 A0) x + s B A x``.
+    With U, S, Vh the chosen triplets of W and s the scaling, B0 = U sqrt(S / s) and A0 = sqrt(S / s) Vh. The layer
+    computes ``W x + s (B A - B0 A0) x`` with B, A starting at B0, A0: the same function as MiLoRA's ``(W - s B0 A0) x
+    + s B A x``.
 
     Args:
         part: ``minor`` (MiLoRA), ``principal`` (PiSSA), ``middle`` or ``random`` (the paper's ablations).
@@ -32,13 +33,15 @@ class MiloraConfig(LoraConfig):
         lora_alpha: defaults to ``r``, as in the paper (LoRA's habit is 2 r).
 
     Raises:
-        UserError: an unknown part, or ``use_dora``, whose norm of the changed weight this form does not compute.
+        UserError: an unknown part, an alpha of 0 or less, or a setting of another LoRA variant (``use_dora``, say).
 
-    Source: MiLoRA (arXiv 2406.09044), section 3. It differs in that the base keeps its weight and a frozen initial pair is
-    kept beside the trained one, so that nothing is rounded and ``disable_adapter()`` gives the true base.
+    Source: MiLoRA (arXiv 2406.09044), section 3. It differs in that the base keeps its weight and a frozen initial
+    pair is kept beside the trained one, so that nothing is rounded and ``disable_adapter()`` gives the true base.
     """
 
-    lora_alpha: float | None = field(default=None, metadata={"help": "Scaling numerator; r where it is not given."})
+    lora_alpha: int | float | None = field(
+        default=None, metadata={"help": "Scaling numerator; r where it is not given."}
+    )
     part: Part = field(default="minor", metadata={"help": "minor, principal, middle or random directions."})
     part_seed: int = field(default=0, metadata={"help": "Seed of the draw where part is random."})
 
@@ -46,10 +49,11 @@ class MiloraConfig(LoraConfig):
         """Check the part and fill in alpha."""
         super().__post_init__()
         check_part(self.part)
-        if self.use_dora:
-            raise UserError("MiloraConfig(use_dora=True) is not available: set use_dora=False")
+        check_config(self)
         if self.lora_alpha is None:
             self.lora_alpha = self.r
+        if not self.lora_alpha > 0:
+            raise UserError(f"MiloraConfig(lora_alpha={self.lora_alpha}) is not possible: it must be above 0")
         self.peft_type = "MILORA"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -13,11 +14,19 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from rankwise.errors import UserError
-from rankwise.recipes import EMBEDDED
+from rankwise.schema import EMBEDDED
 
 EMBEDDED_FOLDER = Path(__file__).parent / "reviews"
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' own bars and notices out of ours."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def resolve(path: str) -> str:

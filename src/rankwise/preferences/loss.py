@@ -20,8 +20,8 @@ def softmax_dpo_loss(
 ) -> Float[Tensor, " batch"]:
     """Compute ``softplus(logsumexp_j(beta * ((r_j - ref_j) - (c - ref_c))))`` for each row.
 
-    This is ``-log sigmoid(-log sum_j exp(margin_j))`` of the paper without its overflow: finite, with finite gradients, for
-    any finite margin. With one negative it is the sigmoid loss of DPO.
+    This is ``-log sigmoid(-log sum_j exp(margin_j))`` of the paper without its overflow: finite, with finite
+    gradients, for any finite margin. With one negative it is the sigmoid loss of DPO.
 
     Args:
         policy_chosen: log-probabilities c of the chosen answers under the policy, in nats, summed over tokens.

@@ -52,12 +52,12 @@ class SoftmaxDPOConfig(TrainingArguments):
 class SoftmaxDPOTrainer(Trainer):
     """``transformers.Trainer`` with the softmax-DPO loss.
 
-    Rows are mappings with ``prompt`` (text), ``chosen`` (text) and ``rejected`` (a list of texts of any length, one or more;
-    rows may differ). Prompt and answers are tokenised apart; each answer ends with the end-of-text token.
+    Rows are mappings with ``prompt`` (text), ``chosen`` (text) and ``rejected`` (a list of texts of any length, one or
+    more; rows may differ). Prompt and answers are tokenised apart; each answer ends with the end-of-text token.
 
-    Logged beside the loss, as means: ``rewards/chosen``, ``rewards/rejected`` (beta times the log-ratio to the reference),
-    ``rewards/margins``, ``rewards/accuracies`` (share of rows in which the chosen answer beats every rejected one),
-    ``logps/chosen`` and ``logps/rejected``.
+    Logged beside the loss, as means: ``rewards/chosen``, ``rewards/rejected`` (beta times the log-ratio to the
+    reference), ``rewards/margins``, ``rewards/accuracies`` (share of rows in which the chosen answer beats every
+    rejected one), ``logps/chosen`` and ``logps/rejected``.
 
     Args:
         model: a causal language model, usually with an adapter.
@@ -74,7 +74,8 @@ class SoftmaxDPOTrainer(Trainer):
     Raises:
         UserError: a row without prompt, chosen or rejected, or no row that fits the context.
 
-    Source: Softmax-DPO (arXiv 2406.09215). The reference is computed once instead of at each step, with the same result.
+    Source: Softmax-DPO (arXiv 2406.09215). The reference is computed once instead of at each step, with the same
+        result.
     """
 
     def __init__(

@@ -49,17 +49,18 @@ def sora_optimizer(
 ) -> torch.optim.Optimizer:
     """Any torch optimizer over the trainable parameters, with the proximal step on the gates after each of its steps.
 
-    Gates form a group of their own, with their own learning rate and no weight decay. Before each step the gradient of the
-    L1 term ``l1 * mean |g|`` is added to the gates' gradient (so clipping comes before it); after each step
+    Gates form a group of their own, with their own learning rate and no weight decay. Before each step the gradient of
+    the L1 term ``l1 * mean |g|`` is added to the gates' gradient (so clipping comes before it); after each step
     ``g <- soft_threshold(g, threshold)``, or the published variant where the config says ``mode="reference"``.
-    ``l1`` and ``threshold`` are read from the adapter's config at each step, so that a schedule may change them. A gate that
-    has become zero may grow again.
+    ``l1`` and ``threshold`` are read from the adapter's config at each step, so that a schedule may change them. A
+    gate that has become zero may grow again.
 
     Args:
         model: a PEFT model whose active adapter is SoRA.
-        optimizer: the class to make; ``kwargs`` are its other settings.
+        optimizer: the class to make.
         lr: learning rate of all but the gates.
         gate_lr: learning rate of the gates; ``lr`` where it is not given.
+        **kwargs: the optimizer's other settings.
 
     Raises:
         UserError: the active adapter is not SoRA.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import Linear
 from torch import nn
 
-from rankwise.peft_bridge import active_adapter, adapted_layers
+from rankwise.peft_bridge import active_adapter, adapted_layers, pattern_keys, target_modules
 from rankwise.ranks.sora import GATE, SoraConfig, gates
 
 
@@ -35,18 +36,20 @@ class PruneReport:
 def prune(model: nn.Module) -> PruneReport:
     """Drop every direction whose gate is exactly zero from A, B and the gate; the function stays the same.
 
-    A layer left without a direction loses its adapter and computes its base again (PEFT needs one adapted layer: where all
-    are dead, the first keeps one dead direction). The config's ``rank_pattern``, ``alpha_pattern`` and ``target_modules``
-    follow, so that the pruned adapter saves and loads as usual. Make a new optimizer afterwards: the parameters are new.
+    A layer left without a direction loses its adapter and computes its base again. (PEFT needs one adapted layer: where
+    all are dead, the first keeps one dead direction. So does each layer where biases are trained beside it.) The
+    config's ``rank_pattern``, ``alpha_pattern`` and ``target_modules`` follow, so that the pruned adapter saves and
+    loads as usual. Make a new optimizer afterwards: the parameters are new.
 
     Raises:
         UserError: the active adapter is not SoRA.
     """
     before = sum(p.numel() for p in _adapter_parameters(model))
     live = {name: gate.detach() != 0 for name, gate in gates(model).items()}
-    if not any(mask.any() for mask in live.values()):
-        live[next(iter(live))][0] = True
     adapter = active_adapter(model)
+    biases = model.peft_config[adapter].bias != "none"  # type: ignore[union-attr, index]
+    if biases or not any(mask.any() for mask in live.values()):
+        _keep_one(list(live.values()) if biases else [next(iter(live.values()))])
     layers = dict(adapted_layers(model, adapter))
     for name, mask in live.items():
         if mask.any():
@@ -57,6 +60,11 @@ def prune(model: nn.Module) -> PruneReport:
     _update_config(model, adapter, kept)
     removed = tuple(name for name, rank in kept.items() if rank == 0)
     return PruneReport(kept, removed, before, sum(p.numel() for p in _adapter_parameters(model)))
+
+
+def _keep_one(masks: list[torch.Tensor]) -> None:
+    for mask in masks:
+        mask[0] |= not mask.any()
 
 
 def _adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -84,7 +92,12 @@ def _remove(model: nn.Module, name: str, adapter: str) -> None:
     parent = model.get_base_model().get_submodule(parent_name)
     layer = getattr(parent, child)
     if len(layer.r) > 1:
-        layer.delete_adapter(adapter)
+        # Where the active adapter is deleted PEFT activates another one, which would change the function.
+        active = list(layer.active_adapters)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            layer.delete_adapter(adapter)
+        layer.set_adapter(active)
     else:
         setattr(parent, child, layer.get_base_layer())
 
@@ -92,9 +105,12 @@ def _remove(model: nn.Module, name: str, adapter: str) -> None:
 def _update_config(model: nn.Module, adapter: str, ranks: dict[str, int]) -> None:
     """State each layer's rank, and the alpha that gives the same scaling at that rank."""
     config: SoraConfig = model.peft_config[adapter]  # type: ignore[index, assignment]
-    scalings = {name: layer.scaling[adapter] for name, layer in adapted_layers(model, adapter)}
-    kept = {name: rank for name, rank in ranks.items() if rank}
-    config.target_modules = set(kept)
-    config.rank_pattern = dict(kept)
     root = math.sqrt if config.use_rslora else float
-    config.alpha_pattern = {name: scalings[name] * root(rank) for name, rank in kept.items()}
+    kept = {name: rank for name, rank in ranks.items() if rank}
+    for name, layer in adapted_layers(model, adapter):
+        layer.lora_alpha[adapter] = layer.scaling[adapter] * root(kept[name])
+    layers = dict(adapted_layers(model, adapter))
+    keys = pattern_keys(model, kept)
+    config.target_modules = target_modules(model, kept)
+    config.rank_pattern = {keys[name]: rank for name, rank in kept.items()}
+    config.alpha_pattern = {keys[name]: layers[name].lora_alpha[adapter] for name in kept}

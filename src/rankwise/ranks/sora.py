@@ -12,7 +12,15 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
 from rankwise.errors import UserError
-from rankwise.peft_bridge import LowRankVariant, VariantModel, active_adapter, adapted_layers, keep_state, register
+from rankwise.peft_bridge import (
+    LowRankVariant,
+    VariantModel,
+    active_adapter,
+    adapted_layers,
+    check_config,
+    keep_state,
+    register,
+)
 
 GATE = "lora_gate"
 
@@ -25,14 +33,14 @@ class SoraConfig(LoraConfig):
 
     Args:
         r: the largest rank.
-        threshold: of the proximal step after each optimizer step; 0 or more, in units of the gate, not multiplied by the
-            learning rate (as in the paper's code; the paper's lambda is threshold / learning rate).
+        threshold: of the proximal step after each optimizer step; 0 or more, in units of the gate, not multiplied by
+            the learning rate (as in the paper's code; the paper's lambda is threshold / learning rate).
         l1: weight of the mean of |g| in the loss; 0 or more.
         gate_init: ``normal`` (standard normal, as in the paper's code) or ``ones``.
         mode: ``proximal`` (the exact step) or ``reference`` (the paper's code; see ``published_step``).
 
     Raises:
-        UserError: a value out of its range, or ``use_dora``.
+        UserError: a value out of its range, or a setting of another LoRA variant (``use_dora``, say).
 
     Source: SoRA (arXiv 2311.11696), section 3.
     """
@@ -51,8 +59,7 @@ class SoraConfig(LoraConfig):
         for name, known in {"gate_init": ("normal", "ones"), "mode": ("proximal", "reference")}.items():
             if getattr(self, name) not in known:
                 raise UserError(f"SoraConfig({name}={getattr(self, name)!r}) is unknown: {' or '.join(known)}")
-        if self.use_dora:
-            raise UserError("SoraConfig(use_dora=True) is not available: set use_dora=False")
+        check_config(self)
         self.peft_type = "SORA"
 
 

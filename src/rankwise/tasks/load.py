@@ -8,7 +8,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rankwise.errors import UserError
-from rankwise.recipes import (
+from rankwise.recommend.interactions import InteractionColumns, ItemColumns
+from rankwise.recommend.prepare import InteractionSettings, Prepared, prepare_interactions
+from rankwise.recommend.prompts import load_template
+from rankwise.recommend.published import PublishedSettings, prepare_published
+from rankwise.schema import (
     ClassificationData,
     InstructionData,
     InteractionData,
@@ -17,9 +21,6 @@ from rankwise.recipes import (
     SdpoData,
     TextData,
 )
-from rankwise.recommend.interactions import InteractionColumns, ItemColumns
-from rankwise.recommend.prepare import InteractionSettings, Prepared, prepare_interactions
-from rankwise.recommend.published import PublishedSettings, prepare_published
 from rankwise.tasks.answers import AnswerTask
 from rankwise.tasks.classification import Classification, read_classification
 from rankwise.tasks.instructions import read_instructions
@@ -50,6 +51,7 @@ def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) 
         evaluation = recipe.evaluation
         return RecommendationTask(
             prepare(data, recipe.seed),
+            load_template(data.template),
             tokenizer,
             recipe.model.path,
             context,
@@ -112,7 +114,9 @@ def _text(recipe: Recipe, data: TextData, tokenizer: PreTrainedTokenizerBase, co
 
 def _instructions(recipe: Recipe, data: InstructionData, tokenizer: PreTrainedTokenizerBase, context: int) -> Task:
     def read(path: str) -> tuple[list[dict[str, str]], dict[str, int]]:
-        found = read_instructions(Path(path), form=data.form, mapping=mapping, tokenizer=tokenizer)
+        found = read_instructions(
+            Path(path), form=data.form, mapping=mapping, template=data.template, tokenizer=tokenizer
+        )
         return found.rows, {**found.counts, f"rows of the form {found.form}": len(found.rows)}
 
     named = {"prompt": data.prompt, "completion": data.completion}

@@ -14,6 +14,7 @@ from rankwise.models import load_language_model
 from rankwise.recommend.baselines import popularity_scores, random_scores, target_places
 from rankwise.recommend.metrics import ranking_metrics, substring_protocol
 from rankwise.recommend.prepare import Prepared
+from rankwise.recommend.prompts import Template
 from rankwise.recommend.ranking import generate_answers, score_candidates
 from rankwise.tasks.task import Metrics
 from rankwise.tokenise import encode_answers
@@ -31,6 +32,7 @@ class RecommendationTask:
     def __init__(
         self,
         prepared: Prepared,
+        template: Template,
         tokenizer: PreTrainedTokenizerBase,
         model_path: str,
         context: int,
@@ -42,7 +44,7 @@ class RecommendationTask:
     ) -> None:
         """Choose the evaluation cases and tokenise the training rows."""
         self._prepared, self._tokenizer, self._path, self._context = prepared, tokenizer, model_path, context
-        self._seed, self._generate = seed, generate
+        self._template, self._seed, self._generate = template, seed, generate
         self._evaluation = _draw(getattr(prepared, split), cases, seed)
         if not self._evaluation:
             raise UserError(f"the {split} part has no case to evaluate on")
@@ -80,7 +82,7 @@ class RecommendationTask:
         model.eval()
         candidates, targets = self._candidates()
         prompts = [row["prompt"] for row in self._evaluation]
-        answers = [[f" {title}" for title in titles] for titles in candidates]
+        answers = [[self._template.render_answer(title) for title in titles] for titles in candidates]
         scores = score_candidates(model, self._tokenizer, prompts, answers, self._context)
         metrics = ranking_metrics(scores, target_places(candidates, targets))
         if self._generate:
