@@ -5,11 +5,11 @@ import copy
 import numpy as np
 import peft
 import pytest
-import tiny
 import torch
 from torch import nn
 
 import rankwise as rw
+import tiny
 from rankwise.errors import UserError
 
 FAMILIES = list(tiny.TARGETS)

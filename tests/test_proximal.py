@@ -5,12 +5,12 @@ import math
 import numpy as np
 import peft
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rankwise as rw
+import tiny
 from rankwise.errors import UserError
 from rankwise.ranks import attach_proximal_step, gates, published_step, soft_threshold
 
@@ -105,8 +105,9 @@ def test_a_step_of_sgd_by_hand(mode):
     before, count = gate_values(model), sum(gate.numel() for gate in gates(model).values())
     assert count == 4 * 6
     gradients = {name: gate.grad.clone() for name, gate in gates(model).items()}
-    others = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad and "gate" not in
-    name} other_gradients = {name: p.grad.clone() for name, p in model.named_parameters() if name in others}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and "gate" not in name}
+    others = {name: p.detach().clone() for name, p in trained.items()}
+    other_gradients = {name: p.grad.clone() for name, p in trained.items()}
     optimizer.step()
     zeroed = 0
     for name, gate in gate_values(model).items():
@@ -117,9 +118,8 @@ def test_a_step_of_sgd_by_hand(mode):
         torch.testing.assert_close(gate, shrunk, atol=1e-7, rtol=1e-6)
         zeroed += int((shrunk == 0).sum())
     assert 0 < zeroed < count
-    for name, p in model.named_parameters():
-        if name in others:
-            torch.testing.assert_close(p.detach(), others[name] - 0.1 * other_gradients[name])
+    for name, p in trained.items():
+        torch.testing.assert_close(p.detach(), others[name] - 0.1 * other_gradients[name])
 
 
 def test_modes_differ_between_one_and_two_thresholds():
@@ -134,12 +134,12 @@ def test_modes_differ_between_one_and_two_thresholds():
 
 
 def test_a_step_of_adamw_by_hand():
-    """At AdamW's first step m / sqrt(v) = gradient / |gradient|: g <- shrink(g - lr grad / (|grad| + eps)); no decay."""
+    """At the first step m / sqrt(v) = grad / |grad|, so g <- shrink(g - lr grad / (|grad| + eps)); no decay."""
     model = adapt(threshold=0.05, l1=10.0)
     optimizer = rw.sora_optimizer(model, lr=1e-3, gate_lr=0.02, weight_decay=0.5)
     tiny.loss(model).backward()
     before = gate_values(model)
-    gradients = {name: gate.grad + 10.0 * gate.sign() / (4 * 6) for name, gate in gates(model).items()}
+    gradients = {name: gate.grad + 10.0 * gate.detach().sign() / (4 * 6) for name, gate in gates(model).items()}
     optimizer.step()
     for name, gate in gate_values(model).items():
         moved = before[name] - 0.02 * gradients[name] / (gradients[name].abs() + 1e-8)

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import peft
 import pytest
-import tiny
 import torch
 from torch import nn
 
 import rankwise as rw
+import tiny
 from rankwise.errors import UserError
 from rankwise.ranks import gates
 

@@ -4,7 +4,8 @@ import polars as pl
 import pytest
 
 from rankwise.errors import UserError
-from rankwise.recommend import Case, leave_last_out, sample_cases
+from rankwise.recommend import Case, leave_last_out
+from rankwise.sampling import sample
 
 
 def log_of(**users: str) -> pl.DataFrame:
@@ -70,11 +71,11 @@ def test_nothing_left_or_a_wrong_setting_is_an_error() -> None:
 
 def test_sampling_keeps_order_is_seeded_and_says_what_it_left_out() -> None:
     cases = [Case("a", ("x",), str(number)) for number in range(100)]
-    drawn, left_out = sample_cases(cases, 30, seed=1)
+    drawn, left_out = sample(cases, 30, seed=1)
     assert left_out == 70
     places = [int(case.target) for case in drawn]
     assert places == sorted(set(places))
-    assert sample_cases(cases, 30, seed=1)[0] == drawn != sample_cases(cases, 30, seed=2)[0]
-    assert sample_cases(cases, None, seed=1) == sample_cases(cases, 100, seed=1) == (cases, 0)
+    assert sample(cases, 30, seed=1)[0] == drawn != sample(cases, 30, seed=2)[0]
+    assert sample(cases, None, seed=1) == sample(cases, 100, seed=1) == (cases, 0)
     with pytest.raises(UserError, match="a limit of 0 rows"):
-        sample_cases(cases, 0, seed=1)
+        sample(cases, 0, seed=1)

@@ -5,9 +5,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rankwise.errors import UserError
+from rankwise.likelihood import answer_log_probabilities
 from rankwise.tokenise import (
     ANSWERS_TOO_LONG,
     PROMPTS_CUT,
@@ -17,6 +18,7 @@ from rankwise.tokenise import (
     encode_answers,
     encode_completion,
     encode_prompt,
+    pad_left,
 )
 
 # One token a character: nothing here merges in the tiny tokenizer's vocabulary.
@@ -170,13 +172,43 @@ def test_several_answers_share_a_prompt_that_leaves_room_for_the_longest(
     assert encode_answer_set(tiny_tokenizer, PROMPT, texts, 5) is None
 
 
+def test_an_answer_set_of_one_is_an_answer(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    for context in (10, 9, 6, 5, 4):
+        row = encode_answer(tiny_tokenizer, PROMPT, ANSWER, context)
+        shared = encode_answer_set(tiny_tokenizer, PROMPT, [ANSWER], context)
+        assert (row is None) == (shared is None) == (context == 4)
+        if row is not None and shared is not None:
+            prompt, [answer], was_cut = shared
+            assert (prompt + answer, was_cut) == (row.input_ids, row.prompt_cut)
+
+
 def test_padding_on_the_left_aligns_the_ends() -> None:
     rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
     batch = AnswerCollator(pad_id=9)(rows)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [9, 9, 8]]
-    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, -100, 8]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+
+
+def test_rows_become_one_tensor_with_a_mask_of_their_own_tokens() -> None:
+    ids, own = pad_left([[5, 6, 7], [], [8]], 9)
+    assert ids.tolist() == [[5, 6, 7], [9, 9, 9], [9, 9, 8]]
+    assert own.tolist() == [[1, 1, 1], [0, 0, 0], [0, 0, 1]]
+    assert ids.dtype == own.dtype == torch.int64
+
+
+def test_a_first_token_is_never_predicted_from_padding(tiny_llama: LlamaForCausalLM) -> None:
+    """Rows with a label on each token: the loss of the short one is that of its second and third token alone."""
+    rows = [{"input_ids": row, "labels": row} for row in ([11, 12, 13, 14, 15, 16], [21, 22, 23])]
+    batch = AnswerCollator(pad_id=1)(rows)
+    assert batch["labels"].tolist() == [[-100, 12, 13, 14, 15, 16], [-100] * 4 + [22, 23]]
+    with torch.no_grad():
+        values, mask = answer_log_probabilities(tiny_llama, batch)
+        logits = tiny_llama(input_ids=torch.tensor([[21, 22, 23]])).logits[0]
+    assert mask.sum(dim=1).tolist() == [5, 2]
+    expected = logits.log_softmax(-1)[[0, 1], [22, 23]]
+    torch.testing.assert_close(values[1][mask[1]], expected, atol=1e-5, rtol=0)
 
 
 def test_padding_token_of_a_tokenizer(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -128,7 +128,7 @@ def test_a_weight_that_is_not_finite(bad):
 
 
 def test_an_unknown_part_names_the_nearest():
-    with pytest.raises(UserError, match="'minr'.*did you mean 'minor'"):
+    with pytest.raises(UserError, match=r"'minr'.*did you mean 'minor'"):
         check_part("minr")
     with pytest.raises(UserError, match="known: middle, minor, principal, random"):
         check_part("xyz")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers import (
@@ -123,3 +123,10 @@ def dense_updates(model: nn.Module) -> dict[str, Tensor]:
 def logits_of_rows(model: nn.Module, adapters: list[str]) -> Tensor:
     """Logits with an adapter for each row of the batch."""
     return model(input_ids=IDS, adapter_names=adapters).logits
+
+
+def adapted(family: str, config: type[LoraConfig] = LoraConfig, **settings) -> PeftModel:
+    """A trained adapter of any kind."""
+    chosen = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS[family], "fan_in_fan_out": family == "gpt2"}
+    torch.manual_seed(1)
+    return train(get_peft_model(make(family), config(**chosen | settings)))

@@ -112,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     made = _add(commands, demo, "rankwise demo --ratings ratings.csv --items movies.csv")
     made.add_argument("--ratings", metavar="FILE", help="your interactions: CSV, TSV, JSONL or Parquet")
     made.add_argument("--items", metavar="FILE", help="your items with their titles")
-    made.add_argument("--output", default="runs/demo", metavar="FOLDER", help="the run's folder (%(default)s)")
+    made.add_argument("--output", metavar="FOLDER", help="the run's folder (runs/demo, or the next free number)")
     made.add_argument("--seed", type=int, default=0, help="of all draws (%(default)s)")
 
     made = _add(commands, train, "rankwise train recipe.yaml stages.0.epochs=2 output=runs/two-epochs")
@@ -149,7 +149,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run a command; returns 0, or 2 after a user's mistake, or 1 after a failure."""
     from rich.console import Console
 
-    arguments = parser().parse_args(words)
+    arguments = _parse(words)
     console = Console(stderr=arguments.json)
     if not console.is_terminal:
         console = Console(stderr=arguments.json, width=140)
@@ -168,6 +168,17 @@ def main(words: Sequence[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps(result, ensure_ascii=False))
     return 0
+
+
+def _parse(words: Sequence[str] | None) -> Arguments:
+    """The arguments; overrides may stand on both sides of options, which argparse alone does not allow."""
+    top = parser()
+    arguments, rest = top.parse_known_args(words)
+    if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def _add(commands: Any, function: Callable[..., Any], example: str) -> argparse.ArgumentParser:

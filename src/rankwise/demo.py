@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,25 @@ def demo_recipe(arguments: argparse.Namespace, console: Console) -> Recipe:
     """
     if bool(arguments.ratings) != bool(arguments.items):
         raise UserError("demo needs both --ratings and --items, or neither for the synthetic log")
-    values = _values(arguments)
+    output = Path(arguments.output) if arguments.output else _free(Path("runs/demo"))
+    values = _values(output, arguments.seed)
     if arguments.ratings:
         values["data"] |= {"interactions": arguments.ratings, "items": arguments.items}
     else:
-        folder = Path(arguments.output).with_name(f"{Path(arguments.output).name}-log")
+        folder = output.with_name(f"{output.name}-log")
         console.print(f"synthetic log, made by rankwise's own generator: {folder}", highlight=False)
         ratings, items = write_synthetic(folder)
         values["data"] |= {"interactions": str(ratings), "items": str(items)}
     return make_recipe(values)
 
 
-def _values(arguments: argparse.Namespace) -> dict[str, Any]:
+def _free(folder: Path) -> Path:
+    """The folder, or the first of folder-2, folder-3, ... that is not there."""
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([folder], numbered) if not path.exists())
+
+
+def _values(output: Path, seed: int) -> dict[str, Any]:
     """SFT, then DPO with one negative and softmax-DPO with three, both from the SFT model."""
     preference = {"kind": "softmax_dpo", "start": "sft", "epochs": 1, "learning_rate": 2e-4, "rows": 800}
     return {
@@ -45,6 +53,6 @@ def _values(arguments: argparse.Namespace) -> dict[str, Any]:
             {"name": "DPO-1", "negatives": 1, **preference},
             {"name": "softmax-DPO-3", "negatives": 3, **preference},
         ],
-        "output": arguments.output,
-        "seed": arguments.seed,
+        "output": str(output),
+        "seed": seed,
     }

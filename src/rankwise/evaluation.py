@@ -10,29 +10,32 @@ from typing import Any, cast
 from peft import PeftModel
 from rich.console import Console
 
+from rankwise.analysis.runfolder import read_results
 from rankwise.analysis.tables import result_table
 from rankwise.errors import UserError, nearest
 from rankwise.exporting import Layout, export
 from rankwise.files import write_json
-from rankwise.models import context_limit, load_tokenizer, quiet_libraries
+from rankwise.models import context_limit, load_classifier, load_language_model, load_tokenizer, quiet_libraries
 from rankwise.recipes import load_recipe
 from rankwise.run import load_stage, with_adapter
-from rankwise.schema import Recipe
+from rankwise.schema import ClassificationData, Recipe
 from rankwise.tasks.load import check_files, load_task
-from rankwise.tasks.task import Task
+from rankwise.tokenise import padding_token
 
 
 def evaluate_run(run: Path, overrides: Sequence[str], console: Console) -> dict[str, Any]:
-    """Measure a run's finished adapter on its data, with overrides of the recipe; writes ``evaluation.json``.
+    """Measure what a run's last stage left on its data, with overrides of the recipe; writes ``evaluation.json``.
 
     Raises:
         UserError: the folder is no finished run, or its data is gone.
     """
-    recipe, task = _open(run, overrides)
-    base = task.load_model()
-    model = PeftModel.from_pretrained(base, _existing(run, run / "adapter"))
+    recipe = _recipe(run, overrides)
+    check_files(recipe.data)
+    tokenizer = load_tokenizer(recipe.model.path)
+    task = load_task(recipe, tokenizer, context_limit(recipe.model, tokenizer))
+    model = _trained(run, recipe, recipe.stages[-1].name)
     rows = [{"name": name, "metrics": metrics, "cases": task.cases} for name, metrics in task.baselines().items()]
-    rows.append({"name": recipe.name, "metrics": task.evaluate(model), "cases": task.cases})
+    rows.append({"name": recipe.stages[-1].name, "metrics": task.evaluate(model), "cases": task.cases})
     results = {"task": task.kind, "columns": list(task.columns), "rows": rows, "counts": task.counts}
     write_json(run / "evaluation.json", results)
     console.print(result_table(results))
@@ -47,29 +50,36 @@ def export_stage(
     Raises:
         UserError: the folder is no run, or there is no such stage.
     """
-    recipe, task = _open(run, ())
+    recipe = _recipe(run, ())
     names = [known.name for known in recipe.stages]
     if stage is not None and stage not in names:
         raise UserError(f"stage {stage!r} is not in {run}: {nearest(stage, names)}")
-    trained = _existing(run, run / "stages" / (stage or names[-1]))
-    model = with_adapter(task.load_model(), recipe, task.task_type)
-    load_stage(model, trained)
+    model = _trained(run, recipe, stage or names[-1])
     report = export(model, folder, rank, energy, cast(Layout, layout))
-    console.print(
-        f"{folder}: {report.parameters:,} parameters, relative error {report.relative_error:.2e}", highlight=False
-    )
+    error = f"relative error {report.relative_error:.2e}"
+    console.print(f"{folder}: {report.parameters:,} parameters, {error}", highlight=False)
     return asdict(report)
 
 
-def _open(run: Path, overrides: Sequence[str]) -> tuple[Recipe, Task]:
+def _recipe(run: Path, overrides: Sequence[str]) -> Recipe:
     quiet_libraries()
-    recipe = load_recipe(_existing(run, run / "recipe.yaml"), overrides)
-    check_files(recipe.data)
-    tokenizer = load_tokenizer(recipe.model.path)
-    return recipe, load_task(recipe, tokenizer, context_limit(recipe.model.path, recipe.model.context))
+    return load_recipe(_existing(run, "recipe.yaml"), overrides)
 
 
-def _existing(run: Path, path: Path) -> Path:
-    if not path.exists():
-        raise UserError(f"{run} has no {path.relative_to(run)}: give the folder of a finished `rankwise train`")
-    return path
+def _trained(run: Path, recipe: Recipe, stage: str) -> PeftModel:
+    """The base with the adapter as a stage left it."""
+    folder = _existing(run, f"stages/{stage}")
+    if isinstance(recipe.data, ClassificationData):
+        labels = read_results(run).get("labels") or []
+        padding = padding_token(load_tokenizer(recipe.model.path))
+        model = with_adapter(load_classifier(recipe.model, labels, padding), recipe, "SEQ_CLS")
+    else:
+        model = with_adapter(load_language_model(recipe.model), recipe, "CAUSAL_LM")
+    load_stage(model, folder)
+    return model
+
+
+def _existing(run: Path, name: str) -> Path:
+    if not (run / name).exists():
+        raise UserError(f"{run} has no {name}: give the folder of a finished `rankwise train`")
+    return run / name

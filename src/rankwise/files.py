@@ -56,10 +56,20 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        for file in temporary.rglob("*"):
+            _settle(file)
         _exchange(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _settle(path: Path) -> None:
+    """Have a file on the disk, as readable as its folder: some libraries write for the owner alone."""
+    if path.is_file():
+        path.chmod(path.parent.stat().st_mode & 0o666)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def _exchange(made: Path, path: Path) -> None:

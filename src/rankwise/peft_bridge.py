@@ -35,8 +35,6 @@ class LowRankVariant(LoraVariant):
     the update to a layer's output (``forward``, PEFT's hook). Merging and export follow from the factors.
     """
 
-    state_name: ClassVar[str]
-
     def attach(self, layer: Linear, adapter: str, config: LoraConfig) -> None:
         """Make this variant's own parameters and buffers in ``layer``; on the meta device, only their shapes."""
         raise NotImplementedError(f"{type(self).__name__} must say what it keeps in a layer")
@@ -69,7 +67,7 @@ class LowRankVariant(LoraVariant):
 
 
 def keep_state(layer: Linear, name: str, adapter: str, state: nn.Module | nn.Parameter) -> None:
-    """Put ``state`` into the layer under ``name``, so that PEFT saves, moves, enables and deletes it as it does A and B."""
+    """Put ``state`` into the layer as ``name``, so that PEFT saves, moves, enables and deletes it with A and B."""
     if not hasattr(layer, name):
         setattr(layer, name, nn.ParameterDict() if isinstance(state, nn.Parameter) else nn.ModuleDict())
         layer.adapter_layer_names = (*layer.adapter_layer_names, name)
@@ -101,8 +99,11 @@ class VariantModel(LoraModel):
             )
         variant = self.variant()
         layer.lora_variant[adapter_name] = variant
-        with torch.no_grad():
-            variant.attach(layer, adapter_name, lora_config)
+        try:
+            with torch.no_grad():
+                variant.attach(layer, adapter_name, lora_config)
+        except UserError as error:
+            raise UserError(f"{current_key}: {error}") from error
 
     def add_weighted_adapter(self, *_: Any, **__: Any) -> NoReturn:
         """Refuse PEFT's combination of adapters: it combines A and B alone, which these adapters do not compute."""

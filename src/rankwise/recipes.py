@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,7 +26,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"recipe {path} does not exist: give the path of a YAML file")
-    values = _parse(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"recipe {path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    values = _parse(text, str(path))
     if not isinstance(values, dict):
         raise UserError(f"recipe {path} is no mapping: it needs the keys {', '.join(Recipe.model_fields)}")
     return make_recipe(values, overrides, str(path))
@@ -42,7 +46,7 @@ def make_recipe(values: dict[str, Any], overrides: Sequence[str] = (), source: s
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{source}: {_explain(error, values)}") from None
+        raise UserError(f"{source}: {_explain(error)}") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -80,15 +84,13 @@ def _item(values: list[Any], key: str, override: str) -> Any:
     return values[int(key)]
 
 
-def _explain(error: ValidationError, values: dict[str, Any]) -> str:
+def _explain(error: ValidationError) -> str:
     """The first mistake, as one line: where, what was given, what would be accepted."""
     first = error.errors(include_url=False)[0]
-    tags = {"lora", "milora", "sora", "text", "instructions", "classification", "interactions", "sdpo"}
-    tags |= {"sft", "softmax_dpo"}
-    location = [part for part in first["loc"] if part not in tags]
+    location, section = _walk(first["loc"])
     place = ".".join(map(str, location))
     if first["type"] == "extra_forbidden":
-        return f"{place} is unknown: {nearest(str(location[-1]), _known(first['loc'], values))}"
+        return f"{place} is unknown: {nearest(str(location[-1]), section.model_fields)}"
     if first["type"] == "union_tag_invalid":
         known = first["ctx"]["expected_tags"].replace("'", "").split(", ")
         return f"{place}.kind {first['ctx']['tag']!r} is unknown: {nearest(first['ctx']['tag'], known)}"
@@ -100,19 +102,27 @@ def _explain(error: ValidationError, values: dict[str, Any]) -> str:
     return f"{place} {first['input']!r}: {message}" if place else message
 
 
-def _known(location: Iterable[Any], values: dict[str, Any]) -> list[str]:
-    """The keys that exist where an unknown key was found."""
+def _walk(location: Sequence[Any]) -> tuple[list[Any], type[BaseModel]]:
+    """A place in the recipe without the kinds that pydantic puts into it, and the section that holds its last key."""
     section: type[BaseModel] = Recipe
+    place: list[Any] = []
     kinds: dict[Any, type[Section]] = {}
-    for part in list(location)[:-1]:
-        if isinstance(part, str) and part in section.model_fields:
-            found = _sections(section.model_fields[part].annotation)
-            section = found[0] if len(found) == 1 else section
-            tagged = [choice for choice in found if "kind" in choice.model_fields]
-            kinds = {get_args(choice.model_fields["kind"].annotation)[0]: choice for choice in tagged}
-        elif part in kinds:
-            section = kinds[part]
-    return list(section.model_fields)
+    for part in location:
+        if part in kinds and isinstance(part, str):
+            section, kinds = kinds[part], {}
+            continue
+        place.append(part)
+        if isinstance(part, int) or part not in section.model_fields:
+            continue
+        found = _sections(section.model_fields[part].annotation)
+        tagged = {
+            get_args(each.model_fields["kind"].annotation)[0]: each for each in found if "kind" in each.model_fields
+        }
+        if tagged:
+            kinds = tagged
+        elif found:
+            section = found[0]
+    return place, section
 
 
 def _sections(annotation: Any) -> list[type[Section]]:

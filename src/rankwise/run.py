@@ -22,12 +22,14 @@ from transformers import PreTrainedModel, set_seed
 import rankwise
 from rankwise.analysis.ranks import read_ranks
 from rankwise.analysis.report import write_report
+from rankwise.analysis.runfolder import read_entry
 from rankwise.analysis.tables import result_table
 from rankwise.directions import MiloraConfig
 from rankwise.errors import UserError
 from rankwise.exporting import export
 from rankwise.files import new_folder, write_json, write_jsonl, write_text
 from rankwise.models import context_limit, load_tokenizer, quiet_libraries
+from rankwise.peft_bridge import active_adapter, adapted_layers
 from rankwise.ranks import SoraConfig, prune
 from rankwise.recipes import dump_recipe
 from rankwise.schema import AnyStage, LoraSettings, MiloraSettings, Recipe, SoraSettings
@@ -59,8 +61,8 @@ class Run:
         self.recipe, self.console = recipe, console
         self.folder = Path(recipe.output)
         check_files(recipe.data)
-        self.context = context_limit(recipe.model.path, recipe.model.context)
         self.tokenizer = load_tokenizer(recipe.model.path)
+        self.context = context_limit(recipe.model, self.tokenizer)
         self.results: dict[str, Any] = {}
         if resume and (self.folder / "recipe.yaml").exists():
             self.results = _earlier_results(self.folder, recipe)
@@ -75,13 +77,13 @@ class Run:
         done = {row["name"] for row in self.results.get("rows", [])}
         self._open(task)
         set_seed(self.recipe.seed)
-        base = task.load_model()
+        model = with_adapter(task.load_model(), self.recipe, task.task_type)
         for name, metrics in task.baselines().items():
             if name not in done:
                 self._row(task, name, metrics)
         if self.recipe.evaluation.base and BASE not in done:
-            self._measure(task, base, BASE)
-        model = with_adapter(base, self.recipe, task.task_type)
+            with model.disable_adapter():
+                self._measure(task, model, BASE)
         self._stages(task, model, done)
         self._finish(model)
         return self.results
@@ -130,6 +132,7 @@ class Run:
 
     def _finish(self, model: PeftModel) -> None:
         """Prune, export, and write the ranks and the report."""
+        self._adapted = [name for name, _ in adapted_layers(model, active_adapter(model))]
         with self._timed("export"):
             if isinstance(self.recipe.adapter, SoraSettings):
                 pruned = prune(model)
@@ -144,7 +147,9 @@ class Run:
             "layout": wanted.layout,
         }
         if wanted.layout != "merged":
-            write_json(self.folder / "ranks.json", _ranks(self.folder / "adapter", self.recipe.adapter.r))
+            write_json(
+                self.folder / "ranks.json", _ranks(self.folder / "adapter", self._adapted, self.recipe.adapter.r)
+            )
         write_json(self.folder / "results.json", self.results)
         self.console.print(result_table(self.results))
         self.console.print(f"report: {write_report(self.folder)}", highlight=False)
@@ -154,6 +159,7 @@ class Run:
         write_text(self.folder / "recipe.yaml", dump_recipe(self.recipe))
         write_json(self.folder / "versions.json", versions())
         start = {"task": task.kind, "columns": list(task.columns), "rows": [], "counts": dict(task.counts)}
+        start["labels"] = task.labels
         self.results = {**start, **self.results}
         for name, count in task.counts.items():
             if count:
@@ -178,8 +184,18 @@ class Run:
 
 
 def with_adapter(base: PreTrainedModel, recipe: Recipe, task_type: str) -> PeftModel:
-    """The base with a new adapter as the recipe wants it; its weights stay as they are."""
-    return peft.get_peft_model(base, adapter_config(recipe.adapter, task_type, recipe.seed))
+    """The base with a new adapter as the recipe wants it; its weights stay as they are.
+
+    Raises:
+        UserError: the target modules match nothing, or one of them cannot be adapted.
+    """
+    config = adapter_config(recipe.adapter, task_type, recipe.seed)
+    try:
+        return peft.get_peft_model(base, config)
+    except UserError:
+        raise
+    except ValueError as error:  # PEFT's word for targets that match nothing, or that it cannot adapt
+        raise UserError(f"adapter.target_modules {recipe.adapter.target_modules}: {error}") from error
 
 
 def adapter_config(settings: LoraSettings, task_type: str, seed: int) -> LoraConfig:
@@ -231,9 +247,15 @@ def versions() -> dict[str, str]:
     }
 
 
-def _ranks(adapter: Path, initial: int) -> list[dict[str, Any]]:
-    """Ranks of the finished adapter beside the recipe's; an update of MiLoRA has up to twice as many directions."""
-    return [{**row, "initial_rank": initial} for row in read_ranks(adapter)]
+def _ranks(adapter: Path, adapted: list[str], initial: int) -> list[dict[str, Any]]:
+    """Directions of each adapted module in the finished adapter, 0 where it has none left, beside the recipe's rank.
+
+    An update of MiLoRA has up to twice as many directions as its rank.
+    """
+    written = {row["module"]: row for row in read_ranks(adapter)}
+    none = {"live": 0, "parameters": 0, "bytes": 0, "rank": 0}
+    rows = [{"module": name, **none, **written.get(name, {}), "initial_rank": initial} for name in adapted]
+    return [row | {"rank": row["live"], "stored_rank": row["rank"]} for row in rows]
 
 
 def _check_folder(folder: Path) -> None:
@@ -256,7 +278,7 @@ def _earlier_results(folder: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def _forget(metrics: Path, stage: str) -> None:
-    """Drop the lines of a stage that was begun and not finished."""
+    """Drop the lines of a stage that was begun and not finished; its last line may be half a line."""
     if metrics.exists():
-        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-        write_jsonl(metrics, [line for line in lines if line["stage"] != stage])
+        entries = (read_entry(line) for line in metrics.read_text(encoding="utf-8").split("\n"))
+        write_jsonl(metrics, [entry for entry in entries if entry is not None and entry.get("stage") != stage])

@@ -18,6 +18,7 @@ def _expand(path: str) -> str:
     return expanded
 
 
+RESERVED = ("random", "popularity", "most frequent", "base model")
 File = Annotated[str, AfterValidator(_expand)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -63,7 +64,10 @@ class ModelSettings(Section):
     """The base model, which is never changed."""
 
     path: str = Field(EMBEDDED, description="A folder, a hub id, or 'embedded' for the small model that ships here.")
-    context: Count | None = Field(None, description="Most tokens of a row; the model's own limit where not given.")
+    context: Count | None = Field(
+        None, description="Most tokens of a row; the model's limit, at most 2048, if not given."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the frozen weights in memory.")
 
 
 class TextData(Section):
@@ -142,6 +146,7 @@ class SdpoData(RecommendationSettings):
     train: File = Field(description="S-DPO's JSON, or LLaRA's JSONL windows.")
     validation: File = Field(description="S-DPO's JSON, or LLaRA's JSONL windows.")
     test: File = Field(description="S-DPO's JSON, or LLaRA's JSONL windows.")
+    template: str = Field("artists-candidates", description="A shipped template's name, or the path of your own.")
     names: File | None = Field(None, description="LLaRA's id2name.txt, where windows are read.")
 
 
@@ -149,7 +154,9 @@ class Stage(Section):
     """One training of the adapter."""
 
     name: str = Field(
-        "", pattern=r"^[A-Za-z0-9._-]*$", description="Name in tables and folders; the kind if not given."
+        "",
+        pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]*)?$",
+        description="Name in tables and folders; the kind if not given.",
     )
     start: str | None = Field(None, description="Stage to start from; the one before where not given.")
     epochs: Positive = Field(1.0, description="Passes over the training rows.")
@@ -183,7 +190,7 @@ class EvaluationSettings(Section):
 
     split: Literal["validation", "test"] = Field("test", description="Part of the data; validation where no test is.")
     cases: Count | None = Field(None, description="Most cases, drawn by the seed; all where not given.")
-    generate: bool = Field(True, description="Also run the papers' protocol: greedy decoding, substring match.")
+    generate: bool = Field(True, description="In recommendation, also the papers' protocol: greedy text, substrings.")
     base: bool = Field(True, description="Also measure the base model.")
 
 
@@ -221,7 +228,9 @@ class Recipe(Section):
     def _defaults(cls, values: Any) -> Any:
         """Name each unnamed stage by its kind."""
         if isinstance(values, dict) and isinstance(values.get("stages"), list):
-            named = [{"name": s.get("kind", ""), **s} if isinstance(s, dict) else s for s in values["stages"]]
+            named = [
+                s | {"name": s.get("name") or s.get("kind")} if isinstance(s, dict) else s for s in values["stages"]
+            ]
             values = values | {"stages": named}
         return values
 
@@ -230,6 +239,10 @@ class Recipe(Section):
         """Names are unique, starts are known, and preference training has rows to train on."""
         names: list[str] = []
         for number, stage in enumerate(self.stages):
+            if stage.name in RESERVED:
+                raise ValueError(f"stages.{number}.name {stage.name!r} is a name of the result table: choose another")
+            if stage.kind == "sft" and stage.loss == "row" and isinstance(self.data, ClassificationData):
+                raise ValueError(f"stages.{number}.loss row: labels have no prompt to learn; use answer")
             if stage.name in names:
                 raise ValueError(f"stages.{number}.name {stage.name!r} occurs twice: name each stage differently")
             if stage.start is not None and stage.start not in names:
@@ -240,4 +253,11 @@ class Recipe(Section):
             if stage.kind == "softmax_dpo" and stage.negatives > self.data.negatives:  # type: ignore[union-attr]
                 raise ValueError(f"stages.{number}.negatives {stage.negatives} is more than data.negatives: raise that")
             names.append(stage.name)
+        return self
+
+    @model_validator(mode="after")
+    def _export_fits(self) -> Recipe:
+        """Merged weights are not cut."""
+        if self.export.layout == "merged" and (self.export.rank or self.export.energy):
+            raise ValueError("export.layout merged keeps the whole update: leave out export.rank and export.energy")
         return self

@@ -77,9 +77,11 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: s
 
 
 def encode_answer_set(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, completions: Sequence[str], context: int
+    tokenizer: PreTrainedTokenizerBase, prompt: str, completions: Sequence[str], context: int, least_room: int = 0
 ) -> tuple[list[int], list[list[int]], bool] | None:
     """A prompt and several answers to it, such that the longest fits ``context`` tokens with the prompt.
+
+    The prompt leaves room for ``least_room`` tokens at least, however short the answers are.
 
     Returns:
         The prompt's ids, each answer's ids, and whether the prompt was cut on the left; None where an answer is too
@@ -88,9 +90,11 @@ def encode_answer_set(
     Raises:
         UserError: as :func:`encode_answer`.
     """
-    answers = [encode_completion(tokenizer, text) for text in completions]
-    longest = max(answers, key=len, default=[])
-    row = _join(tokenizer, token_ids(tokenizer, [prompt])[0], longest, context)
+    end = end_token(tokenizer)
+    prompt_ids, *texts = token_ids(tokenizer, [prompt, *completions])
+    answers = [[*ids, end] for ids in texts]
+    longest = max(answers, key=len)
+    row = _join(tokenizer, prompt_ids, longest, context - max(0, least_room - len(longest)))
     if row is None:
         return None
     return row.input_ids[: len(row.input_ids) - len(longest)], answers, row.prompt_cut

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import (
     PreTrainedTokenizerBase,
@@ -53,6 +53,8 @@ class AnswerTrainer(Trainer):
         """Trainer's hook."""
         values, mask = answer_log_probabilities(model, inputs)
         loss = -values.sum() / (mask.sum() if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, tokens were added up
         return (loss, {}) if return_outputs else loss
 
 
@@ -63,8 +65,8 @@ class ProgressBar(TrainerCallback):
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
-            TextColumn("loss {task.fields[loss]}"),
+            MofNCompleteColumn(),  # copes with a total that is not known yet
+            TextColumn("steps, loss {task.fields[loss]}"),
             TextColumn("{task.fields[rate]} rows/s"),
             TimeRemainingColumn(),
         )
@@ -142,9 +144,11 @@ class StopOnNan(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Raise where the logged loss is NaN or infinite."""
-        if logs and not math.isfinite(float(logs.get("loss", 0.0))):
-            raise UserError(f"the loss is {logs['loss']} at step {state.global_step}: lower the stage's learning_rate")
+        """Raise where the logged loss is NaN or infinite; after the last step only the mean of the stage is logged."""
+        found = logs or {}
+        loss = float(found.get("loss", found.get("train_loss", 0.0)))
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {state.global_step}: lower the stage's learning_rate")
 
 
 def train_stage(
@@ -214,15 +218,16 @@ def _arguments(
         "gradient_accumulation_steps": stage.accumulation,
         "learning_rate": stage.learning_rate,
         "lr_scheduler_type": stage.schedule if stage.schedule != "constant" else "constant_with_warmup",
-        "warmup_steps": math.ceil(stage.warmup * steps),
+        "warmup_steps": float(math.ceil(stage.warmup * steps)),
         "weight_decay": stage.weight_decay,
         "max_grad_norm": stage.clip,
-        "logging_steps": max(1, round(steps / 50)),
+        "logging_steps": float(max(1, round(steps / 50))),
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
         "save_strategy": "no",
         "seed": seed,
         "bf16": bfloat16,
+        "use_cpu": not torch.cuda.is_available(),  # bfloat16 is refused on a CPU that was not asked for
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": True,

@@ -136,11 +136,12 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
     if not path.is_file():
         return [], 0
     lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    entries = [entry for entry in map(_entry, lines) if entry is not None]
+    entries = [entry for entry in map(read_entry, lines) if entry is not None]
     return entries, len(lines) - len(entries)
 
 
-def _entry(line: str) -> dict[str, Any] | None:
+def read_entry(line: str) -> dict[str, Any] | None:
+    """One line of ``metrics.jsonl``, or None where it is no whole JSON object."""
     try:
         entry = json.loads(line)
     except ValueError:

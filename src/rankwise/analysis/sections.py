@@ -130,11 +130,11 @@ def _count(value: Any) -> str:
 
 def counts_section(run: Run) -> str:
     """What was dropped or ignored, from the data to the log."""
-    title, counts = "Dropped and ignored", (run.results.get("counts") or {}) | run.unread
+    title, counts = "Rows and cases", (run.results.get("counts") or {}) | run.unread
     if not counts:
-        return section(title, muted("Nothing was reported as dropped or ignored."))
-    caption = "Rows, cases and settings that did not count as they were given."
-    written = {name: _count(number) for name, number in counts.items()}
+        return section(title, muted("Nothing was counted."))
+    caption = "What was read, kept, cut, dropped and left out; what is not named did not occur."
+    written = {name: _count(number) for name, number in counts.items() if number}
     return section(title, pairs_table(caption, ["what", "number"], written))
 
 

@@ -36,7 +36,9 @@ class MiloraConfig(LoraConfig):
         UserError: an unknown part, an alpha of 0 or less, or a setting of another LoRA variant (``use_dora``, say).
 
     Source: MiLoRA (arXiv 2406.09044), section 3. It differs in that the base keeps its weight and a frozen initial
-    pair is kept beside the trained one, so that nothing is rounded and ``disable_adapter()`` gives the true base.
+    pair is kept beside the trained one, so that nothing is rounded and ``disable_adapter()`` gives the true base; and
+    with dropout both pairs see the same dropped input, so that training starts from the base exactly, where the
+    paper's form drops inputs of ``B A`` only.
     """
 
     lora_alpha: int | float | None = field(

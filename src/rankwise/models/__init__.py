@@ -17,7 +17,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rankwise.errors import UserError
-from rankwise.schema import EMBEDDED
+from rankwise.schema import EMBEDDED, ModelSettings
 
 EMBEDDED_FOLDER = Path(__file__).parent / "reviews"
 
@@ -58,47 +58,54 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_language_model(path: str) -> PreTrainedModel:
-    """A causal language model with float32 weights, read from safetensors; on an accelerator where there is one.
+def load_language_model(settings: ModelSettings) -> PreTrainedModel:
+    """A causal language model, read from safetensors; on an accelerator where there is one.
 
     Raises:
         UserError: it cannot be loaded.
     """
-    return _load(AutoModelForCausalLM, path)
+    return _load(AutoModelForCausalLM, settings)
 
 
-def load_classifier(path: str, labels: list[str], padding: int) -> PreTrainedModel:
+def load_classifier(settings: ModelSettings, labels: list[str], padding: int) -> PreTrainedModel:
     """The model with a new classification head over ``labels``; otherwise as :func:`load_language_model`.
 
     Raises:
         UserError: it cannot be loaded.
     """
     names = dict(enumerate(labels))
-    model = _load(AutoModelForSequenceClassification, path, id2label=names, label2id={n: i for i, n in names.items()})
+    model = _load(
+        AutoModelForSequenceClassification, settings, id2label=names, label2id={n: i for i, n in names.items()}
+    )
     model.config.pad_token_id = padding
     return model
 
 
-def context_limit(path: str, wanted: int | None) -> int:
-    """Most tokens of a row: the model's own limit, or fewer where wanted.
+def context_limit(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Most tokens of a row: as wanted, else the model's own limit, but at most 2048.
 
     Raises:
-        UserError: more is wanted than the model has positions for.
+        UserError: more is wanted than the model has positions for, or there is no such model.
     """
-    config = AutoConfig.from_pretrained(resolve(path))
-    limit = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
-    if wanted is not None and wanted > limit:
-        raise UserError(f"model.context {wanted} is more than the model's {limit} positions: give {limit} or fewer")
-    return wanted or limit
+    try:
+        config = AutoConfig.from_pretrained(resolve(settings.path)).get_text_config()
+    except (OSError, ValueError) as error:
+        raise _unavailable(settings.path, error) from error
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048
+    # A tokenizer knows the limit of models whose first positions are taken (RoBERTa); where it does not, it says 1e30.
+    limit = min(int(positions), int(tokenizer.model_max_length))
+    if settings.context is not None and settings.context > limit:
+        raise UserError(f"model.context {settings.context} is more than the model's {limit}: give {limit} or fewer")
+    return settings.context or min(limit, 2048)
 
 
-def _load(kind: type, path: str, **options: object) -> PreTrainedModel:
+def _load(kind: type, settings: ModelSettings, **options: object) -> PreTrainedModel:
     try:
         model: PreTrainedModel = kind.from_pretrained(  # type: ignore[attr-defined]
-            resolve(path), dtype=torch.float32, use_safetensors=True, **options
+            resolve(settings.path), dtype=getattr(torch, settings.dtype), use_safetensors=True, **options
         )
     except (OSError, ValueError) as error:
-        raise _unavailable(path, error) from error
+        raise _unavailable(settings.path, error) from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

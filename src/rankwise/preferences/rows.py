@@ -75,6 +75,8 @@ def _check(row: Mapping[str, Any], number: int) -> None:
         raise UserError(
             f"preference row {number} has no {' and no '.join(missing)}: each row needs prompt, chosen, rejected"
         )
+    if not all(isinstance(text, str) for text in (row["prompt"], row["chosen"], *row["rejected"])):
+        raise UserError(f"preference row {number} holds something that is no text: prompt and answers are texts")
     if isinstance(row["rejected"], str):
         raise UserError(f"preference row {number}: rejected is a text, {row['rejected'][:40]!r}; give a list of texts")
 

@@ -94,7 +94,7 @@ class SoftmaxDPOTrainer(Trainer):
         self.counts: dict[str, int] = {}
         datasets = []
         for rows in (train_dataset, eval_dataset):
-            encoded, counts = encode_preferences(rows, processing_class, args.context) if rows else (None, {})
+            encoded, counts = (None, {}) if rows is None else encode_preferences(rows, processing_class, args.context)
             datasets.append(encoded)
             for name, count in counts.items():
                 self.counts[name] = self.counts.get(name, 0) + count
@@ -110,14 +110,20 @@ class SoftmaxDPOTrainer(Trainer):
         )
         self.ref_model = ref_model
         self.model_accepts_loss_kwargs = False
-        self._sums: dict[str, float] = defaultdict(float)
-        self._steps = 0
+        # Apart by prefix: an evaluation may come between two logs of the training.
+        self._sums: dict[str, dict[str, float]] = {"": defaultdict(float), "eval_": defaultdict(float)}
+        self._steps = {"": 0, "eval_": 0}
         self._reference_is_known = False
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the reference's log-probabilities where they are missing, then train."""
         self.compute_reference()
         return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the reference's log-probabilities where they are missing, then evaluate."""
+        self.compute_reference()
+        return super().evaluate(*args, **kwargs)
 
     def compute_reference(self) -> None:
         """Fill in the reference's log-probabilities of every row, once."""
@@ -176,17 +182,18 @@ class SoftmaxDPOTrainer(Trainer):
             "logps/chosen": policy[:, 0].mean(),
             "logps/rejected": policy[:, 1:][rejected].mean(),
         }
+        prefix = "" if self.model.training else "eval_"
         for name, value in values.items():
-            self._sums[name] += float(value)
-        self._steps += 1
+            self._sums[prefix][name] += float(value)
+        self._steps[prefix] += 1
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Trainer's hook: add the means since the last log."""
-        if self._steps and ("loss" in logs or "eval_loss" in logs):
-            prefix = "eval_" if "eval_loss" in logs else ""
-            logs |= {prefix + name: total / self._steps for name, total in self._sums.items()}
-            self._sums.clear()
-            self._steps = 0
+        prefix = "eval_" if "eval_loss" in logs else ""
+        if self._steps[prefix] and f"{prefix}loss" in logs:
+            logs |= {prefix + name: total / self._steps[prefix] for name, total in self._sums[prefix].items()}
+            self._sums[prefix].clear()
+            self._steps[prefix] = 0
         super().log(logs, *args, **kwargs)
 
 

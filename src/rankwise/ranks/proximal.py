@@ -53,7 +53,8 @@ def sora_optimizer(
     the L1 term ``l1 * mean |g|`` is added to the gates' gradient (so clipping comes before it); after each step
     ``g <- soft_threshold(g, threshold)``, or the published variant where the config says ``mode="reference"``.
     ``l1`` and ``threshold`` are read from the adapter's config at each step, so that a schedule may change them. A
-    gate that has become zero may grow again.
+    gate that has become zero may grow again. The published code adds the L1 term to the loss instead, where it is
+    clipped with the rest; ``mode="reference"`` reproduces its step, not that.
 
     Args:
         model: a PEFT model whose active adapter is SoRA.

@@ -44,8 +44,8 @@ def prune(model: nn.Module) -> PruneReport:
     Raises:
         UserError: the active adapter is not SoRA.
     """
-    before = sum(p.numel() for p in _adapter_parameters(model))
     live = {name: gate.detach() != 0 for name, gate in gates(model).items()}
+    before = sum(p.numel() for p in _adapter_parameters(model))
     adapter = active_adapter(model)
     biases = model.peft_config[adapter].bias != "none"  # type: ignore[union-attr, index]
     if biases or not any(mask.any() for mask in live.values()):

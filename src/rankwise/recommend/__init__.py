@@ -29,7 +29,7 @@ from rankwise.recommend.published import (
     read_names,
     read_windows,
 )
-from rankwise.recommend.splits import Case, Split, leave_last_out, sample_cases
+from rankwise.recommend.splits import Case, Split, leave_last_out
 from rankwise.recommend.synthetic import SyntheticSettings, synthetic_log, write_synthetic
 
 __all__ = [
@@ -61,7 +61,6 @@ __all__ = [
     "read_names",
     "read_windows",
     "rows",
-    "sample_cases",
     "substring_protocol",
     "synthetic_log",
     "target_places",

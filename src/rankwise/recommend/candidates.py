@@ -13,9 +13,10 @@ from rankwise.recommend.splits import Case
 def draw_candidates(case: Case, catalogue: Sequence[str], count: int, seed: int) -> tuple[str, ...]:
     """The target and ``count - 1`` other titles of the catalogue in a shuffled order.
 
-    No title of ``case.seen`` is drawn: the user's whole history, later items included, so that no candidate
-    but the target is one that the user chose. The draw depends on the seed, the user, the target and the
-    catalogue (give it sorted) only: other users, and how many cases there are, change nothing.
+    No title of ``case.seen`` is drawn: for validation and test the user's whole history, later items included, so that
+    no candidate but the target is one that the user chose; for training the training part of it. The draw depends on
+    the seed, the user, the target and the catalogue (give it sorted) only: other users, and how many cases there are,
+    change nothing.
 
     Raises:
         UserError: the catalogue has too few titles that the user has not met.

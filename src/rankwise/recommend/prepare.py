@@ -21,7 +21,8 @@ from rankwise.recommend.interactions import (
     tidy_title,
 )
 from rankwise.recommend.prompts import Template, load_template
-from rankwise.recommend.splits import Case, leave_last_out, sample_cases
+from rankwise.recommend.splits import Case, leave_last_out
+from rankwise.sampling import sample
 
 Row = dict[str, Any]
 
@@ -107,7 +108,7 @@ def build(
     made: dict[str, list[Row]] = {}
     added: dict[str, int] = {}
     for name, limit in limits.items():
-        sampled, left_out = sample_cases(parts[name], limit, settings.seed)
+        sampled, left_out = sample(parts[name], limit, settings.seed)
         cases = with_candidates(sampled, catalogue, settings.candidates, settings.seed)
         made[name] = rows(cases, template, settings.negatives, settings.seed, list_candidates=name != "train")
         added |= {f"{name} rows": len(cases), f"{name} rows left out": left_out}

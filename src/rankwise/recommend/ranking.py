@@ -2,69 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
 from rankwise.errors import UserError
 from rankwise.likelihood import forward_arguments, last_logits_and_cache, position_ids
 from rankwise.recommend.metrics import Scores
-from rankwise.tokenise import encode_answer_set, encode_prompt, pad_left, padding_token
+from rankwise.tokenise import encode_answer_set, end_token, pad_left, padding_token
 
-Encoded = tuple[list[int], list[list[int]]]
+GENERATED = 20  # tokens that the papers let a model write
+
+
+class EncodedCase(NamedTuple):
+    """Token ids of a prompt and of each candidate's answer."""
+
+    prompt: list[int]
+    answers: list[list[int]]
+
+
+def encode_cases(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[Sequence[str]], context: int
+) -> tuple[list[EncodedCase], int]:
+    """Token ids of evaluation cases, and how many prompts were cut on the left.
+
+    A prompt leaves room for its longest answer, and for what the papers' protocol generates.
+
+    Args:
+        tokenizer: the model's.
+        prompts: one text a case.
+        answers: one list of texts a case; lists may differ in length.
+        context: most tokens of a prompt with an answer.
+
+    Raises:
+        UserError: a candidate alone does not fit.
+    """
+    cases, cut = [], 0
+    for prompt, texts in zip(prompts, answers, strict=True):
+        made = encode_answer_set(tokenizer, prompt, texts, context, least_room=GENERATED)
+        if made is None:
+            longest = max(texts, key=len)
+            raise UserError(f"candidate {longest[:80]!r} does not fit {context} tokens: raise model.context")
+        cases.append(EncodedCase(made[0], made[1]))
+        cut += made[2]
+    return cases, cut
 
 
 @torch.no_grad()
 def score_candidates(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    answers: Sequence[Sequence[str]],
-    context: int,
-    batch_tokens: int = 16384,
+    model: nn.Module, cases: Sequence[EncodedCase], padding: int, batch_tokens: int = 16384
 ) -> list[Scores]:
-    """Summed log-probability, in nats, of every candidate answer after its prompt, its end-of-text token included.
+    """Summed log-probability, in nats, of every candidate's answer after its prompt, end-of-text token included.
 
     Prompts of a batch are read once, without logits but for their last position; each candidate continues a copy of its
     prompt's keys and values. The scores equal those of separate sequences up to rounding, whatever the batch.
 
     Args:
         model: a causal language model, adapted or not, in evaluation mode.
-        tokenizer: the model's.
-        prompts: one text a case.
-        answers: one list of texts a case; lists may differ in length.
-        context: most tokens of a prompt with an answer; a longer prompt is cut on the left.
-        batch_tokens: most tokens, padding included, of the prompts and candidates of one batch.
+        cases: as :func:`encode_cases` makes them.
+        padding: id that fills short rows.
+        batch_tokens: most tokens in the cache of one batch, where each candidate has its prompt's; padding included.
 
     Returns:
         For each case an array with one score a candidate.
-
-    Raises:
-        UserError: a candidate alone is longer than the context.
     """
-    encoded = [_encode(tokenizer, *case, context) for case in zip(prompts, answers, strict=True)]
-    scores: list[Scores] = [np.zeros(0)] * len(encoded)
-    for picked in _batches(encoded, batch_tokens):
-        found = _score_batch(model, [encoded[index] for index in picked], padding_token(tokenizer))
+    scores: list[Scores] = [np.zeros(0)] * len(cases)
+    for picked in _batches(cases, batch_tokens):
+        found = _score_batch(model, [cases[index] for index in picked], padding)
         for index, values in zip(picked, found, strict=True):
             scores[index] = values
     return scores
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, answers: Sequence[str], context: int) -> Encoded:
-    made = encode_answer_set(tokenizer, prompt, answers, context)
-    if made is None:
-        longest = max(answers, key=len)
-        raise UserError(f"candidate {longest[:80]!r} does not fit a context of {context} tokens: raise model.context")
-    return made[0], made[1]
-
-
-def _batches(encoded: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of cases of similar length whose padded tokens, with every candidate's prompt in the cache, fit."""
+def _batches(encoded: Sequence[EncodedCase], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of cases of similar length whose candidates, each padded and after a prompt of its own, fit the cache."""
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index][0]), reverse=True)
     batch: list[int] = []
     width = answers = longest = 0
@@ -72,7 +87,7 @@ def _batches(encoded: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int
         prompt, candidates = encoded[index]
         width, answers = max(width, len(prompt)), answers + len(candidates)
         longest = max(longest, *map(len, candidates))
-        if batch and answers * longest + (len(batch) + 1) * width > batch_tokens:
+        if batch and answers * (width + longest) > batch_tokens:
             yield batch
             batch, width, answers, longest = [], len(prompt), len(candidates), max(map(len, candidates))
         batch.append(index)
@@ -80,7 +95,7 @@ def _batches(encoded: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int
         yield batch
 
 
-def _score_batch(model: nn.Module, cases: Sequence[Encoded], padding: int) -> list[Scores]:
+def _score_batch(model: nn.Module, cases: Sequence[EncodedCase], padding: int) -> list[Scores]:
     """Scores of a batch of cases; candidates are padded on the right."""
     device = next(model.parameters()).device
     ids, mask = pad_left([prompt for prompt, _ in cases], padding)
@@ -115,29 +130,24 @@ def _pad_right(rows: Sequence[Sequence[int]]) -> Tensor:
 
 @torch.no_grad()
 def generate_answers(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Mapping[str, Any]],
-    context: int,
-    tokens: int = 20,
-    batch_size: int = 64,
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, cases: Sequence[EncodedCase], batch_size: int = 64
 ) -> list[str]:
-    """What the model writes after each row's prompt: greedy, at most ``tokens`` tokens, as in the papers' protocol."""
-    device = next(model.parameters()).device
-    prompts = [encode_prompt(tokenizer, row["prompt"], context - tokens) for row in rows]
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    texts = [""] * len(prompts)
+    """What the model writes after each prompt: greedy, at most 20 tokens, as in the papers' protocol.
+
+    Whatever the model's own generation settings say (penalties, beams, sampling) does not apply.
+    """
+    device, padding = next(model.parameters()).device, padding_token(tokenizer)
+    settings = GenerationConfig(
+        max_new_tokens=GENERATED, do_sample=False, num_beams=1, pad_token_id=padding, eos_token_id=end_token(tokenizer)
+    )
+    order = sorted(range(len(cases)), key=lambda index: len(cases[index].prompt))
+    texts = [""] * len(cases)
     for start in range(0, len(order), batch_size):
         picked = order[start : start + batch_size]
-        ids, mask = pad_left([prompts[index] for index in picked], padding_token(tokenizer))
+        ids, mask = pad_left([cases[index].prompt for index in picked], padding)
         written = model.generate(  # type: ignore[operator]
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=padding_token(tokenizer),
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
         )[:, ids.shape[1] :]
-        decoded = tokenizer.batch_decode(written, skip_special_tokens=True)
-        for index, text in zip(picked, decoded, strict=True):
+        for index, text in zip(picked, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
             texts[index] = text
     return texts

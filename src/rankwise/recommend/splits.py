@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -91,24 +90,14 @@ def _by_user(log: pl.DataFrame) -> Iterator[tuple[str, list[str]]]:
 
 
 def _windows(user: str, titles: list[str], history: int, minimum_history: int) -> list[Case]:
-    """The cases of one user, oldest first; the last two are validation and test, however short."""
-    seen = frozenset(titles)
-    first = min(minimum_history, len(titles) - 2)
+    """The cases of one user, oldest first; the last two are validation and test, however short.
+
+    A training case knows nothing of those two: were they never drawn as its wrong candidates, a model could learn from
+    what is missing which items the user will choose.
+    """
+    first, last = min(minimum_history, len(titles) - 2), len(titles) - 2
+    seen, known = frozenset(titles), frozenset(titles[:-2])
     return [
-        Case(user, tuple(titles[max(0, end - history) : end]), titles[end], seen=seen)
+        Case(user, tuple(titles[max(0, end - history) : end]), titles[end], seen=known if end < last else seen)
         for end in range(first, len(titles))
     ]
-
-
-def sample_cases(cases: Sequence[Case], limit: int | None, seed: int) -> tuple[list[Case], int]:
-    """At most ``limit`` cases, drawn evenly by ``seed`` and kept in order, and the number left out.
-
-    Raises:
-        UserError: the limit is below 1.
-    """
-    if limit is not None and limit < 1:
-        raise UserError(f"a limit of {limit} rows leaves nothing: give 1 or more, or none for all")
-    if limit is None or limit >= len(cases):
-        return list(cases), 0
-    chosen = sorted(random.Random(f"{seed}:rows").sample(range(len(cases)), limit))
-    return [cases[index] for index in chosen], len(cases) - limit

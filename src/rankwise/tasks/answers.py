@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, Trainer
 
 from rankwise.errors import UserError
 from rankwise.models import load_language_model
+from rankwise.schema import ModelSettings
 from rankwise.tasks.language_loss import answer_loss
 from rankwise.tasks.task import Metrics
 
@@ -20,18 +21,19 @@ class AnswerTask:
     """A :class:`rankwise.tasks.task.Task` over rows of ``input_ids`` and ``labels``."""
 
     task_type = "CAUSAL_LM"
+    labels: list[str] = []  # noqa: RUF012 - none, and never changed
     columns: tuple[str, ...] = ("loss", "perplexity")
     trainer: Callable[..., Trainer] | None = None
 
-    def __init__(self, kind: str, train: Rows, held_out: Rows, model_path: str, counts: dict[str, int]) -> None:
+    def __init__(self, kind: str, train: Rows, held_out: Rows, model: ModelSettings, counts: dict[str, int]) -> None:
         """Keep the rows; ``kind`` is ``text`` or ``instructions``."""
         self.kind, self.counts = kind, counts
-        self._train, self._held_out, self._path = train, held_out, model_path
+        self._train, self._held_out, self._model = train, held_out, model
         self.cases = len(held_out)
 
     def load_model(self) -> PreTrainedModel:
         """A causal language model."""
-        return load_language_model(self._path)
+        return load_language_model(self._model)
 
     def sft_rows(self) -> Rows:
         """The training rows."""

@@ -14,10 +14,21 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 
 from rankwise.errors import UserError
 from rankwise.models import load_classifier
+from rankwise.schema import ModelSettings
 from rankwise.tasks.task import Metrics
 from rankwise.tokenise import padding_token
 
 Rows = Sequence[Mapping[str, Any]]
+
+
+class LabelTrainer(Trainer):
+    """``transformers.Trainer`` for a model whose loss is the mean over a batch's rows."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # The model's forward swallows any keyword, so the trainer would believe that the loss is already divided by the
+        # rows of all accumulated batches, and not divide it.
+        self.model_accepts_loss_kwargs = False
 
 
 class LabelTask:
@@ -33,12 +44,12 @@ class LabelTask:
         held_out: Rows,
         labels: list[str],
         tokenizer: PreTrainedTokenizerBase,
-        model_path: str,
+        model: ModelSettings,
         context: int,
         counts: dict[str, int],
     ) -> None:
         """Tokenise both parts; sentences beyond the context are cut on the right, and counted."""
-        self._labels, self._tokenizer, self._path = labels, tokenizer, model_path
+        self.labels, self._tokenizer, self._model = labels, tokenizer, model
         self._train, train_cut = _encode(train, tokenizer, context)
         self._held_out, held_out_cut = _encode(held_out, tokenizer, context)
         self.cases = len(self._held_out)
@@ -47,12 +58,12 @@ class LabelTask:
             "held-out rows cut to the context": held_out_cut,
         }
         self.counts = {**counts, **{name: count for name, count in cut.items() if count}}
-        self.trainer: Callable[..., Trainer] | None = partial(Trainer, data_collator=self._collator())
+        self.trainer: Callable[..., Trainer] | None = partial(LabelTrainer, data_collator=self._collator())
         self._truth = [row["labels"] for row in self._held_out]
 
     def load_model(self) -> PreTrainedModel:
         """The model with a new head."""
-        return load_classifier(self._path, self._labels, padding_token(self._tokenizer))
+        return load_classifier(self._model, self.labels, padding_token(self._tokenizer))
 
     def sft_rows(self) -> Rows:
         """The training rows."""
@@ -81,7 +92,7 @@ class LabelTask:
         return self._metrics(found)
 
     def _metrics(self, found: Sequence[int]) -> Metrics:
-        average = "binary" if len(self._labels) == 2 else "macro"
+        average = "binary" if len(self.labels) == 2 else "macro"
         f1 = f1_score(self._truth, found, average=average, zero_division=0)
         return {"accuracy": float(accuracy_score(self._truth, found)), "F1": float(f1)}
 
@@ -92,12 +103,25 @@ class LabelTask:
 
 
 def _encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, context: int) -> tuple[list[dict[str, Any]], int]:
-    """Token ids of one or two sentences with the tokenizer's own separators, and how many were cut."""
-    encoded, cut = [], 0
-    for row in rows:
-        sentences = [row["sentence1"], *([row["sentence2"]] if "sentence2" in row else [])]
-        whole = len(tokenizer(*sentences, verbose=False)["input_ids"])
-        made = tokenizer(*sentences, truncation=True, max_length=context)
-        cut += whole > context
-        encoded.append({**made, "labels": row["label"]})
-    return encoded, cut
+    """Token ids of one or two sentences, and how many rows were cut.
+
+    Two sentences are joined as the tokenizer joins a pair; where it would only write one after the other (GPT-2,
+    Llama), its end-of-text token stands between them.
+    """
+    texts = [[row["sentence1"], *([row["sentence2"]] if "sentence2" in row else [])] for row in rows]
+    if texts and len(texts[0]) == 2 and not _separates(tokenizer):
+        texts = [[str(tokenizer.eos_token or "\n").join(pair)] for pair in texts]
+    columns = list(zip(*texts, strict=True))
+    whole = tokenizer(*map(list, columns), verbose=False)["input_ids"]
+    cut = tokenizer(*map(list, columns), truncation=True, max_length=context)
+    made = [dict(zip(cut, values, strict=True)) for values in zip(*cut.values(), strict=True)]
+    encoded = [{**row, "labels": source["label"]} for row, source in zip(made, rows, strict=True)]
+    return encoded, sum(len(ids) > context for ids in whole)
+
+
+def _separates(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts anything between the two sentences of a pair."""
+    pair = tokenizer("a", "b")["input_ids"]
+    alone = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "b")]
+    joined = alone[0] + alone[1]
+    return not any(pair[start : start + len(joined)] == joined for start in range(len(pair)))

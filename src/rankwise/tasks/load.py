@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,6 +13,7 @@ from rankwise.recommend.interactions import InteractionColumns, ItemColumns
 from rankwise.recommend.prepare import InteractionSettings, Prepared, prepare_interactions
 from rankwise.recommend.prompts import load_template
 from rankwise.recommend.published import PublishedSettings, prepare_published
+from rankwise.sampling import sample
 from rankwise.schema import (
     ClassificationData,
     InstructionData,
@@ -22,7 +24,7 @@ from rankwise.schema import (
     TextData,
 )
 from rankwise.tasks.answers import AnswerTask
-from rankwise.tasks.classification import Classification, read_classification
+from rankwise.tasks.classification import read_classification
 from rankwise.tasks.instructions import read_instructions
 from rankwise.tasks.labels import LabelTask
 from rankwise.tasks.recommendation import RecommendationTask
@@ -30,6 +32,9 @@ from rankwise.tasks.splits import hold_out
 from rankwise.tasks.task import Task
 from rankwise.tasks.text import as_features, pack, read_documents
 from rankwise.tokenise import encode_answers
+
+Row = TypeVar("Row")
+Counts = dict[str, int]
 
 
 def check_files(data: object) -> None:
@@ -53,7 +58,7 @@ def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) 
             prepare(data, recipe.seed),
             load_template(data.template),
             tokenizer,
-            recipe.model.path,
+            recipe.model,
             context,
             split=evaluation.split,
             cases=evaluation.cases,
@@ -103,65 +108,69 @@ def _text(recipe: Recipe, data: TextData, tokenizer: PreTrainedTokenizerBase, co
     def read(path: str) -> tuple[list[str], dict[str, int]]:
         return read_documents(Path(path), column=data.column, separator=data.separator)
 
-    train, counts = read(data.train)
-    held_out, more = read(data.validation) if data.validation else ([], {})
-    if not data.validation:
-        train, held_out = hold_out(train, data.holdout, recipe.seed)
-    train, left_out = _limit(train, data.rows, recipe.seed)
-    rows, held_out_rows = (as_features(pack(part, tokenizer, context)) for part in (train, held_out))
-    return AnswerTask("text", rows, held_out_rows, recipe.model.path, _counts(counts, more, left_out))
+    def rows(documents: list[str]) -> list[dict[str, list[int]]]:
+        return as_features(pack(documents, tokenizer, context))
+
+    documents, counts = read(data.train)
+    if data.validation is None and len(documents) == 1:  # one text without parts: some of its rows are held out
+        train, held_out = hold_out(rows(documents), data.holdout, recipe.seed)
+    else:
+        parts, held_out_parts, counts = _parts(recipe, data, read)
+        train, held_out = rows(parts), rows(held_out_parts)
+    return AnswerTask("text", train, held_out, recipe.model, counts)
 
 
 def _instructions(recipe: Recipe, data: InstructionData, tokenizer: PreTrainedTokenizerBase, context: int) -> Task:
+    named = {"prompt": data.prompt, "completion": data.completion}
+    mapping = {name: column for name, column in named.items() if column}
+
     def read(path: str) -> tuple[list[dict[str, str]], dict[str, int]]:
         found = read_instructions(
             Path(path), form=data.form, mapping=mapping, template=data.template, tokenizer=tokenizer
         )
         return found.rows, {**found.counts, f"rows of the form {found.form}": len(found.rows)}
 
-    named = {"prompt": data.prompt, "completion": data.completion}
-    mapping = {name: column for name, column in named.items() if column}
-    train, counts = read(data.train)
-    held_out, more = read(data.validation) if data.validation else ([], {})
-    if not data.validation:
-        train, held_out = hold_out(train, data.holdout, recipe.seed)
-    train, left_out = _limit(train, data.rows, recipe.seed)
+    train, held_out, counts = _parts(recipe, data, read)
     encoded, cut = encode_answers(train, tokenizer, context)
     held_out_rows, held_out_cut = encode_answers(held_out, tokenizer, context)
     counts |= {f"training {name}": count for name, count in cut.items()}
-    more |= {name: count for name, count in held_out_cut.items()}
-    return AnswerTask("instructions", encoded, held_out_rows, recipe.model.path, _counts(counts, more, left_out))
+    counts |= {f"held-out: {name}": count for name, count in held_out_cut.items()}
+    return AnswerTask("instructions", encoded, held_out_rows, recipe.model, counts)
 
 
 def _classification(recipe: Recipe, data: ClassificationData, tokenizer: PreTrainedTokenizerBase, context: int) -> Task:
-    def read(path: str, names: list[str] | None = None) -> Classification:
-        return read_classification(
+    labels: list[str] = []
+
+    def read(path: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
+        found = read_classification(
             Path(path),
             sentence1=data.sentence1,
             sentence2=data.sentence2,
             label=data.label,
-            label_names=names,
+            label_names=labels or None,
             quoting=data.quoting,
         )
+        labels[:] = found.label_names
+        return found.rows, found.counts
 
-    found = read(data.train)
-    train, counts = found.rows, found.counts
-    held_out, _, more = read(data.validation, found.label_names) if data.validation else ([], [], {})
-    if not data.validation:
+    train, held_out, counts = _parts(recipe, data, read)
+    return LabelTask(train, held_out, labels, tokenizer, recipe.model, context, counts)
+
+
+def _parts(
+    recipe: Recipe,
+    data: TextData | InstructionData | ClassificationData,
+    read: Callable[[str], tuple[list[Row], Counts]],
+) -> tuple[list[Row], list[Row], Counts]:
+    """Training and held-out rows, each within its limit, and the counts of both."""
+    train, counts = read(data.train)
+    if data.validation:
+        held_out, more = read(data.validation)
+    else:
         train, held_out = hold_out(train, data.holdout, recipe.seed)
-    train, left_out = _limit(train, data.rows, recipe.seed)
-    merged = _counts(counts, more, left_out)
-    return LabelTask(train, held_out, found.label_names, tokenizer, recipe.model.path, context, merged)
-
-
-def _limit(rows: list[Any], limit: int | None, seed: int) -> tuple[list[Any], int]:
-    """At most ``limit`` rows, drawn by ``seed``, and how many were left out."""
-    if limit is None or limit >= len(rows):
-        return rows, 0
-    kept, _ = hold_out(rows, len(rows) - limit, seed + 1)
-    return kept, len(rows) - limit
-
-
-def _counts(train: dict[str, int], held_out: dict[str, int], left_out: int) -> dict[str, int]:
-    named = {f"held-out: {name}": count for name, count in held_out.items()}
-    return {**train, **named, **({"training rows left out": left_out} if left_out else {})}
+        more = {}
+    train, left_out = sample(train, data.rows, recipe.seed)
+    held_out, unused = sample(held_out, recipe.evaluation.cases, recipe.seed)
+    named = {f"held-out: {name}": count for name, count in more.items()}
+    limits = {"training rows left out": left_out, "held-out rows left out": unused}
+    return train, held_out, {**counts, **named, **{name: count for name, count in limits.items() if count}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,9 +14,11 @@ from rankwise.recommend.baselines import popularity_scores, random_scores, targe
 from rankwise.recommend.metrics import ranking_metrics, substring_protocol
 from rankwise.recommend.prepare import Prepared
 from rankwise.recommend.prompts import Template
-from rankwise.recommend.ranking import generate_answers, score_candidates
+from rankwise.recommend.ranking import encode_cases, generate_answers, score_candidates
+from rankwise.sampling import sample
+from rankwise.schema import ModelSettings
 from rankwise.tasks.task import Metrics
-from rankwise.tokenise import encode_answers
+from rankwise.tokenise import encode_answers, padding_token
 
 PROTOCOL = ("HR@1 greedy", "HR@1 greedy of valid", "valid ratio")
 
@@ -27,6 +28,7 @@ class RecommendationTask:
 
     kind = "recommend"
     task_type = "CAUSAL_LM"
+    labels: list[str] = []  # noqa: RUF012 - none, and never changed
     trainer: Callable[..., Trainer] | None = None
 
     def __init__(
@@ -34,7 +36,7 @@ class RecommendationTask:
         prepared: Prepared,
         template: Template,
         tokenizer: PreTrainedTokenizerBase,
-        model_path: str,
+        model: ModelSettings,
         context: int,
         *,
         split: str = "test",
@@ -43,20 +45,24 @@ class RecommendationTask:
         seed: int = 0,
     ) -> None:
         """Choose the evaluation cases and tokenise the training rows."""
-        self._prepared, self._tokenizer, self._path, self._context = prepared, tokenizer, model_path, context
-        self._template, self._seed, self._generate = template, seed, generate
-        self._evaluation = _draw(getattr(prepared, split), cases, seed)
+        self._prepared, self._tokenizer, self._model = prepared, tokenizer, model
+        self._seed, self._generate = seed, generate
+        self._evaluation, left_out = sample(getattr(prepared, split), cases, seed)
         if not self._evaluation:
             raise UserError(f"the {split} part has no case to evaluate on")
         self.columns: tuple[str, ...] = ("HR@1", "HR@5", "NDCG@5", "MRR", *(PROTOCOL if generate else ()))
         self.cases = len(self._evaluation)
         rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in prepared.train]
         self._rows, cut = encode_answers(rows, tokenizer, context)
-        self.counts = {**prepared.counts, **{f"training {name}": count for name, count in cut.items()}}
+        self.counts = {**prepared.counts, **{f"training {name}": number for name, number in cut.items()}}
+        prompts = [row["prompt"] for row in self._evaluation]
+        answers = [[template.render_answer(title) for title in row["candidates"]] for row in self._evaluation]
+        self._cases, prompts_cut = encode_cases(tokenizer, prompts, answers, context)
+        self.counts |= {"evaluation cases left out": left_out, "evaluation prompts cut to the context": prompts_cut}
 
     def load_model(self) -> PreTrainedModel:
         """A causal language model."""
-        return load_language_model(self._path)
+        return load_language_model(self._model)
 
     def sft_rows(self) -> Sequence[Mapping[str, Any]]:
         """Prompts with the true next item as the answer."""
@@ -64,7 +70,7 @@ class RecommendationTask:
 
     def preference_rows(self, limit: int | None) -> Sequence[Mapping[str, Any]]:
         """Training rows with their rejected items."""
-        return _draw(self._prepared.train, limit, self._seed)
+        return sample(self._prepared.train, limit, self._seed)[0]
 
     def baselines(self) -> dict[str, Metrics]:
         """Chance, and what is most popular in training."""
@@ -81,12 +87,10 @@ class RecommendationTask:
         was_training = model.training
         model.eval()
         candidates, targets = self._candidates()
-        prompts = [row["prompt"] for row in self._evaluation]
-        answers = [[self._template.render_answer(title) for title in titles] for titles in candidates]
-        scores = score_candidates(model, self._tokenizer, prompts, answers, self._context)
+        scores = score_candidates(model, self._cases, padding_token(self._tokenizer))
         metrics = ranking_metrics(scores, target_places(candidates, targets))
         if self._generate:
-            texts = generate_answers(model, self._tokenizer, self._evaluation, self._context)
+            texts = generate_answers(model, self._tokenizer, self._cases)
             found = substring_protocol(texts, candidates, targets)
             values = (found.hit_rate, found.hit_rate_valid, found.valid_ratio)
             metrics |= dict(zip(PROTOCOL, values, strict=True))
@@ -95,11 +99,3 @@ class RecommendationTask:
 
     def _candidates(self) -> tuple[list[list[str]], list[str]]:
         return [row["candidates"] for row in self._evaluation], [row["target"] for row in self._evaluation]
-
-
-def _draw(rows: Sequence[Mapping[str, Any]], limit: int | None, seed: int) -> list[Mapping[str, Any]]:
-    """At most ``limit`` rows, drawn by ``seed``, in their order."""
-    if limit is None or limit >= len(rows):
-        return list(rows)
-    chosen = sorted(random.Random(f"{seed}:draw").sample(range(len(rows)), limit))
-    return [rows[index] for index in chosen]

@@ -21,6 +21,7 @@ class Task(Protocol):
         cases: how many cases a measurement is over.
         counts: what was read, dropped, cut or left out.
         task_type: PEFT's name for the kind of model.
+        labels: names of the labels, in classification; none otherwise.
         trainer: makes the trainer of an sft stage; the answer trainer where it is None.
     """
 
@@ -29,6 +30,7 @@ class Task(Protocol):
     cases: int
     counts: dict[str, int]
     task_type: str
+    labels: list[str]
     trainer: Callable[..., Trainer] | None
 
     def load_model(self) -> PreTrainedModel:

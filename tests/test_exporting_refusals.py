@@ -1,0 +1,104 @@
+"""What export refuses, and what it leaves whole when it fails."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+import rankwise as rw
+import tiny
+from rankwise.errors import UserError
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_export_replaces_an_earlier_one(tmp_path):
+    model = tiny.adapted("llama")
+    rw.export(model, tmp_path / "adapter")
+    (tmp_path / "adapter" / "notes.txt").write_text("old")
+    rw.export(model, tmp_path / "adapter", rank=1)
+    assert contents(tmp_path).keys() == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 1
+
+
+def test_a_crash_while_writing_leaves_the_earlier_one(tmp_path, monkeypatch):
+    model = tiny.adapted("llama")
+    rw.export(model, tmp_path / "adapter")
+    before = contents(tmp_path)
+
+    def crash(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("rankwise.exporting.save_file", crash)
+    for folder in ("adapter", "other"):
+        with pytest.raises(OSError, match="no space left"):
+            rw.export(model, tmp_path / folder, rank=1)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("layout", ["uniform", "merged"])
+def test_a_folder_of_other_things_is_not_replaced(tmp_path, layout):
+    (tmp_path / "notes.txt").write_text("precious")
+    with pytest.raises(UserError, match="holds something other than an earlier export"):
+        rw.export(tiny.adapted("llama"), tmp_path, layout=layout)
+    with pytest.raises(UserError, match="give a new folder"):
+        rw.export(tiny.adapted("llama"), tmp_path / "notes.txt", layout=layout)
+    assert contents(tmp_path) == {"notes.txt": b"precious"}
+    (tmp_path / "empty").mkdir()
+    rw.export(tiny.adapted("llama"), tmp_path / "empty", layout=layout)
+
+
+def infinite() -> peft.PeftModel:
+    model = tiny.adapted("llama")
+    tiny.layers(model)["model.layers.1.mlp.down_proj"].lora_A["default"].weight.data[0, 0] = torch.nan
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: tiny.adapted("llama", use_dora=True), "DoraLinearVariant is no product.*merge it instead"),
+        (lambda: tiny.adapted("bert", lora_bias=True), "lora_bias has no plain LoRA form"),
+        (lambda: tiny.adapted("llama", init_lora_weights="pissa"), "init_lora_weights='pissa' stands on base weights"),
+        (infinite, r"model.layers.1.mlp.down_proj: the adapter holds NaN or infinity"),
+        (lambda: tiny.make("llama"), "not LlamaForCausalLM: use peft.get_peft_model first"),
+        (
+            lambda: peft.get_peft_model(
+                tiny.make("llama"), peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+            ),
+            "adapter 'default' has no LoRA layers",
+        ),
+    ],
+    ids=["dora", "lora_bias", "pissa", "nan", "base", "ia3"],
+)
+def test_what_has_no_plain_lora_is_refused_and_nothing_written(tmp_path, build, message):
+    with pytest.raises(UserError, match=message):
+        rw.export(build(), tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "rank 0 is not possible: it must be 1 or more"),
+        ({"energy": 0.0}, "energy 0.0 is not possible"),
+        ({"energy": 1.01}, "energy 1.01 is not possible"),
+        ({"energy": float("nan")}, "energy nan is not possible"),
+        ({"layout": "unifrom"}, "layout 'unifrom' is unknown: did you mean 'uniform'"),
+        ({"layout": "merged", "rank": 2}, "leave rank and energy out"),
+        ({"layout": "merged", "energy": 0.5}, "leave rank and energy out"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(tmp_path, settings, message):
+    export = inspect.unwrap(rw.export)  # without the check of types, which runs in tests alone
+    with pytest.raises(UserError, match=message):
+        export(tiny.adapted("llama"), tmp_path / "adapter", **settings)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from rankwise.files import new_folder, write_json, write_jsonl, write_text
+
+
+class Crash(RuntimeError):
+    pass
+
+
+def crash(*_: object, **__: object) -> None:
+    raise Crash("the disk is full")
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file and folder below, hidden ones too, with what is in it."""
+    return {str(p.relative_to(folder)): p.read_text() if p.is_file() else "/" for p in folder.rglob("*")}
+
+
+def test_text_is_written_in_folders_that_are_made(tmp_path):
+    write_text(tmp_path / "a" / "b" / "text.txt", "Müller\n日本\n")
+    assert (tmp_path / "a/b/text.txt").read_bytes() == "Müller\n日本\n".encode()
+    assert tree(tmp_path).keys() == {"a", "a/b", "a/b/text.txt"}
+
+
+def test_text_replaces_what_was_there(tmp_path):
+    path = tmp_path / "text.txt"
+    write_text(path, "a long old text")
+    write_text(path, "new")
+    assert tree(tmp_path) == {"text.txt": "new"}
+
+
+@pytest.mark.parametrize("broken", ["os.fsync", "pathlib.Path.replace"])
+def test_a_failure_leaves_the_old_text_and_nothing_else(tmp_path, monkeypatch, broken):
+    write_text(tmp_path / "text.txt", "old")
+    monkeypatch.setattr(broken, crash)
+    with pytest.raises(Crash):
+        write_text(tmp_path / "text.txt", "new")
+    with pytest.raises(Crash):
+        write_text(tmp_path / "other.txt", "new")
+    assert tree(tmp_path) == {"text.txt": "old"}
+
+
+def test_text_that_cannot_be_encoded_leaves_the_old_one(tmp_path):
+    write_text(tmp_path / "text.txt", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "text.txt", "half a \ud800 pair")
+    assert tree(tmp_path) == {"text.txt": "old"}
+
+
+def test_json_round_trip_and_a_value_that_is_none(tmp_path):
+    value = {"title": "Amélie", "ranks": [1, 2], "none": None}
+    write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == value and "Amélie" in text and text.endswith("}\n")
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"set": {1}})
+    assert tree(tmp_path) == {"a.json": text}
+
+
+def test_jsonl_counts_its_rows_and_fails_as_a_whole(tmp_path):
+    rows = [{"a": 1}, {"b": "zwei\nZeilen"}]
+    assert write_jsonl(tmp_path / "rows.jsonl", iter(rows)) == 2
+    lines = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == rows
+
+    def failing():
+        yield {"a": 2}
+        crash()
+
+    with pytest.raises(Crash):
+        write_jsonl(tmp_path / "rows.jsonl", failing())
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 2
+    assert write_jsonl(tmp_path / "empty.jsonl", []) == 0
+    assert (tmp_path / "empty.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_permissions_are_those_of_any_new_file(tmp_path, mask):
+    old = os.umask(mask)
+    try:
+        write_text(tmp_path / "text.txt", "x")
+        with new_folder(tmp_path / "folder"):
+            pass
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "text.txt").stat().st_mode) == 0o666 & ~mask
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o777 & ~mask
+
+
+def fill(path: Path, **files: str) -> None:
+    with new_folder(path) as made:
+        for name, text in files.items():
+            (made / name).write_text(text)
+
+
+def test_a_new_folder_is_made_and_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "runs" / "folder"
+    fill(path, one="1", two="2")
+    assert tree(tmp_path) == {"runs": "/", "runs/folder": "/", "runs/folder/one": "1", "runs/folder/two": "2"}
+    fill(path, two="zwei")
+    assert tree(tmp_path / "runs") == {"folder": "/", "folder/two": "zwei"}
+
+
+def test_a_folder_is_not_there_before_its_block_ends(tmp_path):
+    with new_folder(tmp_path / "folder") as made:
+        assert made.is_dir() and made.parent == tmp_path
+        assert not (tmp_path / "folder").exists()
+    assert (tmp_path / "folder").is_dir()
+
+
+@pytest.mark.parametrize("error", [Crash, KeyboardInterrupt])
+def test_a_failing_block_leaves_the_old_folder_and_nothing_else(tmp_path, error):
+    fill(tmp_path / "folder", one="1")
+    for name in ("folder", "other"):
+        with pytest.raises(error), new_folder(tmp_path / name) as made:
+            (made / "two").write_text("2")
+            raise error
+    assert tree(tmp_path) == {"folder": "/", "folder/one": "1"}
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_failing_exchange_leaves_the_old_folder_and_nothing_else(tmp_path, monkeypatch, failing):
+    """Moving the old folder aside fails, or putting the new one in its place does."""
+    fill(tmp_path / "folder", one="1")
+    rename, calls = Path.rename, []
+
+    def sometimes(self: Path, target: Path) -> Path:
+        calls.append(self)
+        if len(calls) == failing:
+            crash()
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", sometimes)
+    with pytest.raises(Crash):
+        fill(tmp_path / "folder", two="2")
+    assert len(calls) >= failing
+    assert tree(tmp_path) == {"folder": "/", "folder/one": "1"}
+
+
+def test_a_file_in_the_place_of_a_folder_is_not_destroyed(tmp_path):
+    (tmp_path / "folder").write_text("precious")
+    with pytest.raises(FileExistsError, match="is a file"):
+        fill(tmp_path / "folder", one="1")
+    assert tree(tmp_path) == {"folder": "precious"}

@@ -1,0 +1,428 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import small_runs
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+import rankwise.run
+from rankwise.analysis.runfolder import read_run
+from rankwise.errors import UserError
+from rankwise.evaluation import evaluate_run, export_stage
+from rankwise.models import load_language_model
+from rankwise.recipes import dump_recipe, load_recipe
+from rankwise.run import Run, load_stage, save_stage, with_adapter
+
+IDS = torch.tensor([[0, 40, 50, 60, 70, 80, 90, 100], [0, 45, 55, 65, 75, 85, 95, 105]])
+
+
+class Finished(NamedTuple):
+    folder: Path
+    results: dict[str, Any]
+    logits: torch.Tensor  # of the trained model, before pruning and export
+    printed: str
+
+
+class Kept(Run):
+    """A run that keeps what its trained model computes."""
+
+    def _finish(self, model: PeftModel) -> None:
+        with torch.no_grad():
+            self.logits = model.eval()(input_ids=IDS).logits
+        super()._finish(model)
+
+
+def run(kind: str, folder: Path, base: Path, **changes: Any) -> Finished:
+    console = small_runs.silent()
+    made = Kept(small_runs.recipe(kind, folder, base, **changes), console)
+    results = made()
+    return Finished(made.folder, results, made.logits, small_runs.printed(console))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
+    """One run of each kind of data."""
+    before = hashes(model_folder)
+    runs = {kind: run(kind, tmp_path_factory.mktemp(kind), model_folder) for kind in small_runs.KINDS}
+    assert hashes(model_folder) == before
+    return runs
+
+
+def metrics(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    return {row["name"]: row["metrics"] for row in results["rows"]}
+
+
+ROWS = {
+    "text": ["base model", "sft"],
+    "instructions": ["base model", "sft"],
+    "classification": ["most frequent", "base model", "sft"],
+    "interactions": ["random", "popularity", "base model", "sft", "DPO", "softmax-DPO"],
+    "sdpo": ["random", "popularity", "base model", "sft", "softmax-DPO"],
+}
+RANKED = ["HR@1", "HR@5", "NDCG@5", "MRR", "HR@1 greedy", "HR@1 greedy of valid", "valid ratio"]
+COLUMNS = {
+    "text": ["loss", "perplexity"],
+    "instructions": ["loss", "perplexity"],
+    "classification": ["accuracy", "F1"],
+    "interactions": RANKED,
+    "sdpo": RANKED,
+}
+
+
+@pytest.mark.parametrize("kind", small_runs.KINDS)
+def test_the_folder_holds_what_is_documented(finished: dict[str, Finished], kind: str) -> None:
+    folder, results, _, printed = finished[kind]
+    stages = [stage["name"] for stage in yaml.safe_load((folder / "recipe.yaml").read_text())["stages"]]
+    assert {path.name for path in folder.iterdir()} == {
+        "recipe.yaml",
+        "versions.json",
+        "metrics.jsonl",
+        "stages",
+        "results.json",
+        "ranks.json",
+        "adapter",
+        "report.html",
+    }
+    assert sorted(path.name for path in (folder / "stages").iterdir()) == sorted(stages)
+    assert load_recipe(folder / "recipe.yaml") == small_runs.make_recipe(yaml.safe_load((folder /
+    "recipe.yaml").read_text())) assert dump_recipe(load_recipe(folder / "recipe.yaml")) == (folder /
+    "recipe.yaml").read_text(encoding="utf-8") versions = json.loads((folder / "versions.json").read_text())
+    assert {"rankwise", "torch", "transformers", "peft", "python", "platform", "device"} <= set(versions)
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert f"report: {folder / 'report.html'}" in printed
+    assert list(dict.fromkeys(line["stage"] for line in read_run(folder).metrics)) == stages
+
+
+@pytest.mark.parametrize("kind", small_runs.KINDS)
+def test_results_of_every_stage_and_baseline(finished: dict[str, Finished], kind: str) -> None:
+    results = finished[kind].results
+    assert results["columns"] == COLUMNS[kind]
+    assert [row["name"] for row in results["rows"]] == ROWS[kind]
+    assert all(list(row["metrics"]) == COLUMNS[kind] for row in results["rows"] if row["name"] in ("base model", "sft"))
+    assert len({row["cases"] for row in results["rows"]}) == 1
+    assert {"data", "evaluation", "export", *ROWS[kind][ROWS[kind].index("sft") :]} == set(results["seconds"])
+    assert results["export"]["layout"] == "uniform"
+    assert results["export"]["relative_error"] < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["text", "instructions"])
+def test_training_lowers_the_loss(finished: dict[str, Finished], kind: str) -> None:
+    found = metrics(finished[kind].results)
+    assert found["sft"]["loss"] < 0.9 * found["base model"]["loss"]
+
+
+def test_training_learns_the_labels(finished: dict[str, Finished]) -> None:
+    found = metrics(finished["classification"].results)
+    assert found["sft"]["accuracy"] > max(found["base model"]["accuracy"], found["most frequent"]["accuracy"])
+
+
+def test_ranks_of_the_finished_adapter(finished: dict[str, Finished]) -> None:
+    """MiLoRA's update has up to twice its rank; SoRA's pruned layers are smaller than they were."""
+    ranks = {kind: json.loads((one.folder / "ranks.json").read_text()) for kind, one in finished.items()}
+    assert {row["initial_rank"] for rows in ranks.values() for row in rows} == {4}
+    assert len(ranks["text"]) == 14
+    assert max(row["live"] for row in ranks["text"]) == 8
+    assert max(row["live"] for row in ranks["instructions"]) == 4
+    counts = finished["classification"].results["counts"]
+    live = sum(row["live"] for row in ranks["classification"])
+    gates = [line for line in read_run(finished["classification"].folder).metrics if "gates_left" in line]
+    assert live == gates[-1]["gates_left"] < 4 * 14 == gates[-1]["gates"]
+    assert counts["layers whose adapter was removed"] == 14 - len(ranks["classification"])
+    assert counts["adapter parameters before pruning"] > finished["classification"].results["export"]["parameters"] / 2
+
+
+SCRIPT = """
+import json, sys
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+torch.set_num_threads(1)
+jobs = json.loads(sys.argv[1])
+for job in jobs:
+    kind = AutoModelForSequenceClassification if job["labels"] else AutoModelForCausalLM
+    more = {"num_labels": 2, "pad_token_id": 1} if job["labels"] else {}
+    if job["merged"]:
+        model = kind.from_pretrained(job["merged"], dtype=torch.float32)
+    else:
+        model = PeftModel.from_pretrained(kind.from_pretrained(job["base"], dtype=torch.float32, **more),
+        job["adapter"])
+    with torch.no_grad():
+        save_file({"logits": model.eval()(input_ids=torch.tensor(job["ids"])).logits.contiguous()}, job["out"])
+assert "rankwise" not in sys.modules
+"""
+
+
+def test_what_is_written_computes_the_same_without_rankwise(
+    finished: dict[str, Finished], model_folder: Path, tmp_path: Path
+) -> None:
+    """In a process that never imports rankwise, on the original base; plain adapters and merged models."""
+    jobs = []
+    for kind, one in finished.items():
+        export_stage(one.folder, tmp_path / kind, small_runs.silent(), stage=None, rank=None, energy=None,
+        layout="merged") job = {"labels": kind == "classification", "base": str(model_folder), "ids": IDS.tolist()}
+        adapter, merged = str(one.folder / "adapter"), str(tmp_path / kind)
+        jobs += [
+            job | {"adapter": adapter, "merged": "", "out": str(tmp_path / f"{kind}-adapter.safetensors")},
+            job | {"adapter": "", "merged": merged, "out": str(tmp_path / f"{kind}-merged.safetensors")},
+        ]
+    done = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(jobs)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for kind, one in finished.items():
+        for form in ("adapter", "merged"):
+            found = load_file(tmp_path / f"{kind}-{form}.safetensors")["logits"]
+            torch.testing.assert_close(found, one.logits, atol=1e-4, rtol=0, msg=f"{kind}, {form}")
+
+
+def test_the_same_seed_gives_the_same_results(
+    finished: dict[str, Finished], model_folder: Path, tmp_path: Path
+) -> None:
+    again = run("interactions", tmp_path, model_folder)
+    assert metrics(again.results) == metrics(finished["interactions"].results)
+    assert torch.equal(again.logits, finished["interactions"].logits)
+
+
+def test_another_seed_gives_another_adapter(
+    finished: dict[str, Finished], model_folder: Path, tmp_path: Path
+) -> None:
+    other = run("instructions", tmp_path, model_folder, seed=1)
+    assert not torch.equal(other.logits, finished["instructions"].logits)
+
+
+def test_a_stage_starts_from_the_one_it_names(finished: dict[str, Finished]) -> None:
+    """softmax-DPO after DPO starts from sft: its first loss is log 4, that of a policy equal to its reference."""
+    lines = [line for line in read_run(finished["interactions"].folder).metrics if "loss" in line]
+    first = {stage: next(line for line in lines if line["stage"] == stage) for stage in ("DPO", "softmax-DPO")}
+    assert first["DPO"]["loss"] == pytest.approx(0.6931472, abs=1e-5)
+    assert first["softmax-DPO"]["loss"] == pytest.approx(1.3862944, abs=1e-5)
+    chosen = [line["logps/chosen"] for line in first.values()]
+    assert chosen[0] == pytest.approx(chosen[1], abs=1e-4)
+
+
+def test_evaluating_again_gives_the_same_metrics(finished: dict[str, Finished]) -> None:
+    """The finished adapter, pruned and written as plain LoRA, against the model that was measured while training."""
+    for kind in ("classification", "interactions"):
+        console = small_runs.silent()
+        again = evaluate_run(finished[kind].folder, (), console)
+        last = finished[kind].results["rows"][-1]
+        assert again["rows"][-1]["name"] == kind
+        assert again["rows"][-1]["metrics"] == pytest.approx(last["metrics"], abs=1e-6)
+        assert json.loads((finished[kind].folder / "evaluation.json").read_text()) == again
+        (finished[kind].folder / "evaluation.json").unlink()
+
+
+def test_a_run_can_end_in_a_merged_model(model_folder: Path, tmp_path: Path) -> None:
+    made = run("instructions", tmp_path, model_folder, export={"layout": "merged"})
+    assert (made.folder / "adapter" / "config.json").is_file()
+    assert not (made.folder / "ranks.json").exists()
+    again = evaluate_run(made.folder, ("evaluation.base=false",), small_runs.silent())
+    assert again["rows"][-1]["metrics"] == pytest.approx(metrics(made.results)["sft"], abs=1e-4)
+
+
+def test_another_part_of_the_data_can_be_measured(finished: dict[str, Finished]) -> None:
+    folder = finished["sdpo"].folder
+    again = evaluate_run(folder, ("evaluation.split=validation", "evaluation.generate=false"), small_runs.silent())
+    assert {row["cases"] for row in again["rows"]} == {4}
+    assert again["columns"] == RANKED[:4]
+    (folder / "evaluation.json").unlink()
+
+
+def test_an_earlier_stage_can_be_exported_smaller(finished: dict[str, Finished], tmp_path: Path) -> None:
+    folder = finished["interactions"].folder
+    settings: dict[str, Any] = {"stage": "sft", "rank": 2, "energy": None, "layout": "uniform"}
+    report = export_stage(folder, tmp_path / "small", small_runs.silent(), **settings)
+    assert max(report["ranks"].values()) == 2
+    assert 0 < report["relative_error"] < 1
+    with pytest.raises(UserError, match=r"stage 'sftt' is not in .*: did you mean 'sft'\?"):
+        export_stage(folder, tmp_path / "none", small_runs.silent(), **settings | {"stage": "sftt"})
+    with pytest.raises(UserError, match=r"has no recipe.yaml: give the folder of a finished `rankwise train`"):
+        export_stage(tmp_path, tmp_path / "none", small_runs.silent(), **settings)
+
+
+# Stopped and resumed
+
+
+def crash_in(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = rankwise.run.train_stage
+
+    def crashing(model: PeftModel, tokenizer: Any, settings: Any, rows: Any, **more: Any) -> dict[str, int]:
+        done = exact(model, tokenizer, settings, rows, **more)
+        if settings.name == stage:
+            raise RuntimeError("the lights went out")
+        return done
+
+    monkeypatch.setattr(rankwise.run, "train_stage", crashing)
+
+
+@pytest.mark.parametrize("stage", ["DPO", "softmax-DPO"])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(
+    finished: dict[str, Finished], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    recipe = small_runs.recipe("interactions", tmp_path, model_folder)
+    with monkeypatch.context() as patch:
+        crash_in(stage, patch)
+        with pytest.raises(RuntimeError, match="the lights went out"):
+            Run(recipe, small_runs.silent())()
+    folder = Path(recipe.output)
+    saved = hashes(folder / "stages")
+    assert {Path(name).parts[0] for name in saved} == {"sft"} | ({"DPO"} if stage != "DPO" else set())
+    assert load_file(folder / "stages" / "sft" / "adapter_model.safetensors")
+    assert [line["stage"] for line in read_run(folder).metrics][-1] == stage
+    resumed = Kept(recipe, small_runs.silent(), resume=True)
+    results = resumed()
+    whole = finished["interactions"]
+    assert results["rows"] == whole.results["rows"]
+    assert results["counts"] == whole.results["counts"]
+    assert torch.equal(resumed.logits, whole.logits)
+    assert {name: value for name, value in hashes(folder / "stages").items() if name in saved} == saved
+    numbers = [(line["stage"], line["step"], line.get("loss")) for line in read_run(folder).metrics]
+    assert numbers == [(line["stage"], line["step"], line.get("loss")) for line in read_run(whole.folder).metrics]
+
+
+def test_a_finished_run_can_be_finished_again(finished: dict[str, Finished], model_folder: Path) -> None:
+    """Nothing is trained; the adapter and the report are written once more."""
+    folder = finished["text"].folder
+    before = hashes(folder / "adapter")
+    recipe = load_recipe(folder / "recipe.yaml")
+    (folder / "report.html").unlink()
+    results = Run(recipe, small_runs.silent(), resume=True)()
+    assert results["rows"] == finished["text"].results["rows"]
+    assert hashes(folder / "adapter")["adapter_model.safetensors"] == before["adapter_model.safetensors"]
+    assert (folder / "report.html").is_file()
+
+
+def test_resuming_needs_the_same_recipe(finished: dict[str, Finished]) -> None:
+    recipe = load_recipe(finished["text"].folder / "recipe.yaml", ["stages.0.epochs=3"])
+    with pytest.raises(UserError, match="holds a run of another recipe: resume with its own recipe.yaml"):
+        Run(recipe, small_runs.silent(), resume=True)
+
+
+def test_resuming_where_nothing_is_begins_a_run(model_folder: Path, tmp_path: Path) -> None:
+    recipe = small_runs.recipe("text", tmp_path, model_folder)
+    assert [row["name"] for row in Run(recipe, small_runs.silent(), resume=True)()["rows"]] == ROWS["text"]
+
+
+def test_a_crash_while_saving_leaves_the_stage_as_it_was(
+    finished: dict[str, Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaking(self: PeftModel, folder: Path, **_: Any) -> None:
+        save_file({"half": torch.zeros(2)}, folder / "adapter_model.safetensors")
+        raise OSError("no space left on the device")
+
+    recipe = load_recipe(finished["instructions"].folder / "recipe.yaml")
+    model = with_adapter(load_language_model(recipe.model), recipe, "CAUSAL_LM")
+    monkeypatch.setattr(PeftModel, "save_pretrained", breaking)
+    folder = tmp_path / "stages" / "sft"
+    folder.mkdir(parents=True)
+    (folder / "adapter_model.safetensors").write_bytes(b"what was there")
+    with pytest.raises(OSError, match="no space left"):
+        save_stage(model, folder)
+    assert [path.name for path in (tmp_path / "stages").iterdir()] == ["sft"]
+    assert (folder / "adapter_model.safetensors").read_bytes() == b"what was there"
+
+
+# Mistakes, before anything slow
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading data or a model is too late for a mistake that could be seen before."""
+
+    def slow(*_: Any, **__: Any) -> None:
+        raise AssertionError("slow work was begun")
+
+    monkeypatch.setattr(rankwise.run, "load_task", slow)
+
+
+Change = Callable[[dict[str, Any], Path], None]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda values, folder: (folder / "run").mkdir() or (folder / "run" / "notes.txt").write_text("mine"), "is not
+        empty"), (
+            lambda values, folder: (folder / "run").mkdir() or (folder / "run" / "recipe.yaml").write_text("mine"),
+            r"holds another run: give another folder \(output=...\), or remove it first",
+        ),
+        (lambda values, folder: (folder / "run").write_text("a file"), "is a file: give a folder that is new or empty"),
+        (lambda values, folder: values["data"].update(items="no/items.csv"), "data.items no/items.csv does not exist"),
+        (lambda values, folder: values["model"].update(path=str(folder)), "no model's folder"),
+        (lambda values, folder: values["model"].update(path="no-one/no-model"), "model.path no-one/no-model cannot be
+        loaded"), (lambda values, folder: values["model"].update(context=1000), "model.context 1000 is more than the
+        model's 256"), (lambda values, folder: values["stages"][0].update(epoch=3), r"stages.0.epoch is unknown: did
+        you mean 'epochs'\?"), (lambda values, folder: values["data"].update(histroy=3), r"data.histroy is unknown: did
+        you mean 'history'\?"), (lambda values, folder: values.update(sed=3), r"sed is unknown: did you mean 'seed'\?"),
+    ],
+)
+def test_a_mistake_is_told_before_slow_work(
+    model_folder: Path, tmp_path: Path, no_model: None, change: Change, message: str
+) -> None:
+    values = small_runs.values("interactions", tmp_path, model_folder)
+    change(values, tmp_path)
+    present = hashes(tmp_path)
+    with pytest.raises(UserError, match=message):
+        Run(small_runs.make_recipe(values), small_runs.silent())()
+    assert hashes(tmp_path) == present
+
+
+def test_labels_have_no_loss_on_whole_rows(model_folder: Path, tmp_path: Path) -> None:
+    stages = [small_runs.SFT | {"loss": "row"}]
+    with pytest.raises(UserError, match="stages.0.loss row: labels have no prompt"):
+        small_runs.recipe("classification", tmp_path, model_folder, stages=stages)
+
+
+def test_an_empty_folder_that_is_there_is_taken(model_folder: Path, tmp_path: Path, no_model: None) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(AssertionError, match="slow work was begun"):
+        Run(small_runs.recipe("text", tmp_path, model_folder), small_runs.silent())()
+
+
+def test_prompts_longer_than_the_context_are_counted(model_folder: Path, tmp_path: Path) -> None:
+    model = {"path": str(model_folder), "context": 60}
+    stages = [small_runs.SFT | {"epochs": 1}, small_runs.DPO | {"negatives": 3, "rows": 8}]
+    made = run("interactions", tmp_path, model_folder, model=model, stages=stages)
+    counts = made.results["counts"]
+    assert counts["training prompts cut to the context"] == 32
+    assert counts["test prompts cut to the context"] == 16
+    assert counts["softmax_dpo: prompts cut to the context"] == 8
+    assert "test prompts cut to the context: 16" in made.printed
+
+
+def test_a_candidate_longer_than_the_context_is_told_before_the_model_is_loaded(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*_: Any) -> None:
+        raise AssertionError("slow work was begun")
+
+    monkeypatch.setattr("rankwise.tasks.recommendation.load_language_model", slow)
+    recipe = small_runs.recipe("sdpo", tmp_path, model_folder, model={"path": str(model_folder), "context": 9})
+    with pytest.raises(UserError, match="does not fit a context of 9 tokens: raise model.context"):
+        Run(recipe, small_runs.silent())()
+
+
+def test_a_saved_stage_loads_to_the_same_function(finished: dict[str, Finished]) -> None:
+    """The last stage of the run into a new adapter of the same recipe."""
+    one = finished["interactions"]
+    recipe = load_recipe(one.folder / "recipe.yaml")
+    model = with_adapter(load_language_model(recipe.model), recipe, "CAUSAL_LM").eval()
+    with torch.no_grad():
+        base = model(input_ids=IDS).logits
+        load_stage(model, one.folder / "stages" / "softmax-DPO")
+        assert torch.equal(model(input_ids=IDS).logits, one.logits)
+        assert not torch.allclose(base, one.logits, atol=1e-3)

@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_runs
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerControl, TrainerState, TrainingArguments
+
+from rankwise.errors import UserError
+from rankwise.ranks import SoraConfig, gates
+from rankwise.schema import LoraSettings, SftStage, SoftmaxDpoStage, SoraSettings
+from rankwise.tokenise import AnswerCollator, encode_answers
+from rankwise.training import AnswerTrainer, ProgressBar, StopOnNan, train_stage
+
+# Answers of one to seven tokens, so that a mean over rows is not the mean over tokens.
+PAIRS = [{"prompt": "#!" * (1 + number % 3), "completion": "?@%" * (number // 2) + "?"} for number in range(4)]
+
+
+@pytest.fixture
+def adapted(tiny_llama: LlamaForCausalLM) -> PeftModel:
+    torch.manual_seed(1)
+    settings = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    return get_peft_model(tiny_llama, settings).eval()
+
+
+@pytest.fixture
+def rows(tiny_tokenizer: PreTrainedTokenizerFast) -> list[dict[str, list[int]]]:
+    return encode_answers(PAIRS, tiny_tokenizer, 64)[0]
+
+
+def trainer(
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, list[int]]], folder: Path, **changes: Any
+) -> AnswerTrainer:
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "max_steps": 1,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "optim": "sgd",
+        "max_grad_norm": 1e9,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "remove_unused_columns": False,
+    }
+    arguments = TrainingArguments(**settings | changes)
+    return AnswerTrainer(model=model, args=arguments, train_dataset=rows, data_collator=AnswerCollator.of(tokenizer))
+
+
+def mean_loss(model: nn.Module, rows: list[dict[str, list[int]]]) -> Tensor:
+    """The mean over all answer tokens, row by row without padding."""
+    sums = [
+        nn.functional.cross_entropy(
+            model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1],
+            torch.tensor(row["labels"][1:]),
+            ignore_index=-100,
+            reduction="sum",
+        )
+        for row in rows
+    ]
+    return torch.stack(sums).sum() / sum(label != -100 for row in rows for label in row["labels"])
+
+
+def trained(model: nn.Module) -> Tensor:
+    return torch.cat([value.detach().flatten() for value in model.parameters() if value.requires_grad])
+
+
+def train(
+    model: PeftModel, tokenizer: PreTrainedTokenizerFast, folder: Path, stage: Any, rows: Any, **changes: Any
+) -> dict[str, int]:
+    console = changes.pop("console", None) or small_runs.silent()
+    settings = {"adapter": LoraSettings(), "context": 64, "seed": 0, "bfloat16": False} | changes
+    return train_stage(model, tokenizer, stage, rows, folder=folder, console=console, **settings)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(4, 1), (2, 2), (1, 4)])
+def test_a_step_is_that_of_the_mean_over_answer_tokens(
+    adapted: PeftModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    rows: list[dict[str, list[int]]],
+    tmp_path: Path,
+    size: int,
+    accumulation: int,
+) -> None:
+    """One step of plain gradient descent on all rows, however they are spread over batches."""
+    expected = copy.deepcopy(adapted)
+    loss = mean_loss(expected, rows)
+    loss.backward()
+    with torch.no_grad():
+        for value in expected.parameters():
+            if value.requires_grad:
+                value.sub_(1e-2 * value.grad)
+    before = trained(adapted)
+    made = trainer(
+        adapted,
+        tiny_tokenizer,
+        rows,
+        tmp_path,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+    )
+    made.train()
+    assert made.state.log_history[0]["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    torch.testing.assert_close(trained(adapted), trained(expected), atol=1e-6, rtol=0)
+    assert float((trained(adapted) - before).abs().max()) > 1e-4
+
+
+def test_the_loss_of_an_evaluation_is_the_mean_too(
+    adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    made = trainer(adapted, tiny_tokenizer, rows, tmp_path, per_device_eval_batch_size=4)
+    found = made.evaluate(rows)
+    assert found["eval_loss"] == pytest.approx(mean_loss(adapted, rows).item(), abs=1e-5)
+
+
+def test_the_loss_of_one_of_several_processes(
+    adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    """Gradients are averaged over processes while tokens are added up: each loss is multiplied by their number."""
+    made = trainer(adapted, tiny_tokenizer, rows, tmp_path)
+    made.accelerator = type("TwoProcesses", (), {"num_processes": 2})()
+    halves = [AnswerCollator.of(tiny_tokenizer)(half) for half in (rows[:1], rows[1:])]
+    tokens = torch.tensor(sum(label != -100 for row in rows for label in row["labels"]))
+    losses = [made.compute_loss(adapted, half, num_items_in_batch=tokens).item() for half in halves]
+    assert sum(losses) / 2 == pytest.approx(mean_loss(adapted, rows).item(), abs=1e-5)
+
+
+def test_metrics_are_written_line_by_line(
+    adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    stage = SftStage(kind="sft", name="first", epochs=3.0, batch_size=2, learning_rate=1e-2)
+    first = mean_loss(adapted, rows).item()
+    assert train(adapted, tiny_tokenizer, tmp_path, stage, rows) == {}
+    written = lines(tmp_path)
+    assert [line["stage"] for line in written] == ["first"] * 7
+    assert [line["step"] for line in written] == [1, 2, 3, 4, 5, 6, 6]
+    assert all({"epoch", "loss", "learning_rate", "grad_norm"} <= set(line) for line in written[:6])
+    assert "train_loss" in written[6]
+    assert mean_loss(adapted, rows).item() < first
+    train(adapted, tiny_tokenizer, tmp_path, stage.model_copy(update={"name": "second"}), rows)
+    assert [line["stage"] for line in lines(tmp_path)] == ["first"] * 7 + ["second"] * 7
+
+
+def test_long_stages_are_logged_fifty_times(
+    adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    stage = SftStage(kind="sft", name="sft", epochs=26.0, batch_size=1)
+    train(adapted, tiny_tokenizer, tmp_path, stage, rows)
+    assert [line["step"] for line in lines(tmp_path) if "loss" in line] == [1, *range(2, 105, 2)]
+
+
+@pytest.mark.parametrize(("steps", "bad"), [(4, 1), (105, 105)])
+def test_a_loss_that_is_no_number_stops_the_stage(
+    adapted: PeftModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    rows: list[dict[str, list[int]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+    bad: int,
+) -> None:
+    """In the first step, and in a last one that has no log line of its own (of 105 steps every second is logged)."""
+    calls, exact = [], AnswerTrainer.compute_loss
+
+    def poisoned(self: AnswerTrainer, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return exact(self, *args, **kwargs) * (math.nan if len(calls) >= bad else 1.0)
+
+    monkeypatch.setattr(AnswerTrainer, "compute_loss", poisoned)
+    stage = SftStage(kind="sft", name="sft", epochs=steps / 4, batch_size=1)
+    with pytest.raises(UserError, match=rf"the loss is nan at step {bad}: lower the stage's learning_rate"):
+        train(adapted, tiny_tokenizer, tmp_path, stage, rows)
+
+
+def test_an_infinite_loss_is_no_number_either() -> None:
+    state, control = TrainerState(global_step=7), TrainerControl()
+    arguments = TrainingArguments(report_to="none", use_cpu=True)
+    with pytest.raises(UserError, match="the loss is inf at step 7"):
+        StopOnNan().on_log(arguments, state, control, logs={"loss": math.inf})
+    for logs in ({"loss": 2.0}, {"eval_runtime": 3.0}, {}, None):
+        StopOnNan().on_log(arguments, state, control, logs=logs)
+
+
+def test_a_sora_stage_logs_its_gates_and_makes_them_sparse(
+    tiny_llama: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    rows: list[dict[str, list[int]]],
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama, SoraConfig(r=4, target_modules="all-linear", threshold=0.2,
+    task_type="CAUSAL_LM")) stage = SftStage(kind="sft", name="sora", epochs=6.0, batch_size=4, learning_rate=1e-2)
+    train(model, tiny_tokenizer, tmp_path, stage, rows, adapter=SoraSettings(r=4, threshold=0.2, gate_lr=0.05))
+    left = [line["gates_left"] for line in lines(tmp_path) if "loss" in line]
+    assert lines(tmp_path)[0]["gates"] == 4 * 14
+    assert all(one >= other for one, other in zip(left, left[1:], strict=False))
+    assert 0 < left[-1] < 0.7 * left[0]
+    assert left[-1] == sum(int((gate != 0).sum()) for gate in gates(model).values())
+
+
+def test_a_preference_stage_takes_only_its_negatives(
+    adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """The first loss is log(1 + negatives), whatever the rows hold; a prompt too long is counted."""
+    rows = [{"prompt": "#" * length, "chosen": "?", "rejected": ["@", "%", "$"]} for length in (3, 9, 90)]
+    for negatives in (1, 2):
+        name = f"dpo-{negatives}"
+        stage = SoftmaxDpoStage(kind="softmax_dpo", name=name, negatives=negatives, batch_size=3, warmup=0.0)
+        assert train(adapted, tiny_tokenizer, tmp_path, stage, rows) == {"prompts cut to the context": 1}
+        [first, *_] = [line for line in lines(tmp_path) if line["stage"] == name]
+        assert first["loss"] == pytest.approx(math.log(1 + negatives), abs=1e-5)
+        assert "rewards/margins" in first
+
+
+def test_bfloat16_trains_and_leaves_float32_parameters(
+    adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    first = mean_loss(adapted, rows).item()
+    stage = SftStage(kind="sft", name="sft", epochs=10.0, batch_size=4, learning_rate=5e-2)
+    train(adapted, tiny_tokenizer, tmp_path, stage, rows, bfloat16=True)
+    assert {value.dtype for value in adapted.parameters()} == {torch.float32}
+    assert mean_loss(adapted, rows).item() < 0.9 * first
+
+
+def test_the_seed_alone_decides(
+    adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    stage = SftStage(kind="sft", name="sft", epochs=2.0, batch_size=1, learning_rate=1e-2)
+    found = []
+    for seed in (0, 0, 1):
+        model = copy.deepcopy(adapted)
+        torch.manual_seed(len(found))
+        train(model, tiny_tokenizer, tmp_path, stage, rows, seed=seed)
+        found.append(trained(model))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_off_the_terminal_there_is_a_line_for_every_tenth(
+    adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    console = small_runs.silent()
+    stage = SftStage(kind="sft", name="slow", epochs=10.0, batch_size=2)
+    train(adapted, tiny_tokenizer, tmp_path, stage, rows, console=console)
+    printed = small_runs.printed(console).splitlines()
+    assert [line.split(",")[0] for line in printed] == [f"slow: {step}/20 steps" for step in range(2, 21, 2)]
+    assert all(re.search(r"loss \d+\.\d{3}, \d+ rows/s, \d+ s left$", line) for line in printed)
+    assert printed[-1].endswith(" 0 s left")
+
+
+@pytest.mark.parametrize("kind", ["sft", "softmax_dpo"])
+def test_on_a_terminal_there_is_a_bar(
+    adapted: PeftModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    rows: list[dict[str, list[int]]],
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    console = Console(force_terminal=True, file=io.StringIO(), width=120, _environ={})
+    stage: Any = SftStage(kind="sft", name="stage", batch_size=2)
+    if kind == "softmax_dpo":
+        stage = SoftmaxDpoStage(kind="softmax_dpo", name="stage", batch_size=2)
+        rows = [{"prompt": "#", "chosen": "?", "rejected": ["@", "%", "$"]}] * 4  # type: ignore[dict-item]
+    train(adapted, tiny_tokenizer, tmp_path, stage, rows, console=console)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", small_runs.printed(console))
+    assert "stage" in text
+    assert "2/2 steps, loss" in text
+
+
+def test_a_bar_can_be_shown_before_its_length_is_known() -> None:
+    console = Console(force_terminal=True, file=io.StringIO(), width=120, _environ={})
+    with ProgressBar("waiting", console).progress:
+        pass
+    assert "waiting" in small_runs.printed(console)
