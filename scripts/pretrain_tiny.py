@@ -166,7 +166,9 @@ def loss_of(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
 
 
-def save_checkpoint(path: Path, step: int, model: LlamaForCausalLM, parts: list[torch.optim.Optimizer]) -> None:
+def save_checkpoint(
+    path: Path, settings: Settings, step: int, model: LlamaForCausalLM, parts: list[torch.optim.Optimizer]
+) -> None:
     """Weights and optimizer state in one safetensors file, replaced atomically."""
     tensors = {f"model/{name}": p.detach().cpu() for name, p in model.named_parameters()}
     for number, part in enumerate(parts):
@@ -174,12 +176,17 @@ def save_checkpoint(path: Path, step: int, model: LlamaForCausalLM, parts: list[
             for key, value in state.items():
                 tensors[f"optimizer/{number}/{index}/{key}"] = torch.as_tensor(value).cpu()
     temporary = path.with_suffix(".partial")
-    save_file({name: t.contiguous().clone() for name, t in tensors.items()}, temporary, metadata={"step": str(step)})
+    metadata = {"step": str(step), "settings": json.dumps(asdict(settings))}
+    save_file({name: t.contiguous().clone() for name, t in tensors.items()}, temporary, metadata=metadata)
     temporary.replace(path)
 
 
-def load_checkpoint(path: Path, model: LlamaForCausalLM, parts: list[torch.optim.Optimizer]) -> int:
-    """Restore what :func:`save_checkpoint` wrote; returns the next step, 0 where there is no checkpoint."""
+def load_checkpoint(path: Path, settings: Settings, model: LlamaForCausalLM, parts: list[torch.optim.Optimizer]) -> int:
+    """Restore what :func:`save_checkpoint` wrote; returns the next step, 0 where there is no checkpoint.
+
+    Raises:
+        ValueError: the checkpoint is of other settings.
+    """
     if not path.exists():
         return 0
     states: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in parts]
@@ -193,6 +200,8 @@ def load_checkpoint(path: Path, model: LlamaForCausalLM, parts: list[torch.optim
                 number, index, key = rest.split("/")
                 states[int(number)].setdefault(int(index), {})[key] = file.get_tensor(name)
         step = int(file.metadata()["step"])
+        if json.loads(file.metadata().get("settings", "null")) not in (None, asdict(settings)):
+            raise ValueError(f"{path} is of other settings: give another --work folder")
     for part, state in zip(parts, states, strict=True):
         part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
     return step
@@ -237,7 +246,7 @@ def train(settings: Settings, stream: np.ndarray, work: Path, device: torch.devi
     parts = optimizers(model, settings)
     peaks = [[group["lr"] for group in part.param_groups] for part in parts]
     checkpoint = work / "checkpoint.safetensors"
-    first = load_checkpoint(checkpoint, model, parts)
+    first = load_checkpoint(checkpoint, settings, model, parts)
     tokens = torch.from_numpy(stream.astype(np.int64))
     step_loss = torch.compile(loss_of) if compiled else loss_of
     started = time.perf_counter()
@@ -258,7 +267,7 @@ def train(settings: Settings, stream: np.ndarray, work: Path, device: torch.devi
             with (work / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
         if (step + 1) % 200 == 0 or step + 1 == settings.steps:
-            save_checkpoint(checkpoint, step + 1, model, parts)
+            save_checkpoint(checkpoint, settings, step + 1, model, parts)
     return model
 
 
@@ -269,7 +278,9 @@ def prepare(settings: Settings, reviews: Path, work: Path) -> tuple[Tokenizer, n
         texts = read_reviews(reviews, TRAINING_FILES)
         tokenizer = train_tokenizer(texts, settings.vocabulary)
         tokenizer.save(str(tokenizer_file))
-        np.save(stream_file, encode(tokenizer, texts))
+        temporary = stream_file.with_suffix(".partial.npy")
+        np.save(temporary, encode(tokenizer, texts))
+        temporary.replace(stream_file)
     return Tokenizer.from_file(str(tokenizer_file)), np.load(stream_file)
 
 

@@ -16,6 +16,7 @@ from rankwise.schema import Recipe
 
 COLOURS, THINGS = ("red", "green", "blue", "grey"), ("fox", "river", "film", "name", "dog", "model")
 SFT = {"kind": "sft", "epochs": 2, "batch_size": 8, "learning_rate": 1e-2}
+LONG = SFT | {"epochs": 8, "batch_size": 2, "learning_rate": 3e-2}
 DPO = {"kind": "softmax_dpo", "start": "sft", "batch_size": 8, "learning_rate": 5e-3, "rows": 24}
 
 
@@ -87,11 +88,11 @@ def _jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
 
 # For each kind of data: its section, the adapter and the stages.
 KINDS: dict[str, tuple[Any, dict[str, Any], list[dict[str, Any]]]] = {
-    "text": (text, {"kind": "milora", "r": 4}, [SFT]),
-    "instructions": (instructions, {"kind": "lora", "r": 4}, [SFT]),
+    "text": (text, {"kind": "milora", "r": 4}, [LONG]),
+    "instructions": (instructions, {"kind": "lora", "r": 4}, [LONG]),
     "classification": (
         classification,
-        {"kind": "sora", "r": 4, "threshold": 0.1, "gate_lr": 0.05},
+        {"kind": "sora", "r": 4, "threshold": 0.03, "gate_lr": 0.05},
         [SFT | {"epochs": 4}],
     ),
     "interactions": (

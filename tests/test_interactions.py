@@ -35,7 +35,7 @@ def test_every_format_gives_the_same_table(tmp_path: Path, suffix: str) -> None:
         table.write_csv(path, separator="," if suffix == ".csv" else "\t")
     else:
         table.with_columns(pl.col("movieId").cast(pl.Int64)).write_ndjson(path)
-    log, counts = read_interactions(path)
+    log, counts = read_interactions(path, InteractionColumns(rating="rating"))
     assert log.columns == ["user", "item", "time", "rating"]
     assert log.rows() == [("u1", "1", 30.0, 4.0), ("u1", "2", 10.0, 2.5), ("u2", "1", 20.0, 5.0)]
     assert counts == {
@@ -81,10 +81,29 @@ def test_unparsable_rows_are_dropped_and_counted(tmp_path: Path) -> None:
         "a,8,nan,8\n"  # not a finite rating
         '"a ",9,1,9\n'
     )
-    log, counts = read_interactions(write(tmp_path / "log.csv", text))
+    log, counts = read_interactions(write(tmp_path / "log.csv", text), InteractionColumns(rating="rating"))
     assert log["item"].to_list() == ["1", "9"]
     assert log["user"].to_list() == ["a", "a"]
     assert (counts["interactions read"], counts["unparsable rows"]) == (9, 7)
+
+
+def test_a_rating_that_nobody_asked_for_costs_no_row(tmp_path: Path) -> None:
+    text = "user,item,rating,time\na,1,,1\na,2,,2\n"
+    log, counts = read_interactions(write(tmp_path / "log.csv", text))
+    assert log.rows() == [("a", "1", 1.0), ("a", "2", 2.0)]
+    assert counts["unparsable rows"] == 0
+
+
+def test_a_header_that_names_a_column_twice(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'user' twice"):
+        read_interactions(write(tmp_path / "log.csv", "user,user,item,time\na,b,1,1\n"))
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
+    text = '{"user": "\\ud83d", "item": 1, "time": 1}\n{"user": "b", "item": 1, "time": 1}\n'
+    log, counts = read_interactions(write(tmp_path / "log.jsonl", text))
+    assert log["user"].to_list() == ["b"]
+    assert counts["unparsable rows"] == 1
 
 
 def test_unparsable_json_lines_are_dropped_and_counted(tmp_path: Path) -> None:
@@ -96,7 +115,7 @@ def test_unparsable_json_lines_are_dropped_and_counted(tmp_path: Path) -> None:
 
 def test_the_earliest_duplicate_stays_and_ties_keep_the_first(tmp_path: Path) -> None:
     text = "user,item,rating,time\na,1,1,20\na,1,2,10\na,1,3,10\na,2,4,5\nb,1,5,1\n"
-    log, counts = read_interactions(write(tmp_path / "log.csv", text))
+    log, counts = read_interactions(write(tmp_path / "log.csv", text), InteractionColumns(rating="rating"))
     assert log.rows() == [("a", "1", 10.0, 2.0), ("a", "2", 5.0, 4.0), ("b", "1", 1.0, 5.0)]
     assert counts["duplicate interactions"] == 2
 
@@ -123,9 +142,7 @@ def test_low_ratings_go_before_duplicates_are_judged(tmp_path: Path) -> None:
         ("log.parquet", "not parquet", "not readable as PARQUET"),
     ],
 )
-def test_a_file_that_cannot_serve_is_one_clear_error(
-    tmp_path: Path, name: str, text: str | None, message: str
-) -> None:
+def test_a_file_that_cannot_serve_is_one_clear_error(tmp_path: Path, name: str, text: str | None, message: str) -> None:
     path = tmp_path / name
     if text is not None:
         write(path, text)
@@ -182,9 +199,7 @@ def test_items_without_any_title_or_column_are_an_error(tmp_path: Path) -> None:
 
 
 def test_titles_are_attached_and_what_has_none_is_counted() -> None:
-    log = pl.DataFrame(
-        {"user": ["a", "a", "a", "b"], "item": ["3", "1", "9", "1"], "time": [2.0, 1.0, 3.0, 4.0]}
-    )
+    log = pl.DataFrame({"user": ["a", "a", "a", "b"], "item": ["3", "1", "9", "1"], "time": [2.0, 1.0, 3.0, 4.0]})
     items = pl.DataFrame({"item": ["1", "3"], "title": ["Emma", "Emma"]})
     titled, counts = attach_titles(log, items)
     assert titled.select("user", "item", "title").rows() == [("a", "1", "Emma"), ("b", "1", "Emma")]

@@ -106,7 +106,7 @@ def test_positions_count_from_the_first_own_token() -> None:
 
 
 def test_only_the_logits_of_the_common_end_are_computed() -> None:
-    """Padded to 9 tokens, the earliest answer token stands at position 6 and is predicted at 5: the last 4 positions."""
+    """Of 9 tokens, the earliest answer token stands at position 6 and is predicted at 5: the last 4 positions."""
     model = Recording(make("llama"))
     values, _ = answer_log_probabilities(model, batch(ROWS))
     assert model.inputs["logits_to_keep"] == 4

@@ -24,7 +24,11 @@ def test_tokens_are_those_of_a_prompt_and_of_each_answer(tiny_tokenizer: PreTrai
 
 def test_what_is_cut_or_dropped_is_counted(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     """In 7 tokens: ``ROW`` loses one of its prompt; an answer of seven tokens fits no more."""
-    rows = [ROW, {"prompt": "#", "chosen": "?", "rejected": ["@@@@@@"]}, {"prompt": "#", "chosen": "?", "rejected": ["@"]}]
+    rows = [
+        ROW,
+        {"prompt": "#", "chosen": "?", "rejected": ["@@@@@@"]},
+        {"prompt": "#", "chosen": "?", "rejected": ["@"]},
+    ]
     encoded, counts = encode_preferences(rows, tiny_tokenizer, 7)
     assert counts == {PROMPTS_CUT: 1, ANSWERS_TOO_LONG: 1}
     assert [row.length for row in encoded] == [7, 4]

@@ -24,8 +24,14 @@ ROWS: list[dict[str, Any]] = [
     {"prompt": "#!#!#!#", "chosen": "?@", "rejected": ["@@"]},
     {"prompt": "!!", "chosen": "=", "rejected": ["?", "%", "@"]},
 ]
-METRICS = ["rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
-"logps/rejected"]
+METRICS = [
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+]
 
 
 @pytest.fixture
@@ -33,8 +39,8 @@ def adapted(tiny_llama: LlamaForCausalLM) -> PeftModel:
     """An adapter that is not at its start: it changes the base."""
     torch.manual_seed(1)
     model = get_peft_model(
-        tiny_llama, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False,
-        task_type="CAUSAL_LM")
+        tiny_llama,
+        LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
     )
     return model.eval()
 
@@ -218,7 +224,7 @@ def test_training_raises_the_margin_and_logs_it(
 
 
 def test_metrics_by_hand(adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """Means over rows for the chosen, over all ten rejected answers for the rejected; an answer wins against all or not."""
+    """Means over rows for the chosen, over all ten rejected answers; the chosen wins against all of a row or not."""
     made = trainer(adapted, tiny_tokenizer, tmp_path, reference="base", beta=0.5, max_steps=1, learning_rate=0.0)
     batch = batch_of(made)
     made.train()
@@ -226,8 +232,11 @@ def test_metrics_by_hand(adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizer
         policy, exists = answer_totals(adapted, batch), batch["exists"]
     rewards = 0.5 * (policy - batch["reference"])
     assert int(exists[:, 1:].sum()) == 10
-    wins = [all(row[0] > other for other in row[1 : 1 + len(source["rejected"])]) for row, source in zip(rewards, ROWS,
-    strict=True)] expected = {
+    wins = [
+        all(row[0] > other for other in row[1 : 1 + len(source["rejected"])])
+        for row, source in zip(rewards, ROWS, strict=True)
+    ]
+    expected = {
         "rewards/chosen": rewards[:, 0].mean(),
         "rewards/rejected": rewards[:, 1:][exists[:, 1:]].mean(),
         "rewards/accuracies": torch.tensor(wins).float().mean(),
@@ -253,7 +262,7 @@ def test_accumulated_small_batches_take_the_step_of_a_large_one(
 def test_evaluation_uses_the_reference_before_any_training(
     adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    rows = [{"prompt": "#", "chosen": "?", "rejected": ["@", "%"]}, {"prompt": "!", "chosen": "%", "rejected": ["@", "?"]}]
+    rows = [{"prompt": prompt, "chosen": "?", "rejected": ["@", "%"]} for prompt in ("#", "!")]
     made = trainer(adapted, tiny_tokenizer, tmp_path, eval_dataset=rows)
     found = made.evaluate()
     assert found["eval_loss"] == pytest.approx(math.log(3), abs=1e-5)

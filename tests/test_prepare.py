@@ -27,13 +27,18 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> InteractionSettings:
 
 def check_rows(prepared: Prepared, met: dict[str, set[str]], candidates: int, negatives: int) -> None:
     """What holds for every row of a prepared log."""
+    held: dict[str, set[str]] = {}
     for row in prepared.validation + prepared.test:
+        held.setdefault(row["user"], set()).add(row["target"])
         assert len(set(row["candidates"])) == len(row["candidates"]) == candidates
         assert set(row["candidates"]) & met[row["user"]] == {row["target"]}
-    for row in prepared.train + prepared.validation + prepared.test:
+    for row, known in [
+        *((row, met[row["user"]] - held[row["user"]]) for row in prepared.train),
+        *((row, met[row["user"]]) for row in prepared.validation + prepared.test),
+    ]:
         rejected = {title.removeprefix(" ") for title in row["rejected"]}
         assert len(rejected) == len(row["rejected"]) == negatives
-        assert not rejected & met[row["user"]]
+        assert not rejected & known
         assert row["chosen"] == " " + row["target"]
         assert 1 <= len(row["history"]) <= 10
         assert row["target"] not in row["history"]
@@ -48,6 +53,15 @@ def titles_by_user(settings: InteractionSettings) -> dict[str, set[str]]:
     for user, title in log.join(items, on="item").select("user", "title").iter_rows():
         met.setdefault(user, set()).add(title)
     return met
+
+
+def test_training_rows_do_not_tell_what_is_held_out(small: InteractionSettings) -> None:
+    """A user's test item is rejected in training rows as often as any title: were it never, its absence would tell."""
+    prepared = prepare_interactions(replace(small, candidates=20, negatives=19))
+    targets = {row["user"]: " " + row["target"] for row in prepared.test}
+    shown = sum(targets[row["user"]] in row["rejected"] for row in prepared.train if row["user"] in targets)
+    expected = len(prepared.train) * 19 / len(prepared.catalogue)
+    assert 0.5 * expected < shown < 1.5 * expected
 
 
 def test_rows_of_a_log(small: InteractionSettings) -> None:
@@ -119,9 +133,7 @@ def test_what_is_dropped_is_counted_at_the_end(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="catalogue of 4 titles is too small: user 'a'"):
         prepare_interactions(settings)
-    (tmp_path / "log.csv").write_text(
-        "user,item,time,rating\n" + "\n".join([*log, "d,6,1,5", "d,5,2,5"]) + "\n"
-    )
+    (tmp_path / "log.csv").write_text("user,item,time,rating\n" + "\n".join([*log, "d,6,1,5", "d,5,2,5"]) + "\n")
     counts = prepare_interactions(settings).counts
     assert counts["unparsable rows"] == 1
     assert counts["duplicate interactions"] == 1
@@ -143,16 +155,12 @@ def test_what_is_dropped_is_counted_at_the_end(tmp_path: Path) -> None:
         ({"candidates": 300, "negatives": 3}, "too small"),
     ],
 )
-def test_wrong_settings_are_refused(
-    small: InteractionSettings, changes: dict[str, object], message: str
-) -> None:
+def test_wrong_settings_are_refused(small: InteractionSettings, changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         prepare_interactions(replace(small, **changes))  # type: ignore[arg-type]
 
 
-def test_written_rows_read_back_and_a_filled_folder_is_refused(
-    small: InteractionSettings, tmp_path: Path
-) -> None:
+def test_written_rows_read_back_and_a_filled_folder_is_refused(small: InteractionSettings, tmp_path: Path) -> None:
     prepared = prepare_interactions(replace(small, training_rows=5))
     folder = write_rows(tmp_path / "rows", prepared)
     for name in ("train", "validation", "test"):

@@ -1,14 +1,24 @@
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, OPTConfig, OPTForCausalLM,
-PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from rankwise.errors import UserError
-from rankwise.recommend.ranking import generate_answers, score_candidates
+from rankwise.recommend.ranking import EncodedCase, encode_cases, generate_answers, score_candidates
 from rankwise.tokenise import encode_answer, encode_prompt
 
 PROMPTS = ["I have seen #!#. Next is", "$", "A long list of films: #!#!#!#!#!#!#! and so on. Next is", "Seen"]
@@ -25,6 +35,10 @@ def model(tiny_llama: LlamaForCausalLM) -> LlamaForCausalLM:
     return tiny_llama
 
 
+def encoded(tokenizer: PreTrainedTokenizerFast, context: int = 256, repeated: int = 1) -> list[EncodedCase]:
+    return encode_cases(tokenizer, PROMPTS * repeated, ANSWERS * repeated, context)[0]
+
+
 @torch.no_grad()
 def alone(model: nn.Module, tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) -> float:
     """The answer's log-probability, from one whole sequence."""
@@ -39,7 +53,7 @@ def alone(model: nn.Module, tokenizer: PreTrainedTokenizerFast, prompt: str, ans
 def test_scores_are_those_of_whole_sequences(
     model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, batch_tokens: int
 ) -> None:
-    scores = score_candidates(model, tiny_tokenizer, PROMPTS, ANSWERS, 256, batch_tokens)
+    scores = score_candidates(model, encoded(tiny_tokenizer), tiny_tokenizer.pad_token_id, batch_tokens)
     assert [len(one) for one in scores] == [3, 1, 5, 2]
     for prompt, answers, found in zip(PROMPTS, ANSWERS, scores, strict=True):
         expected = [alone(model, tiny_tokenizer, prompt, answer) for answer in answers]
@@ -67,7 +81,7 @@ def test_models_with_absolute_positions(tiny_tokenizer: PreTrainedTokenizerFast,
             )
         )
     model.eval()
-    scores = score_candidates(model, tiny_tokenizer, PROMPTS, ANSWERS, 256)
+    scores = score_candidates(model, encoded(tiny_tokenizer), pad)
     for prompt, answers, found in zip(PROMPTS, ANSWERS, scores, strict=True):
         expected = [alone(model, tiny_tokenizer, prompt, answer) for answer in answers]
         np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
@@ -76,7 +90,8 @@ def test_models_with_absolute_positions(tiny_tokenizer: PreTrainedTokenizerFast,
 def test_candidates_of_a_single_token(model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     """An empty answer is its end-of-text token alone: nothing continues the cache."""
     prompts = ["#!#", "$ and more"]
-    scores = score_candidates(model, tiny_tokenizer, prompts, [[""], [""]], 64)
+    cases, _ = encode_cases(tiny_tokenizer, prompts, [[""], [""]], 64)
+    scores = score_candidates(model, cases, tiny_tokenizer.pad_token_id)
     for prompt, found in zip(prompts, scores, strict=True):
         np.testing.assert_allclose(found, [alone(model, tiny_tokenizer, prompt, "")], atol=1e-4, rtol=0)
 
@@ -84,17 +99,20 @@ def test_candidates_of_a_single_token(model: LlamaForCausalLM, tiny_tokenizer: P
 def test_a_prompt_is_cut_for_its_longest_candidate(
     model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """One token a character: in 9 tokens, begin, four of the prompt, three of ``@@@`` and the end."""
-    found = score_candidates(model, tiny_tokenizer, ["#!$#!$#!$"], [["@@@", "?"]], 9)[0]
-    expected = [alone(model, tiny_tokenizer, "#!$#!$#!$"[-4:], answer) for answer in ("@@@", "?")]
-    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    """One token a character: begin, four of the prompt, then 22 and the end, or room for the 20 that are generated."""
+    whole, cut = "#!$#!$#!$", "#!$#!$#!$"[-4:]
+    for longest, context in (("@" * 22, 28), ("@@@", 25)):
+        cases, number = encode_cases(tiny_tokenizer, [whole, cut], [[longest, "?"]] * 2, context)
+        assert number == 1
+        found = score_candidates(model, cases, tiny_tokenizer.pad_token_id)
+        expected = [alone(model, tiny_tokenizer, cut, answer) for answer in (longest, "?")]
+        np.testing.assert_allclose(found, [expected] * 2, atol=1e-4, rtol=0)
 
 
-def test_a_candidate_longer_than_the_context_is_named(
-    model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    with pytest.raises(UserError, match=r"candidate '\?@\?@\?@' does not fit a context of 8 tokens"):
-        score_candidates(model, tiny_tokenizer, ["#"], [["?", "?@?@?@"]], 8)
+def test_a_candidate_longer_than_the_context_is_named(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match=r"candidate '(\?@){14}' does not fit 29 tokens: raise model\.context"):
+        encode_cases(tiny_tokenizer, ["#"], [["?", "?@" * 14]], 29)
+    assert encode_cases(tiny_tokenizer, ["#"], [["?", "?@" * 14]], 31)[1] == 0
 
 
 class Watching(nn.Module):
@@ -102,10 +120,10 @@ class Watching(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.inner, self.passes = model, []
+        self.module, self.passes = model, []
 
     def forward(self, input_ids, attention_mask, position_ids, past_key_values, logits_to_keep=0, use_cache=True):
-        output = self.inner(
+        output = self.module(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -121,12 +139,12 @@ def test_each_prompt_is_read_once_and_no_batch_is_too_large(
     model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     watched = Watching(model)
-    prompts, answers = PROMPTS * 3, ANSWERS * 3
-    score_candidates(watched, tiny_tokenizer, prompts, answers, 256, batch_tokens=600)
+    cases = encoded(tiny_tokenizer, repeated=3)
+    score_candidates(watched, cases, tiny_tokenizer.pad_token_id, batch_tokens=600)
     reading, continuing = watched.passes[::2], watched.passes[1::2]
-    assert sum(shape[0] for shape, _, _ in reading) == len(prompts)
+    assert sum(shape[0] for shape, _, _ in reading) == len(cases)
     assert {logits for _, logits, _ in reading} == {1}
-    assert sum(shape[0] for shape, _, _ in continuing) == sum(map(len, answers))
+    assert sum(shape[0] for shape, _, _ in continuing) == 3 * sum(map(len, ANSWERS))
     assert max(cached for _, _, cached in continuing) <= 600
     assert len(reading) > 1
 
@@ -147,13 +165,19 @@ def greedy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: 
 def test_greedy_answers_are_those_of_each_row_alone(
     model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, batch_size: int
 ) -> None:
-    rows = [{"prompt": prompt} for prompt in PROMPTS]
-    expected = [greedy(model, tiny_tokenizer, prompt, 42, 6) for prompt in PROMPTS]
+    """Two prompts are cut to 44 tokens; the model's own settings, which would sample, do not count."""
+    expected = [greedy(model, tiny_tokenizer, prompt, 44, 20) for prompt in PROMPTS]
     assert len(set(expected)) == len(PROMPTS)
-    assert generate_answers(model, tiny_tokenizer, rows, 48, 6, batch_size) == expected
+    model.generation_config.update(repetition_penalty=3.0, no_repeat_ngram_size=1)
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for one in (model, adapted):
+        assert generate_answers(one, tiny_tokenizer, encoded(tiny_tokenizer, 64), batch_size) == expected
+        assert one.generation_config.repetition_penalty == 3.0
+    model.generation_config = GenerationConfig()
     for prompt, text in zip(PROMPTS, expected, strict=True):
-        ids = torch.tensor([encode_prompt(tiny_tokenizer, prompt, 42)])
-        written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+        ids = torch.tensor([encode_prompt(tiny_tokenizer, prompt, 44)])
+        settings = GenerationConfig(max_new_tokens=20, do_sample=False, eos_token_id=0, pad_token_id=1)
+        written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
         assert tiny_tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True) == text
 
 
@@ -165,4 +189,4 @@ def test_an_answer_ends_at_the_end_of_text_token(
         tiny_llama.lm_head.weight.zero_()
         tiny_llama.model.norm.weight.fill_(1)
     assert tiny_tokenizer.eos_token_id == 0  # the first of equal logits
-    assert generate_answers(tiny_llama, tiny_tokenizer, [{"prompt": "#"}, {"prompt": "Seen"}], 64) == ["", ""]
+    assert generate_answers(tiny_llama, tiny_tokenizer, encoded(tiny_tokenizer)) == [""] * 4

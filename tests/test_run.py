@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import small_runs
 import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import rankwise.run
+import small_runs
 from rankwise.analysis.runfolder import read_run
 from rankwise.errors import UserError
 from rankwise.evaluation import evaluate_run, export_stage
@@ -23,6 +23,7 @@ from rankwise.models import load_language_model
 from rankwise.recipes import dump_recipe, load_recipe
 from rankwise.run import Run, load_stage, save_stage, with_adapter
 
+EXPORT: dict[str, Any] = {"stage": None, "rank": None, "energy": None, "layout": "uniform"}
 IDS = torch.tensor([[0, 40, 50, 60, 70, 80, 90, 100], [0, 45, 55, 65, 75, 85, 95, 105]])
 
 
@@ -99,9 +100,9 @@ def test_the_folder_holds_what_is_documented(finished: dict[str, Finished], kind
         "report.html",
     }
     assert sorted(path.name for path in (folder / "stages").iterdir()) == sorted(stages)
-    assert load_recipe(folder / "recipe.yaml") == small_runs.make_recipe(yaml.safe_load((folder /
-    "recipe.yaml").read_text())) assert dump_recipe(load_recipe(folder / "recipe.yaml")) == (folder /
-    "recipe.yaml").read_text(encoding="utf-8") versions = json.loads((folder / "versions.json").read_text())
+    saved = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    assert dump_recipe(load_recipe(folder / "recipe.yaml")) == saved
+    versions = json.loads((folder / "versions.json").read_text())
     assert {"rankwise", "torch", "transformers", "peft", "python", "platform", "device"} <= set(versions)
     assert json.loads((folder / "results.json").read_text()) == results
     assert f"report: {folder / 'report.html'}" in printed
@@ -123,7 +124,7 @@ def test_results_of_every_stage_and_baseline(finished: dict[str, Finished], kind
 @pytest.mark.parametrize("kind", ["text", "instructions"])
 def test_training_lowers_the_loss(finished: dict[str, Finished], kind: str) -> None:
     found = metrics(finished[kind].results)
-    assert found["sft"]["loss"] < 0.9 * found["base model"]["loss"]
+    assert found["sft"]["loss"] < found["base model"]["loss"] - 0.1
 
 
 def test_training_learns_the_labels(finished: dict[str, Finished]) -> None:
@@ -135,14 +136,14 @@ def test_ranks_of_the_finished_adapter(finished: dict[str, Finished]) -> None:
     """MiLoRA's update has up to twice its rank; SoRA's pruned layers are smaller than they were."""
     ranks = {kind: json.loads((one.folder / "ranks.json").read_text()) for kind, one in finished.items()}
     assert {row["initial_rank"] for rows in ranks.values() for row in rows} == {4}
-    assert len(ranks["text"]) == 14
+    assert {len(rows) for rows in ranks.values()} == {14}
     assert max(row["live"] for row in ranks["text"]) == 8
     assert max(row["live"] for row in ranks["instructions"]) == 4
     counts = finished["classification"].results["counts"]
     live = sum(row["live"] for row in ranks["classification"])
     gates = [line for line in read_run(finished["classification"].folder).metrics if "gates_left" in line]
     assert live == gates[-1]["gates_left"] < 4 * 14 == gates[-1]["gates"]
-    assert counts["layers whose adapter was removed"] == 14 - len(ranks["classification"])
+    assert counts["layers whose adapter was removed"] == sum(row["live"] == 0 for row in ranks["classification"])
     assert counts["adapter parameters before pruning"] > finished["classification"].results["export"]["parameters"] / 2
 
 
@@ -174,8 +175,8 @@ def test_what_is_written_computes_the_same_without_rankwise(
     """In a process that never imports rankwise, on the original base; plain adapters and merged models."""
     jobs = []
     for kind, one in finished.items():
-        export_stage(one.folder, tmp_path / kind, small_runs.silent(), stage=None, rank=None, energy=None,
-        layout="merged") job = {"labels": kind == "classification", "base": str(model_folder), "ids": IDS.tolist()}
+        export_stage(one.folder, tmp_path / kind, small_runs.silent(), **EXPORT | {"layout": "merged"})
+        job = {"labels": kind == "classification", "base": str(model_folder), "ids": IDS.tolist()}
         adapter, merged = str(one.folder / "adapter"), str(tmp_path / kind)
         jobs += [
             job | {"adapter": adapter, "merged": "", "out": str(tmp_path / f"{kind}-adapter.safetensors")},
@@ -189,17 +190,18 @@ def test_what_is_written_computes_the_same_without_rankwise(
             torch.testing.assert_close(found, one.logits, atol=1e-4, rtol=0, msg=f"{kind}, {form}")
 
 
+@pytest.mark.parametrize("kind", ["instructions", "classification", "interactions"])
 def test_the_same_seed_gives_the_same_results(
-    finished: dict[str, Finished], model_folder: Path, tmp_path: Path
+    finished: dict[str, Finished], model_folder: Path, tmp_path: Path, kind: str
 ) -> None:
-    again = run("interactions", tmp_path, model_folder)
-    assert metrics(again.results) == metrics(finished["interactions"].results)
-    assert torch.equal(again.logits, finished["interactions"].logits)
+    """Whatever was drawn before: a new adapter, its gates and a new head come from the recipe's seed."""
+    torch.manual_seed(12345)
+    again = run(kind, tmp_path, model_folder)
+    assert metrics(again.results) == metrics(finished[kind].results)
+    assert torch.equal(again.logits, finished[kind].logits)
 
 
-def test_another_seed_gives_another_adapter(
-    finished: dict[str, Finished], model_folder: Path, tmp_path: Path
-) -> None:
+def test_another_seed_gives_another_adapter(finished: dict[str, Finished], model_folder: Path, tmp_path: Path) -> None:
     other = run("instructions", tmp_path, model_folder, seed=1)
     assert not torch.equal(other.logits, finished["instructions"].logits)
 
@@ -215,12 +217,12 @@ def test_a_stage_starts_from_the_one_it_names(finished: dict[str, Finished]) -> 
 
 
 def test_evaluating_again_gives_the_same_metrics(finished: dict[str, Finished]) -> None:
-    """The finished adapter, pruned and written as plain LoRA, against the model that was measured while training."""
+    """The last stage as it was saved, against the model that was measured while training."""
     for kind in ("classification", "interactions"):
         console = small_runs.silent()
         again = evaluate_run(finished[kind].folder, (), console)
         last = finished[kind].results["rows"][-1]
-        assert again["rows"][-1]["name"] == kind
+        assert again["rows"][-1]["name"] == last["name"]
         assert again["rows"][-1]["metrics"] == pytest.approx(last["metrics"], abs=1e-6)
         assert json.loads((finished[kind].folder / "evaluation.json").read_text()) == again
         (finished[kind].folder / "evaluation.json").unlink()
@@ -244,7 +246,7 @@ def test_another_part_of_the_data_can_be_measured(finished: dict[str, Finished])
 
 def test_an_earlier_stage_can_be_exported_smaller(finished: dict[str, Finished], tmp_path: Path) -> None:
     folder = finished["interactions"].folder
-    settings: dict[str, Any] = {"stage": "sft", "rank": 2, "energy": None, "layout": "uniform"}
+    settings = EXPORT | {"stage": "sft", "rank": 2}
     report = export_stage(folder, tmp_path / "small", small_runs.silent(), **settings)
     assert max(report["ranks"].values()) == 2
     assert 0 < report["relative_error"] < 1
@@ -308,7 +310,7 @@ def test_a_finished_run_can_be_finished_again(finished: dict[str, Finished], mod
 
 def test_resuming_needs_the_same_recipe(finished: dict[str, Finished]) -> None:
     recipe = load_recipe(finished["text"].folder / "recipe.yaml", ["stages.0.epochs=3"])
-    with pytest.raises(UserError, match="holds a run of another recipe: resume with its own recipe.yaml"):
+    with pytest.raises(UserError, match=r"holds a run of another recipe: resume with its own recipe\.yaml"):
         Run(recipe, small_runs.silent(), resume=True)
 
 
@@ -349,25 +351,37 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rankwise.run, "load_task", slow)
 
 
-Change = Callable[[dict[str, Any], Path], None]
+Change = Callable[[dict[str, Any], Path], Any]
+
+
+def occupy(name: str) -> Change:
+    """The output folder holds one file."""
+
+    def change(_: dict[str, Any], folder: Path) -> None:
+        (folder / "run").mkdir()
+        (folder / "run" / name).write_text("mine", encoding="utf-8")
+
+    return change
+
+
+def put(section: str, **values: Any) -> Change:
+    """Other values in a section of the recipe, or in its first stage."""
+    return lambda recipe, _: (recipe["stages"][0] if section == "stage" else recipe[section]).update(values)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda values, folder: (folder / "run").mkdir() or (folder / "run" / "notes.txt").write_text("mine"), "is not
-        empty"), (
-            lambda values, folder: (folder / "run").mkdir() or (folder / "run" / "recipe.yaml").write_text("mine"),
-            r"holds another run: give another folder \(output=...\), or remove it first",
-        ),
-        (lambda values, folder: (folder / "run").write_text("a file"), "is a file: give a folder that is new or empty"),
-        (lambda values, folder: values["data"].update(items="no/items.csv"), "data.items no/items.csv does not exist"),
-        (lambda values, folder: values["model"].update(path=str(folder)), "no model's folder"),
-        (lambda values, folder: values["model"].update(path="no-one/no-model"), "model.path no-one/no-model cannot be
-        loaded"), (lambda values, folder: values["model"].update(context=1000), "model.context 1000 is more than the
-        model's 256"), (lambda values, folder: values["stages"][0].update(epoch=3), r"stages.0.epoch is unknown: did
-        you mean 'epochs'\?"), (lambda values, folder: values["data"].update(histroy=3), r"data.histroy is unknown: did
-        you mean 'history'\?"), (lambda values, folder: values.update(sed=3), r"sed is unknown: did you mean 'seed'\?"),
+        (occupy("notes.txt"), "is not empty"),
+        (occupy("recipe.yaml"), r"holds another run: give another folder \(output=...\), or remove it first"),
+        (lambda _, folder: (folder / "run").write_text("a file"), "is a file: give a folder that is new or empty"),
+        (put("data", items="no/items.csv"), "data.items no/items.csv does not exist"),
+        (lambda recipe, folder: recipe["model"].update(path=str(folder)), "no model's folder"),
+        (put("model", path="no-one/no-model"), "model.path no-one/no-model cannot be loaded"),
+        (put("model", context=1000), "model.context 1000 is more than the model's 256"),
+        (put("stage", epoch=3), r"stages.0.epoch is unknown: did you mean 'epochs'\?"),
+        (put("data", histroy=3), r"data.histroy is unknown: did you mean 'history'\?"),
+        (lambda recipe, _: recipe.update(sed=3), r"sed is unknown: did you mean 'seed'\?"),
     ],
 )
 def test_a_mistake_is_told_before_slow_work(
@@ -383,7 +397,7 @@ def test_a_mistake_is_told_before_slow_work(
 
 def test_labels_have_no_loss_on_whole_rows(model_folder: Path, tmp_path: Path) -> None:
     stages = [small_runs.SFT | {"loss": "row"}]
-    with pytest.raises(UserError, match="stages.0.loss row: labels have no prompt"):
+    with pytest.raises(UserError, match=r"stages\.0\.loss row: labels have no prompt"):
         small_runs.recipe("classification", tmp_path, model_folder, stages=stages)
 
 
@@ -399,9 +413,9 @@ def test_prompts_longer_than_the_context_are_counted(model_folder: Path, tmp_pat
     made = run("interactions", tmp_path, model_folder, model=model, stages=stages)
     counts = made.results["counts"]
     assert counts["training prompts cut to the context"] == 32
-    assert counts["test prompts cut to the context"] == 16
+    assert counts["evaluation prompts cut to the context"] == 16
     assert counts["softmax_dpo: prompts cut to the context"] == 8
-    assert "test prompts cut to the context: 16" in made.printed
+    assert "evaluation prompts cut to the context: 16" in made.printed
 
 
 def test_a_candidate_longer_than_the_context_is_told_before_the_model_is_loaded(
@@ -412,7 +426,7 @@ def test_a_candidate_longer_than_the_context_is_told_before_the_model_is_loaded(
 
     monkeypatch.setattr("rankwise.tasks.recommendation.load_language_model", slow)
     recipe = small_runs.recipe("sdpo", tmp_path, model_folder, model={"path": str(model_folder), "context": 9})
-    with pytest.raises(UserError, match="does not fit a context of 9 tokens: raise model.context"):
+    with pytest.raises(UserError, match=r"does not fit 9 tokens: raise model\.context"):
         Run(recipe, small_runs.silent())()
 
 

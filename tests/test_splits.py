@@ -18,8 +18,8 @@ def test_last_is_test_last_but_one_is_validation_and_the_rest_trains() -> None:
     split = leave_last_out(log_of(a="ABCDE"))
     seen = frozenset("ABCDE")
     assert split.train == [
-        Case("a", ("A",), "B", seen=seen),
-        Case("a", ("A", "B"), "C", seen=seen),
+        Case("a", ("A",), "B", seen=frozenset("ABC")),
+        Case("a", ("A", "B"), "C", seen=frozenset("ABC")),
     ]
     assert split.validation == [Case("a", ("A", "B", "C"), "D", seen=seen)]
     assert split.test == [Case("a", ("A", "B", "C", "D"), "E", seen=seen)]

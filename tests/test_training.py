@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import json
 import math
 import re
@@ -9,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_runs
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerControl, TrainerState, TrainingArguments
 
+import small_runs
 from rankwise.errors import UserError
 from rankwise.ranks import SoraConfig, gates
 from rankwise.schema import LoraSettings, SftStage, SoftmaxDpoStage, SoraSettings
@@ -205,14 +206,32 @@ def test_a_sora_stage_logs_its_gates_and_makes_them_sparse(
     tmp_path: Path,
 ) -> None:
     torch.manual_seed(0)
-    model = get_peft_model(tiny_llama, SoraConfig(r=4, target_modules="all-linear", threshold=0.2,
-    task_type="CAUSAL_LM")) stage = SftStage(kind="sft", name="sora", epochs=6.0, batch_size=4, learning_rate=1e-2)
+    settings = SoraConfig(r=4, target_modules="all-linear", threshold=0.2, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_llama, settings)
+    stage = SftStage(kind="sft", name="sora", epochs=6.0, batch_size=4, learning_rate=1e-2)
     train(model, tiny_tokenizer, tmp_path, stage, rows, adapter=SoraSettings(r=4, threshold=0.2, gate_lr=0.05))
     left = [line["gates_left"] for line in lines(tmp_path) if "loss" in line]
     assert lines(tmp_path)[0]["gates"] == 4 * 14
-    assert all(one >= other for one, other in zip(left, left[1:], strict=False))
+    assert all(one >= other for one, other in itertools.pairwise(left))
     assert 0 < left[-1] < 0.7 * left[0]
     assert left[-1] == sum(int((gate != 0).sum()) for gate in gates(model).values())
+
+
+def test_gates_have_a_learning_rate_of_their_own(
+    tiny_llama: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    rows: list[dict[str, list[int]]],
+    tmp_path: Path,
+) -> None:
+    """Without a threshold and at a rate of almost nothing the gates stay where they are, while the rest is trained."""
+    settings = SoraConfig(r=4, target_modules="all-linear", threshold=0.0, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_llama, settings)
+    before = [gate.detach().clone() for gate in gates(model).values()]
+    stage = SftStage(kind="sft", name="sora", epochs=3.0, batch_size=4, learning_rate=1e-2)
+    train(model, tiny_tokenizer, tmp_path, stage, rows, adapter=SoraSettings(r=4, threshold=0.0, gate_lr=1e-12))
+    torch.testing.assert_close(list(gates(model).values()), before, atol=1e-9, rtol=0)
+    ups = [value for name, value in model.named_parameters() if "lora_B" in name]
+    assert all(up.detach().abs().max() > 1e-4 for up in ups)
 
 
 def test_a_preference_stage_takes_only_its_negatives(
@@ -236,7 +255,7 @@ def test_bfloat16_trains_and_leaves_float32_parameters(
     stage = SftStage(kind="sft", name="sft", epochs=10.0, batch_size=4, learning_rate=5e-2)
     train(adapted, tiny_tokenizer, tmp_path, stage, rows, bfloat16=True)
     assert {value.dtype for value in adapted.parameters()} == {torch.float32}
-    assert mean_loss(adapted, rows).item() < 0.9 * first
+    assert mean_loss(adapted, rows).item() < first - 0.1
 
 
 def test_the_seed_alone_decides(

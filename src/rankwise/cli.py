@@ -31,9 +31,10 @@ def demo(arguments: Arguments, console: Console) -> Any:
 
 def train(arguments: Arguments, console: Console) -> Any:
     """Run a recipe: data, stages, evaluation, export, report."""
+    recipe = _recipe(arguments)  # first: a mistake in it is told before torch is imported
     from rankwise.run import Run
 
-    return Run(_recipe(arguments), console, resume=arguments.resume)()
+    return Run(recipe, console, resume=arguments.resume)()
 
 
 def prepare(arguments: Arguments, console: Console) -> Any:
@@ -134,7 +135,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--stage", help="the stage to export (the last)")
     made.add_argument("--rank", type=int, help="largest rank to keep")
     made.add_argument("--energy", type=float, help="share of each update's squared norm to keep, above 0, at most 1")
-    made.add_argument("--layout", default="uniform", help="uniform, compact or merged (%(default)s)")
+    forms = ("uniform", "compact", "merged")
+    made.add_argument("--layout", choices=forms, default="uniform", help="form of the adapter (%(default)s)")
 
     made = _add(commands, inspect, "rankwise inspect runs/films/adapter")
     made.add_argument("adapter", metavar="ADAPTER", help="an adapter's folder")
@@ -171,13 +173,14 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _parse(words: Sequence[str] | None) -> Arguments:
-    """The arguments; overrides may stand on both sides of options, which argparse alone does not allow."""
+    """The arguments of a command; its list may go on after an option, which argparse refuses before Python 3.12.7."""
     top = parser()
-    arguments, rest = top.parse_known_args(words)
-    if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
-        top.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        arguments.overrides = [*arguments.overrides, *rest]
+    arguments, more = top.parse_known_args(words)
+    listed = next((name for name in ("overrides", "runs") if hasattr(arguments, name)), None)
+    if more and (listed is None or any(word.startswith("-") for word in more)):
+        top.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        setattr(arguments, str(listed), [*getattr(arguments, str(listed)), *more])
     return arguments
 
 

@@ -45,6 +45,12 @@ def answer_log_probabilities(
     return -losses.view(labels.shape), mask
 
 
+def tokens_for_logits(model: nn.Module, wanted: int, numbers: int = 2**26) -> int:
+    """At most ``wanted`` tokens, and no more than have ``numbers`` logits (256 MiB in float32) over the vocabulary."""
+    inner: Any = getattr(model, "module", model)
+    return max(1, min(wanted, numbers // int(inner.config.get_text_config().vocab_size)))
+
+
 def last_logits(
     model: nn.Module,
     input_ids: Int[Tensor, "batch length"],

@@ -235,7 +235,7 @@ def load_stage(model: PeftModel, folder: Path) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of what the result depends on, and the machine."""
-    packages = ("torch", "transformers", "peft", "trl", "accelerate", "tokenizers", "polars", "numpy")
+    packages = ("torch", "transformers", "peft", "accelerate", "tokenizers", "polars", "numpy")
     found = {name: version(name) for name in packages}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
     return {

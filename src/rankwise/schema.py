@@ -155,7 +155,7 @@ class Stage(Section):
 
     name: str = Field(
         "",
-        pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]*)?$",
+        pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$",
         description="Name in tables and folders; the kind if not given.",
     )
     start: str | None = Field(None, description="Stage to start from; the one before where not given.")
@@ -226,12 +226,12 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, values: Any) -> Any:
-        """Name each unnamed stage by its kind."""
+        """Name each unnamed stage by its kind; an adapter without a kind is the default one."""
         if isinstance(values, dict) and isinstance(values.get("stages"), list):
-            named = [
-                s | {"name": s.get("name") or s.get("kind")} if isinstance(s, dict) else s for s in values["stages"]
-            ]
+            named = [{"name": s.get("kind", ""), **s} if isinstance(s, dict) else s for s in values["stages"]]
             values = values | {"stages": named}
+        if isinstance(values, dict) and isinstance(values.get("adapter"), dict):
+            values = values | {"adapter": {"kind": "milora"} | values["adapter"]}
         return values
 
     @model_validator(mode="after")

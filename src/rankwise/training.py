@@ -26,7 +26,7 @@ from transformers import (
 from rankwise.errors import UserError
 from rankwise.likelihood import answer_log_probabilities
 from rankwise.preferences import SoftmaxDPOConfig, SoftmaxDPOTrainer
-from rankwise.ranks import SoraConfig, gates, sora_optimizer
+from rankwise.ranks import SoraConfig, gate_counts, sora_optimizer
 from rankwise.schema import SftStage, SoftmaxDpoStage, SoraSettings
 from rankwise.tokenise import AnswerCollator
 
@@ -127,8 +127,7 @@ class MetricsFile(TrainerCallback):
             **{name: float(value) for name, value in (logs or {}).items()},
         }
         if isinstance(model, PeftModel) and isinstance(model.peft_config[model.active_adapter], SoraConfig):
-            left = sum(int((gate != 0).sum()) for gate in gates(model).values())
-            line |= {"gates_left": left, "gates": sum(gate.numel() for gate in gates(model).values())}
+            line |= gate_counts(model)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

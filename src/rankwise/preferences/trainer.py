@@ -120,10 +120,18 @@ class SoftmaxDPOTrainer(Trainer):
         self.compute_reference()
         return super().train(*args, **kwargs)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the reference's log-probabilities where they are missing, then evaluate."""
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Compute the reference's log-probabilities where they are missing, then evaluate on the trainer's own rows.
+
+        Raises:
+            UserError: other rows are given: their reference would be what the model is by now.
+        """
+        if eval_dataset is not None:
+            raise UserError(
+                "evaluate takes no rows: give eval_dataset to the trainer, before training changes the model"
+            )
         self.compute_reference()
-        return super().evaluate(*args, **kwargs)
+        return super().evaluate(None, *args, **kwargs)
 
     def compute_reference(self) -> None:
         """Fill in the reference's log-probabilities of every row, once."""

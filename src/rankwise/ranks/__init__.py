@@ -2,12 +2,13 @@
 
 from rankwise.ranks.proximal import attach_proximal_step, published_step, soft_threshold, sora_optimizer
 from rankwise.ranks.pruning import PruneReport, prune
-from rankwise.ranks.sora import SoraConfig, gates
+from rankwise.ranks.sora import SoraConfig, gate_counts, gates
 
 __all__ = [
     "PruneReport",
     "SoraConfig",
     "attach_proximal_step",
+    "gate_counts",
     "gates",
     "prune",
     "published_step",

@@ -113,4 +113,14 @@ def gates(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def gate_counts(model: nn.Module) -> dict[str, int]:
+    """What the gates of the active adapter leave: open gates, all gates, and parameters once the rest is pruned."""
+    adapter = active_adapter(model)
+    layers = dict(adapted_layers(model, adapter))
+    left = {name: int((gate != 0).sum()) for name, gate in gates(model).items()}
+    total = sum(gate.numel() for gate in gates(model).values())
+    parameters = sum(count * (layers[name].in_features + layers[name].out_features + 1) for name, count in left.items())
+    return {"gates_left": sum(left.values()), "gates": total, "parameters_left": parameters}
+
+
 register("SORA", SoraConfig, SoraModel)

@@ -15,7 +15,7 @@ from pathlib import Path
 import polars as pl
 
 from rankwise.errors import UserError
-from rankwise.recommend.reading import find_column, find_optional_column, read_table
+from rankwise.recommend.reading import find_column, read_table
 
 _COMMON = {
     "user": ("user", "user_id", "uid", "customer_id", "reviewer_id", "visitor_id"),
@@ -62,7 +62,7 @@ class ItemColumns:
 def read_interactions(
     path: Path, columns: InteractionColumns | None = None, minimum_rating: float | None = None
 ) -> tuple[pl.DataFrame, dict[str, int]]:
-    """A log as ``user, item`` (text), ``time`` and, where there is one, ``rating`` (floats), in file order.
+    """A log as ``user, item`` (text), ``time`` and, where it is named or filtered on, ``rating``, in file order.
 
     Dropped and counted: unparsable rows (no user or item, a time or rating that is none, a line with too many
     fields), then interactions below ``minimum_rating``, then duplicates: of one user and item the earliest
@@ -77,10 +77,8 @@ def read_interactions(
         role: find_column(path, table.columns, role, getattr(columns, role), _COMMON[role])
         for role in ("user", "item", "time")
     }
-    find_rating = find_optional_column if minimum_rating is None else find_column
-    rating = find_rating(path, table.columns, "rating", columns.rating, _COMMON["rating"])
-    if rating is not None:
-        names["rating"] = rating
+    if columns.rating is not None or minimum_rating is not None:  # otherwise an empty rating harms no row
+        names["rating"] = find_column(path, table.columns, "rating", columns.rating, _COMMON["rating"])
     parsed = _parse(table, names)
     read = table.height + ragged
     if parsed.is_empty():

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
 from rankwise.errors import UserError
-from rankwise.likelihood import forward_arguments, last_logits_and_cache, position_ids
+from rankwise.likelihood import forward_arguments, last_logits_and_cache, position_ids, tokens_for_logits
 from rankwise.recommend.metrics import Scores
 from rankwise.tokenise import encode_answer_set, end_token, pad_left, padding_token
 
@@ -71,14 +73,15 @@ def score_candidates(
         For each case an array with one score a candidate.
     """
     scores: list[Scores] = [np.zeros(0)] * len(cases)
-    for picked in _batches(cases, batch_tokens):
+    most = tokens_for_logits(model, batch_tokens)
+    for picked in _batches(cases, batch_tokens, most):
         found = _score_batch(model, [cases[index] for index in picked], padding)
         for index, values in zip(picked, found, strict=True):
             scores[index] = values
     return scores
 
 
-def _batches(encoded: Sequence[EncodedCase], batch_tokens: int) -> Iterator[list[int]]:
+def _batches(encoded: Sequence[EncodedCase], batch_tokens: int, answer_tokens: int) -> Iterator[list[int]]:
     """Indices of cases of similar length whose candidates, each padded and after a prompt of its own, fit the cache."""
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index][0]), reverse=True)
     batch: list[int] = []
@@ -87,7 +90,7 @@ def _batches(encoded: Sequence[EncodedCase], batch_tokens: int) -> Iterator[list
         prompt, candidates = encoded[index]
         width, answers = max(width, len(prompt)), answers + len(candidates)
         longest = max(longest, *map(len, candidates))
-        if batch and answers * (width + longest) > batch_tokens:
+        if batch and (answers * (width + longest) > batch_tokens or answers * longest > answer_tokens):
             yield batch
             batch, width, answers, longest = [], len(prompt), len(candidates), max(map(len, candidates))
         batch.append(index)
@@ -118,8 +121,8 @@ def _continue(model: nn.Module, cache: DynamicCache, mask: Tensor, owners: Tenso
     places = {"position_ids": position_ids(whole)[:, mask.shape[1] :]}
     known = places if "position_ids" in forward_arguments(model) else {}
     logits = model(input_ids=inputs, attention_mask=whole, past_key_values=cache, use_cache=True, **known).logits
-    found: Tensor = logits.float().log_softmax(-1).gather(2, targets[:, :, None])[:, :, 0]
-    return found * real[:, 1:]
+    losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    return -losses.view(targets.shape) * real[:, 1:]
 
 
 def _pad_right(rows: Sequence[Sequence[int]]) -> Tensor:
@@ -145,9 +148,21 @@ def generate_answers(
     for start in range(0, len(order), batch_size):
         picked = order[start : start + batch_size]
         ids, mask = pad_left([cases[index].prompt for index in picked], padding)
-        written = model.generate(  # type: ignore[operator]
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
-        )[:, ids.shape[1] :]
+        with _no_settings_of_its_own(model):
+            written = model.generate(  # type: ignore[operator]
+                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
+            )[:, ids.shape[1] :]
         for index, text in zip(picked, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
             texts[index] = text
     return texts
+
+
+@contextlib.contextmanager
+def _no_settings_of_its_own(model: nn.Module) -> Iterator[None]:
+    """Empty generation settings meanwhile: what a call leaves unsaid, ``generate`` would take from the model's own."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    own, inner.generation_config = inner.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = own

@@ -12,6 +12,7 @@ from rankwise.errors import UserError, nearest
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 _OVERFLOW = "\0overflow"
+_TWICE = "_duplicated_0"  # what polars adds to a name that was there before
 
 
 def read_table(path: Path) -> tuple[pl.DataFrame, int]:
@@ -52,6 +53,9 @@ def _read(path: Path, suffix: str) -> tuple[pl.DataFrame, int]:
 
 def _read_separated(path: Path, separator: str) -> tuple[pl.DataFrame, int]:
     names = pl.read_csv(path, separator=separator, infer_schema=False, n_rows=0).columns
+    twice = [name.removesuffix(_TWICE) for name in names if name.endswith(_TWICE)]
+    if twice:
+        raise UserError(f"{path}: the header names the column {twice[0]!r} twice; rename one of them")
     # One column more than the header names catches lines that are too long, which would be cut in silence.
     table = pl.read_csv(
         path,
@@ -76,7 +80,8 @@ def _read_json_lines(path: Path) -> tuple[pl.DataFrame, int]:
 def _json_object(line: str) -> dict[str, object] | None:
     try:
         value = json.loads(line)
-    except json.JSONDecodeError:
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is valid JSON and no text
+    except ValueError:
         return None
     return value if isinstance(value, dict) else None
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rankwise.errors import UserError
-from rankwise.likelihood import answer_log_probabilities
+from rankwise.likelihood import answer_log_probabilities, tokens_for_logits
 from rankwise.tokenise import IGNORED, AnswerCollator
 
 Encoded = Mapping[str, Sequence[int]]
@@ -48,7 +48,7 @@ def answer_loss(
     training = model.training
     model.eval()
     try:
-        for batch in token_batches(predicted, batch_tokens):
+        for batch in token_batches(predicted, tokens_for_logits(model, batch_tokens)):
             loss, number = _batch_loss(model, batch, where)
             total, tokens = total + loss, tokens + number
     finally:
