@@ -1,14 +1,13 @@
 """Scoring candidates after a shared prompt: with the prompt's cache, against one whole sequence for each candidate.
 
 Both give the same scores; the largest difference is in the table. Each measurement of memory is a process of its own:
-the largest resident memory while scoring, less what was resident once the model was there.
+the largest resident memory after scoring, less the largest once the model and the data were there (Linux only).
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,10 +24,13 @@ from rankwise.recommend.ranking import encode_cases, score_candidates
 from rankwise.recommend.synthetic import SyntheticSettings, synthetic_log
 from rankwise.schema import ModelSettings
 from rankwise.tokenise import AnswerCollator, encode_answer, padding_token, token_ids
-from timing import interleaved, machine, ratio, seconds, spread, table
+from timing import interleaved, machine, peak_memory, ratio, seconds, spread, table
 
 CASES, CANDIDATES, CONTEXT, THREADS = 16, 20, 1024, 2
-WAYS = ("shared prompt", "whole sequences")
+WHOLE = "whole sequences, a case at a time"
+# Of the prompt's cache, by the tokens of a batch: the default, and about as many as one case has as whole sequences.
+SHARED = {"shared prompt": 16384, "shared prompt, small batches": 2048}
+WAYS = (*SHARED, WHOLE)
 Data = tuple[list[str], list[list[str]]]
 
 
@@ -70,17 +72,18 @@ def work(way: str, length: int) -> Callable[[], list[np.ndarray]]:
     settings = ModelSettings()
     tokenizer, model = load_tokenizer(settings.path), load_language_model(settings).cpu().eval()
     given = data(tokenizer, length)
-    if way == "whole sequences":
+    if way == WHOLE:
         return lambda: whole_sequences(model, tokenizer, given)
-    return lambda: score_candidates(model, encode_cases(tokenizer, *given, CONTEXT)[0], padding_token(tokenizer))
+    padding, tokens = padding_token(tokenizer), SHARED[way]
+    return lambda: score_candidates(model, encode_cases(tokenizer, *given, CONTEXT)[0], padding, tokens)
 
 
 def peak(way: str, length: int) -> float:
     """Mebibytes that scoring adds to this process's largest resident memory."""
     scoring = work(way, length)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     scoring()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return peak_memory() - before
 
 
 def peak_elsewhere(way: str, length: int) -> float:
@@ -95,17 +98,16 @@ def compare(length: int, runs: int) -> list[list[str]]:
     scores = [np.concatenate(scoring[way]()) for way in WAYS]
     found = interleaved({way: lambda one=one: seconds(one) for way, one in scoring.items()}, runs)  # type: ignore[misc]
     memory = {way: [peak_elsewhere(way, length) for _ in range(3)] for way in WAYS}
-    difference = f"{np.abs(scores[0] - scores[1]).max():.1e}"
     return [
         [
             str(length),
             way,
             spread(found[way]),
-            ratio(found["whole sequences"], found[way]),
+            ratio(found[WHOLE], found[way]),
             f"{statistics.median(memory[way]):.0f} MiB",
-            difference,
+            f"{np.abs(own - scores[-1]).max():.1e}",
         ]
-        for way in WAYS
+        for way, own in zip(WAYS, scores, strict=True)
     ]
 
 
@@ -122,7 +124,7 @@ def main() -> None:
     rows = [row for length in arguments.lengths for row in compare(length, arguments.runs)]
     print(machine(THREADS))
     print(f"{CASES} cases x {CANDIDATES} candidates; {arguments.runs} runs of each, in turns: median (least to most)\n")
-    head = ["prompt tokens", "way", "seconds", "times as fast as whole", "memory added", "largest difference"]
+    head = ["prompt tokens", "way", "seconds", "times as fast", "memory added", "largest difference"]
     print(table(head, rows))
 
 

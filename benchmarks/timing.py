@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
@@ -41,6 +42,14 @@ def ratio(values: Sequence[float], others: Sequence[float]) -> str:
     """Median of the ratios of runs that were taken one after the other."""
     pairs = [one / other for one, other in zip(values, others, strict=True)]
     return f"{statistics.median(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f})"
+
+
+def peak_memory() -> float:
+    """The largest resident memory of this process so far, in mebibytes; NaN where the system is not Linux."""
+    # Not getrusage: a new process begins with the peak of the one that started it.
+    path = Path("/proc/self/status")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), math.nan)
 
 
 def machine(threads: int) -> str:
