@@ -26,7 +26,7 @@ from rankwise.schema import ModelSettings
 from rankwise.tokenise import AnswerCollator, encode_answer, padding_token, token_ids
 from timing import interleaved, machine, peak_memory, ratio, seconds, spread, table
 
-CASES, CANDIDATES, CONTEXT, THREADS = 16, 20, 1024, 2
+CASES, CANDIDATES, CONTEXT = 16, 20, 1024
 WHOLE = "whole sequences, a case at a time"
 # Of the prompt's cache, by the tokens of a batch: the default, and about as many as one case has as whole sequences.
 SHARED = {"shared prompt": 16384, "shared prompt, small batches": 2048}
@@ -67,7 +67,6 @@ def whole_sequences(model: nn.Module, tokenizer: PreTrainedTokenizerBase, given:
 
 def work(way: str, length: int) -> Callable[[], list[np.ndarray]]:
     """The scoring of one way, ready to be called."""
-    torch.set_num_threads(THREADS)
     quiet_libraries()
     settings = ModelSettings()
     tokenizer, model = load_tokenizer(settings.path), load_language_model(settings).cpu().eval()
@@ -88,7 +87,16 @@ def peak(way: str, length: int) -> float:
 
 def peak_elsewhere(way: str, length: int) -> float:
     """The same in a new process."""
-    words = [sys.executable, __file__, "--peak", way, "--lengths", str(length)]
+    words = [
+        sys.executable,
+        __file__,
+        "--peak",
+        way,
+        "--lengths",
+        str(length),
+        "--threads",
+        str(torch.get_num_threads()),
+    ]
     return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
 
 
@@ -116,13 +124,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=7, help="of each way (%(default)s)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[100, 300], help="tokens of a prompt, about")
+    parser.add_argument("--threads", type=int, default=2, help="of torch (%(default)s)")
     parser.add_argument("--peak", choices=WAYS, help="print one way's memory only")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     if arguments.peak:
         print(peak(arguments.peak, arguments.lengths[0]))
         return
     rows = [row for length in arguments.lengths for row in compare(length, arguments.runs)]
-    print(machine(THREADS))
+    print(machine(arguments.threads))
     print(f"{CASES} cases x {CANDIDATES} candidates; {arguments.runs} runs of each, in turns: median (least to most)\n")
     head = ["prompt tokens", "way", "seconds", "times as fast", "memory added", "largest difference"]
     print(table(head, rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import random
@@ -136,3 +137,8 @@ def printed(console: Console) -> str:
     """What a silent console was given."""
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -53,11 +53,7 @@ def test_public_names_are_listed_once_and_known_to_type_checkers() -> None:
     tree = ast.parse(Path(rankwise.__file__).read_text(encoding="utf-8"))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     typed = sorted(
-        alias.name
-        for node in imports
-        if node.module != "__future__"
-        for alias in node.names
-        if node.module != "typing"
+        alias.name for node in imports if node.module != "__future__" for alias in node.names if node.module != "typing"
     )
     assert typed == sorted(rankwise.__all__)
     assert len(set(rankwise.__all__)) == len(rankwise.__all__)
@@ -80,7 +76,4 @@ def test_public_names_work_in_a_fresh_interpreter() -> None:
 
 
 def test_export_stays_a_function_after_its_module_is_imported() -> None:
-    assert (
-        fresh_python("import rankwise.exporting, rankwise; print(callable(rankwise.export))").strip()
-        == "True"
-    )
+    assert fresh_python("import rankwise.exporting, rankwise; print(callable(rankwise.export))").strip() == "True"

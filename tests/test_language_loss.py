@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from rankwise.errors import UserError
 from rankwise.tasks.language_loss import answer_loss, token_batches
@@ -48,6 +48,7 @@ class Fixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([math.log(3.0), 0.0]))
+        self.config = LlamaConfig(vocab_size=2)
         self.asked: list[int] = []
 
     def forward(self, input_ids: torch.Tensor, logits_to_keep: int = 0, **kwargs: Any) -> SimpleNamespace:
@@ -126,7 +127,7 @@ class Whole(nn.Module):
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.config = model, model.config
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool) -> Any:
         return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)

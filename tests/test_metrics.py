@@ -15,17 +15,13 @@ from rankwise.recommend.metrics import possible_ranks
 def test_worked_by_hand() -> None:
     """The target is third of four: HR@1 0, HR@3 1, NDCG@3 = 1 / log2(4) = 1/2, reciprocal rank 1/3."""
     values = case_metrics(np.array([0.1, 0.9, 0.4, 0.7]), 2, cutoffs=(1, 2, 3))
-    assert values == pytest.approx(
-        {"HR@1": 0, "HR@2": 0, "HR@3": 1, "NDCG@2": 0, "NDCG@3": 0.5, "MRR": 1 / 3}
-    )
+    assert values == pytest.approx({"HR@1": 0, "HR@2": 0, "HR@3": 1, "NDCG@2": 0, "NDCG@3": 0.5, "MRR": 1 / 3})
 
 
 def test_means_over_cases_of_different_length() -> None:
     """Ranks 1 of 2 and 2 of 3: HR@1 1/2, MRR (1 + 1/2) / 2, NDCG@5 (1 + 1/log2(3)) / 2."""
     values = ranking_metrics([np.array([2.0, 1.0]), np.array([5.0, 4.0, 3.0])], [0, 1])
-    assert values == pytest.approx(
-        {"HR@1": 0.5, "HR@5": 1.0, "NDCG@5": (1 + 1 / math.log2(3)) / 2, "MRR": 0.75}
-    )
+    assert values == pytest.approx({"HR@1": 0.5, "HR@5": 1.0, "NDCG@5": (1 + 1 / math.log2(3)) / 2, "MRR": 0.75})
 
 
 def test_ties_are_worth_their_expectation() -> None:

@@ -66,7 +66,7 @@ def test_a_batch_of_rows_with_different_numbers_of_answers() -> None:
         PreferenceRow([1, 2], [[5], [6, 7]], [-1.0, -2.0]),
         PreferenceRow([3], [[8], [9], [4, 4, 4]], [-3.0, -4.0, -5.0]),
     ]
-    batch = PreferenceCollator(pad_token_id=0)(rows)
+    batch = PreferenceCollator(pad_token_id=0, multiple_of=1)(rows)
     assert batch["input_ids"].tolist() == [[0, 1, 2, 5], [1, 2, 6, 7], [0, 0, 3, 8], [0, 0, 3, 9], [3, 4, 4, 4]]
     assert batch["labels"].tolist() == [
         [-100, -100, -100, 5],

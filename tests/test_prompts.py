@@ -18,9 +18,7 @@ GOOD = {
 
 
 def write(folder: Path, **changes: str | None) -> Path:
-    lines = [
-        f"{key}: {json.dumps(value)}\n" for key, value in {**GOOD, **changes}.items() if value is not None
-    ]
+    lines = [f"{key}: {json.dumps(value)}\n" for key, value in {**GOOD, **changes}.items() if value is not None]
     path = folder / "mine.yaml"
     path.write_text("".join(lines), encoding="utf-8")
     return path
@@ -67,9 +65,7 @@ def test_titles_with_braces_are_only_text() -> None:
         ({"promt": "x"}, "unknown key 'promt'; did you mean 'prompt'"),
     ],
 )
-def test_a_wrong_template_is_one_clear_error(
-    tmp_path: Path, changes: dict[str, str | None], message: str
-) -> None:
+def test_a_wrong_template_is_one_clear_error(tmp_path: Path, changes: dict[str, str | None], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_template(write(tmp_path, **changes))
 

@@ -107,9 +107,7 @@ def test_both_forms_together(tmp_path: Path) -> None:
     names = write(tmp_path / "id2name.txt", "".join(f"{n}::{c}\n" for n, c in enumerate("ABCDEFGH")))
     train = write(tmp_path / "train.jsonl", '{"seq": [0, 1, 2, 8], "len_seq": 3, "next": 3}\n')
     test = write(tmp_path / "test.json", [GOOD])
-    settings = PublishedSettings(
-        train=train, validation=test, test=test, names=names, candidates=4, negatives=2
-    )
+    settings = PublishedSettings(train=train, validation=test, test=test, names=names, candidates=4, negatives=2)
     prepared = prepare_published(settings)
     assert prepared.test[0]["candidates"] == ["D", "E", "F"]
     assert prepared.popularity == {"A": 1, "B": 1, "C": 1, "D": 1}

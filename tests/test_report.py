@@ -105,7 +105,7 @@ def page_of(folder: Path) -> Page:
 
 def test_page_holds_every_part(run):
     page = page_of(run)
-    titles = ["Results", "Learning curves", "Ranks", "Dropped and ignored", "Cost", "Settings", "Versions"]
+    titles = ["Results", "Learning curves", "Ranks", "Rows and cases", "Cost", "Settings", "Versions"]
     assert [page.text.index(f"\n{title}\n") for title in titles] == sorted(
         page.text.index(f"\n{title}\n") for title in titles
     )

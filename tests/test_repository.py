@@ -125,9 +125,7 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 
 
 def test_changelog_ends_at_the_version() -> None:
-    headings = re.findall(
-        r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE
-    )
+    headings = re.findall(r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert headings[:2] == ["Unreleased", rankwise.__version__]
 
 
@@ -138,9 +136,7 @@ def test_models_and_templates_are_package_data() -> None:
     package = importlib.resources.files("rankwise")
     assert (package / "py.typed").is_file()
     assert (package / "models" / "reviews" / "model.safetensors").is_file()
-    assert [
-        entry for entry in (package / "recommend" / "templates").iterdir() if entry.name.endswith(".yaml")
-    ]
+    assert [entry for entry in (package / "recommend" / "templates").iterdir() if entry.name.endswith(".yaml")]
 
 
 def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,17 +48,12 @@ def run(kind: str, folder: Path, base: Path, **changes: Any) -> Finished:
     return Finished(made.folder, results, made.logits, small_runs.printed(console))
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
 @pytest.fixture(scope="module")
 def finished(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
     """One run of each kind of data."""
-    before = hashes(model_folder)
+    before = small_runs.hashes(model_folder)
     runs = {kind: run(kind, tmp_path_factory.mktemp(kind), model_folder) for kind in small_runs.KINDS}
-    assert hashes(model_folder) == before
+    assert small_runs.hashes(model_folder) == before
     return runs
 
 
@@ -281,7 +274,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
         with pytest.raises(RuntimeError, match="the lights went out"):
             Run(recipe, small_runs.silent())()
     folder = Path(recipe.output)
-    saved = hashes(folder / "stages")
+    saved = small_runs.hashes(folder / "stages")
     assert {Path(name).parts[0] for name in saved} == {"sft"} | ({"DPO"} if stage != "DPO" else set())
     assert load_file(folder / "stages" / "sft" / "adapter_model.safetensors")
     assert [line["stage"] for line in read_run(folder).metrics][-1] == stage
@@ -291,7 +284,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     assert results["rows"] == whole.results["rows"]
     assert results["counts"] == whole.results["counts"]
     assert torch.equal(resumed.logits, whole.logits)
-    assert {name: value for name, value in hashes(folder / "stages").items() if name in saved} == saved
+    assert {name: value for name, value in small_runs.hashes(folder / "stages").items() if name in saved} == saved
     numbers = [(line["stage"], line["step"], line.get("loss")) for line in read_run(folder).metrics]
     assert numbers == [(line["stage"], line["step"], line.get("loss")) for line in read_run(whole.folder).metrics]
 
@@ -299,12 +292,12 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
 def test_a_finished_run_can_be_finished_again(finished: dict[str, Finished], model_folder: Path) -> None:
     """Nothing is trained; the adapter and the report are written once more."""
     folder = finished["text"].folder
-    before = hashes(folder / "adapter")
+    before = small_runs.hashes(folder / "adapter")
     recipe = load_recipe(folder / "recipe.yaml")
     (folder / "report.html").unlink()
     results = Run(recipe, small_runs.silent(), resume=True)()
     assert results["rows"] == finished["text"].results["rows"]
-    assert hashes(folder / "adapter")["adapter_model.safetensors"] == before["adapter_model.safetensors"]
+    assert small_runs.hashes(folder / "adapter")["adapter_model.safetensors"] == before["adapter_model.safetensors"]
     assert (folder / "report.html").is_file()
 
 
@@ -336,98 +329,6 @@ def test_a_crash_while_saving_leaves_the_stage_as_it_was(
         save_stage(model, folder)
     assert [path.name for path in (tmp_path / "stages").iterdir()] == ["sft"]
     assert (folder / "adapter_model.safetensors").read_bytes() == b"what was there"
-
-
-# Mistakes, before anything slow
-
-
-@pytest.fixture
-def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading data or a model is too late for a mistake that could be seen before."""
-
-    def slow(*_: Any, **__: Any) -> None:
-        raise AssertionError("slow work was begun")
-
-    monkeypatch.setattr(rankwise.run, "load_task", slow)
-
-
-Change = Callable[[dict[str, Any], Path], Any]
-
-
-def occupy(name: str) -> Change:
-    """The output folder holds one file."""
-
-    def change(_: dict[str, Any], folder: Path) -> None:
-        (folder / "run").mkdir()
-        (folder / "run" / name).write_text("mine", encoding="utf-8")
-
-    return change
-
-
-def put(section: str, **values: Any) -> Change:
-    """Other values in a section of the recipe, or in its first stage."""
-    return lambda recipe, _: (recipe["stages"][0] if section == "stage" else recipe[section]).update(values)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (occupy("notes.txt"), "is not empty"),
-        (occupy("recipe.yaml"), r"holds another run: give another folder \(output=...\), or remove it first"),
-        (lambda _, folder: (folder / "run").write_text("a file"), "is a file: give a folder that is new or empty"),
-        (put("data", items="no/items.csv"), "data.items no/items.csv does not exist"),
-        (lambda recipe, folder: recipe["model"].update(path=str(folder)), "no model's folder"),
-        (put("model", path="no-one/no-model"), "model.path no-one/no-model cannot be loaded"),
-        (put("model", context=1000), "model.context 1000 is more than the model's 256"),
-        (put("stage", epoch=3), r"stages.0.epoch is unknown: did you mean 'epochs'\?"),
-        (put("data", histroy=3), r"data.histroy is unknown: did you mean 'history'\?"),
-        (lambda recipe, _: recipe.update(sed=3), r"sed is unknown: did you mean 'seed'\?"),
-    ],
-)
-def test_a_mistake_is_told_before_slow_work(
-    model_folder: Path, tmp_path: Path, no_model: None, change: Change, message: str
-) -> None:
-    values = small_runs.values("interactions", tmp_path, model_folder)
-    change(values, tmp_path)
-    present = hashes(tmp_path)
-    with pytest.raises(UserError, match=message):
-        Run(small_runs.make_recipe(values), small_runs.silent())()
-    assert hashes(tmp_path) == present
-
-
-def test_labels_have_no_loss_on_whole_rows(model_folder: Path, tmp_path: Path) -> None:
-    stages = [small_runs.SFT | {"loss": "row"}]
-    with pytest.raises(UserError, match=r"stages\.0\.loss row: labels have no prompt"):
-        small_runs.recipe("classification", tmp_path, model_folder, stages=stages)
-
-
-def test_an_empty_folder_that_is_there_is_taken(model_folder: Path, tmp_path: Path, no_model: None) -> None:
-    (tmp_path / "run").mkdir()
-    with pytest.raises(AssertionError, match="slow work was begun"):
-        Run(small_runs.recipe("text", tmp_path, model_folder), small_runs.silent())()
-
-
-def test_prompts_longer_than_the_context_are_counted(model_folder: Path, tmp_path: Path) -> None:
-    model = {"path": str(model_folder), "context": 60}
-    stages = [small_runs.SFT | {"epochs": 1}, small_runs.DPO | {"negatives": 3, "rows": 8}]
-    made = run("interactions", tmp_path, model_folder, model=model, stages=stages)
-    counts = made.results["counts"]
-    assert counts["training prompts cut to the context"] == 32
-    assert counts["evaluation prompts cut to the context"] == 16
-    assert counts["softmax_dpo: prompts cut to the context"] == 8
-    assert "evaluation prompts cut to the context: 16" in made.printed
-
-
-def test_a_candidate_longer_than_the_context_is_told_before_the_model_is_loaded(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def slow(*_: Any) -> None:
-        raise AssertionError("slow work was begun")
-
-    monkeypatch.setattr("rankwise.tasks.recommendation.load_language_model", slow)
-    recipe = small_runs.recipe("sdpo", tmp_path, model_folder, model={"path": str(model_folder), "context": 9})
-    with pytest.raises(UserError, match=r"does not fit 9 tokens: raise model\.context"):
-        Run(recipe, small_runs.silent())()
 
 
 def test_a_saved_stage_loads_to_the_same_function(finished: dict[str, Finished]) -> None:

@@ -69,10 +69,7 @@ def test_a_reader_of_titles_beats_popularity_by_far(tmp_path: Path) -> None:
 
     def reader(row: dict[str, list[str]]) -> np.ndarray:
         """The next part of a series that was begun, else the genre seen most often in the history."""
-        liked = {
-            title: sum(genres[past] == genres[title] for past in row["history"])
-            for title in row["candidates"]
-        }
+        liked = {title: sum(genres[past] == genres[title] for past in row["history"]) for title in row["candidates"]}
         known = [(title, predecessor(title)) for title in row["candidates"]]
         return np.array([100.0 * (b in row["history"]) + liked[t] * (b is None) for t, b in known])
 

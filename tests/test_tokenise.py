@@ -184,11 +184,17 @@ def test_an_answer_set_of_one_is_an_answer(tiny_tokenizer: PreTrainedTokenizerFa
 
 def test_padding_on_the_left_aligns_the_ends() -> None:
     rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
-    batch = AnswerCollator(pad_id=9)(rows)
+    batch = AnswerCollator(pad_id=9, multiple_of=1)(rows)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [9, 9, 8]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [-100, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+
+
+def test_lengths_are_rounded_up_so_that_few_shapes_occur() -> None:
+    batch = AnswerCollator(pad_id=9)([{"input_ids": [5] * 17, "labels": [5] * 17}])
+    assert batch["input_ids"].tolist() == [[9] * 15 + [5] * 17]
+    assert batch["attention_mask"].sum() == 17
 
 
 def test_rows_become_one_tensor_with_a_mask_of_their_own_tokens() -> None:
@@ -201,7 +207,7 @@ def test_rows_become_one_tensor_with_a_mask_of_their_own_tokens() -> None:
 def test_a_first_token_is_never_predicted_from_padding(tiny_llama: LlamaForCausalLM) -> None:
     """Rows with a label on each token: the loss of the short one is that of its second and third token alone."""
     rows = [{"input_ids": row, "labels": row} for row in ([11, 12, 13, 14, 15, 16], [21, 22, 23])]
-    batch = AnswerCollator(pad_id=1)(rows)
+    batch = AnswerCollator(pad_id=1, multiple_of=1)(rows)
     assert batch["labels"].tolist() == [[-100, 12, 13, 14, 15, 16], [-100] * 4 + [22, 23]]
     with torch.no_grad():
         values, mask = answer_log_probabilities(tiny_llama, batch)

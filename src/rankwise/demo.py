@@ -43,16 +43,17 @@ def _free(folder: Path) -> Path:
 
 def _values(output: Path, seed: int) -> dict[str, Any]:
     """SFT, then DPO with one negative and softmax-DPO with three, both from the SFT model."""
-    preference = {"kind": "softmax_dpo", "start": "sft", "epochs": 1, "learning_rate": 2e-4, "rows": 800}
+    preference = {"kind": "softmax_dpo", "start": "sft", "learning_rate": 3e-4, "rows": 800}
     return {
         "name": "demo",
         "adapter": {"kind": "milora", "r": 16},
-        "data": {"kind": "interactions", "template": "films", "negatives": 3, "rows": 2000},
+        "data": {"kind": "interactions", "template": "films", "negatives": 3, "rows": 2500},
         "stages": [
-            {"name": "sft", "kind": "sft", "epochs": 2, "learning_rate": 1e-3},
+            {"name": "sft", "kind": "sft", "loss": "row", "epochs": 2, "batch_size": 32, "learning_rate": 4e-3},
             {"name": "DPO-1", "negatives": 1, **preference},
             {"name": "softmax-DPO-3", "negatives": 3, **preference},
         ],
+        "evaluation": {"cases": 600},
         "output": str(output),
         "seed": seed,
     }

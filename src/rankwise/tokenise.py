@@ -154,13 +154,16 @@ def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @dataclass(frozen=True)
 class AnswerCollator:
-    """Pads rows on the left to the longest of the batch, so that the answers share the rows' end.
+    """Pads rows on the left to about the longest of the batch, so that the answers share the rows' end.
 
     Attributes:
         pad_id: fills ``input_ids``; ``labels`` are filled with -100 and ``attention_mask`` with 0.
+        multiple_of: the length is rounded up to a multiple of this many tokens, so that few shapes occur: kernels are
+            made for a shape, and oneDNN's for bfloat16 stay in memory (docs/log.md).
     """
 
     pad_id: int
+    multiple_of: int = 16
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> AnswerCollator:
@@ -169,17 +172,22 @@ class AnswerCollator:
 
     def __call__(self, features: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
         """Rows of ``input_ids`` and ``labels`` as int64 tensors of one shape, with their attention mask."""
-        input_ids, attention_mask = pad_left([row["input_ids"] for row in features], self.pad_id)
+        longest = max(len(row["input_ids"]) for row in features)
+        width = -(-longest // self.multiple_of) * self.multiple_of
+        input_ids, attention_mask = pad_left([row["input_ids"] for row in features], self.pad_id, width)
         # A row's first token has nothing before it: padding on the left must not become what it is predicted from.
-        labels, _ = pad_left([[IGNORED, *row["labels"][1:]] for row in features], IGNORED)
+        labels, _ = pad_left([[IGNORED, *row["labels"][1:]] for row in features], IGNORED, width)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 def pad_left(
-    rows: Sequence[Sequence[int]], filling: int
+    rows: Sequence[Sequence[int]], filling: int, width: int | None = None
 ) -> tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]:
-    """Rows as one int64 tensor, filled on the left, and a mask that is 1 at their own tokens."""
-    width = max(map(len, rows))
+    """Rows as one int64 tensor, filled on the left, and a mask that is 1 at their own tokens.
+
+    The length is that of the longest row, or ``width`` where it is given.
+    """
+    width = width or max(map(len, rows))
     ids = torch.tensor([[filling] * (width - len(row)) + list(row) for row in rows], dtype=torch.long)
     own = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.long)
     return ids, own

@@ -90,6 +90,7 @@ class PreferenceCollator:
     """
 
     pad_token_id: int
+    multiple_of: int = 16
 
     def __call__(self, rows: Sequence[PreferenceRow]) -> dict[str, Tensor]:
         """Pad and stack."""
@@ -105,5 +106,5 @@ class PreferenceCollator:
             exists[index, : len(row.answers)] = True
             if row.reference is not None:
                 reference[index, : len(row.answers)] = torch.tensor(row.reference)
-        padded = AnswerCollator(self.pad_token_id)(sequences)
+        padded = AnswerCollator(self.pad_token_id, self.multiple_of)(sequences)
         return {**padded, "exists": exists, "reference": reference}

@@ -80,12 +80,7 @@ def _first_answer(row: Encoded) -> int | None:
 
 @torch.no_grad()
 def _batch_loss(model: nn.Module, rows: Sequence[Encoded], device: torch.device | str) -> tuple[float, int]:
-    batch = AnswerCollator(pad_id=0)([_without_first_label(row) for row in rows])
+    batch = AnswerCollator(pad_id=0, multiple_of=1)(rows)
     here = {name: tensor.to(device) for name, tensor in batch.items()}
     log_probabilities, mask = answer_log_probabilities(model, here)
     return -float(log_probabilities.double().sum()), int(mask.sum())
-
-
-def _without_first_label(row: Encoded) -> Encoded:
-    # Padding on the left puts a token before it, from which it must not be predicted.
-    return {"input_ids": row["input_ids"], "labels": [IGNORED, *row["labels"][1:]]}
