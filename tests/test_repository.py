@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import rankwise
+from rankwise.recipes import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE_FOLDERS = ("src", "scripts", "benchmarks")
@@ -171,3 +172,15 @@ def test_every_requirement_is_pinned_within_its_range() -> None:
     versions = pins()
     for requirement in map(Requirement, asked):
         assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
+
+
+def test_the_page_of_recipes_is_what_the_schema_says() -> None:
+    script = ROOT / "scripts" / "recipe_reference.py"
+    found = subprocess.run([sys.executable, str(script), "--check"], check=False)
+    assert found.returncode == 0, "run python scripts/recipe_reference.py"
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+def test_examples_are_valid(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKWISE_DATA", "data")
+    assert load_recipe(example).stages
