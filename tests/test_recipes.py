@@ -139,6 +139,7 @@ def test_a_recipe_cannot_be_changed():
         ),
         ("stages.1", {"kind": "softmax_dpo"}, "stages.1.kind softmax_dpo needs data of kind interactions or sdpo"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",  # a function's own name would hold its address
 )
 def test_a_mistake_is_one_clear_line(place, value, message):
     assert f"recipe: {message}" in mistake(changed(TEXT, place, value))
