@@ -97,7 +97,10 @@ def report(arguments: Arguments, console: Console) -> Any:
         console.print(f"report: {page}", highlight=False)
         return {"report": str(page)}
     results = combined(runs)
-    console.print(result_markdown(results) if arguments.markdown else result_table(results))
+    if arguments.markdown:
+        console.print(result_markdown(results), markup=False, highlight=False, soft_wrap=True)
+    else:
+        console.print(result_table(results))
     return results
 
 

@@ -43,7 +43,7 @@ def _free(folder: Path) -> Path:
 
 def _values(output: Path, seed: int) -> dict[str, Any]:
     """SFT, then DPO with one negative and softmax-DPO with three, both from the SFT model."""
-    preference = {"kind": "softmax_dpo", "start": "sft", "learning_rate": 1e-4, "rows": 800}
+    preference = {"kind": "softmax_dpo", "start": "sft", "learning_rate": 1e-4, "rows": 500}
     return {
         "name": "demo",
         "adapter": {"kind": "milora", "r": 16},
