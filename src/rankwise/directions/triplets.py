@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rankwise.directions.solvers import Solver, decompose
 from rankwise.errors import UserError, nearest
 
 Part = Literal["minor", "principal", "middle", "random"]
@@ -22,20 +24,7 @@ class Triplets(NamedTuple):
 
 
 def smallest_triplets(weight: Float[Tensor, "m n"], rank: int) -> Triplets:
-    """The ``rank`` smallest singular triplets of ``weight``, ascending.
-
-    Decomposed densely in float64, since in float32 the smallest directions of a weight are lost in the rounding of its
-    largest; returned in float32 (float64 for a float64 weight) on the weight's device.
-
-    Args:
-        weight: a matrix of any real dtype, finite.
-        rank: 1 to min(m, n).
-
-    Returns:
-        U (m, rank), S (rank,) ascending, Vh (rank, n).
-
-    Raises:
-        UserError: the rank is out of range, or the weight is no finite matrix.
+    """The ``rank`` smallest singular triplets of ``weight``, ascending; otherwise as :func:`triplets`.
 
     Source: MiLoRA (arXiv 2406.09044), section 3.
     """
@@ -43,22 +32,30 @@ def smallest_triplets(weight: Float[Tensor, "m n"], rank: int) -> Triplets:
 
 
 def largest_triplets(weight: Float[Tensor, "m n"], rank: int) -> Triplets:
-    """The ``rank`` largest singular triplets of ``weight``, descending; otherwise as :func:`smallest_triplets`.
+    """The ``rank`` largest singular triplets of ``weight``, descending; otherwise as :func:`triplets`.
 
     Source: PiSSA (arXiv 2404.02948), section 3.
     """
     return triplets(weight, rank, "principal")
 
 
-def triplets(weight: Float[Tensor, "m n"], rank: int, part: Part, seed: int = 0) -> Triplets:
+def triplets(weight: Float[Tensor, "m n"], rank: int, part: Part, seed: int = 0, solver: Solver = "auto") -> Triplets:
     """The ``rank`` singular triplets of ``weight`` in one part of its spectrum.
 
     Args:
-        weight: a matrix of any real dtype, finite.
+        weight: a matrix of any real dtype, finite. Half precision is decomposed as float32.
         rank: 1 to min(m, n).
         part: ``minor`` (smallest, ascending), ``principal`` (largest, descending), ``middle`` (the ``rank`` around the
             median, descending) or ``random`` (drawn without repetition by ``seed``, descending).
         seed: of the draw for ``random``.
+        solver: ``auto`` takes, for few triplets at an end of a large spectrum, a method that looks at that end alone,
+            measures how far the result may leak into other directions, and falls back to the dense decomposition in
+            float64 (with a line in the log) where that is more than 1e-3, or 1e-7 for a float64 weight. ``dense`` is
+            always the latter.
+
+    Returns:
+        U (m, rank), S (rank,), Vh (rank, n) on the weight's device, in float32, or float64 for a float64 weight. U and
+        V are orthonormal and ``W V = U S``, to the rounding of that type, whatever the solver.
 
     Raises:
         UserError: an unknown part, a rank out of range, or a weight that is no finite matrix.
@@ -66,12 +63,16 @@ def triplets(weight: Float[Tensor, "m n"], rank: int, part: Part, seed: int = 0)
     check_part(part)
     if weight.ndim != 2 or not 1 <= rank <= min(weight.shape):
         raise UserError(f"rank {rank} of a weight of shape {tuple(weight.shape)}: 1 to its smaller side is possible")
-    if not torch.isfinite(weight).all():
+    if weight.is_meta:
+        raise UserError(
+            f"a weight of shape {tuple(weight.shape)} is on the meta device and has no values: load it first"
+        )
+    if not all(math.isfinite(float(end)) for end in torch.aminmax(weight.detach())):
         raise UserError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity: it has no singular values")
-    u, s, vh = torch.linalg.svd(weight.detach().double(), full_matrices=False)
-    picked = _positions(len(s), rank, part, seed).to(s.device)
+    picked = _positions(min(weight.shape), rank, part, seed)
+    found = decompose(weight.detach(), picked, solver)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return Triplets(u[:, picked].to(dtype), s[picked].to(dtype), vh[picked].to(dtype))
+    return Triplets(found.U.to(dtype), found.S.to(dtype), found.V.T.to(dtype))
 
 
 def check_part(part: str) -> None:
@@ -80,14 +81,14 @@ def check_part(part: str) -> None:
         raise UserError(f"part {part!r} of the spectrum is unknown: {nearest(part, get_args(Part))}")
 
 
-def _positions(count: int, rank: int, part: Part, seed: int) -> Tensor:
+def _positions(count: int, rank: int, part: Part, seed: int) -> list[int]:
     """Positions in the descending spectrum, in the order in which they are returned."""
     if part == "minor":
-        return torch.arange(count - 1, count - 1 - rank, -1)
+        return list(range(count - 1, count - 1 - rank, -1))
     if part == "principal":
-        return torch.arange(rank)
+        return list(range(rank))
     if part == "middle":
         first = (count - rank) // 2
-        return torch.arange(first, first + rank)
+        return list(range(first, first + rank))
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return order[:rank].sort().values
+    return order[:rank].sort().values.tolist()

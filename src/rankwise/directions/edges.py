@@ -1,0 +1,154 @@
+"""Singular triplets at one end of a spectrum, without a full decomposition, and how far they may be off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rankwise.directions.inverses import Inverse
+from rankwise.directions.krylov import Map, dominant_subspace
+
+# Bytes of a weight's rows that are held in float64 at a time: they stay in a processor's cache.
+CHUNK = 8 << 20
+STEPS = 14
+CORRECTIONS = 4
+
+
+class Edge(NamedTuple):
+    """Right singular vectors at an end of the spectrum, with what was found about them.
+
+    Attributes:
+        V: (n, rank) orthonormal, the outermost first.
+        WV: (m, rank), the weight times V, in float64.
+        leak: sine between each vector and the wanted subspace, as root mean square; estimated from above.
+    """
+
+    V: Float[Tensor, "n rank"]
+    WV: Float[Tensor, "m rank"]
+    leak: float
+
+
+class Ritz(NamedTuple):
+    """Approximate right singular vectors of W with their products, and eigenvalues of G = W^T W; in float64."""
+
+    V: Float[Tensor, "n block"]
+    WV: Float[Tensor, "m block"]
+    GV: Float[Tensor, "n block"]
+    values: Float[Tensor, " block"]
+
+
+def by_inverse(weight: Float[Tensor, "m n"], rank: int, inverse: Inverse, tolerance: float) -> Edge:
+    """The ``rank`` triplets at the end where the shift is, by the dominant subspace of an inverse.
+
+    The error of a vector v with value t is ``(G - shift)^-1 (G v - t v)``, up to a factor that the first value outside
+    bounds. It is computed from a residual in float64, so that the rounding of the factorisation shows in it; it is
+    both the measure of the leak and the correction.
+    """
+
+    def error(ritz: Ritz) -> tuple[Tensor, Tensor]:
+        residual = inverse.sign * (ritz.GV - ritz.V * ritz.values)
+        found = inverse.map.apply(inverse.map.apply_transposed(residual.to(inverse.dtype))).double()
+        room = (ritz.values[-1] - ritz.values) / (ritz.values[-1] - inverse.shift)
+        return found, room
+
+    return _edge(weight, rank, inverse.map, weight.shape[1], inverse.dtype, error, tolerance, smallest=inverse.sign > 0)
+
+
+def by_products(weight: Float[Tensor, "m n"], rank: int, tolerance: float) -> Edge:
+    """The ``rank`` largest, by products alone; the error of v is ``-(G v - t v) / t``, a step of power iteration."""
+
+    def error(ritz: Ritz) -> tuple[Tensor, Tensor]:
+        return ritz.V - ritz.GV / ritz.values, 1 - ritz.values[-1] / ritz.values
+
+    linear = Map(lambda x: weight.T @ x, lambda x: weight @ x)
+    return _edge(weight, rank, linear, weight.shape[0], weight.dtype, error, tolerance, smallest=False)
+
+
+def block_of(rank: int) -> int:
+    """Vectors that are iterated for ``rank`` wanted ones."""
+    return rank + max(8, rank // 8)
+
+
+def _edge(
+    weight: Float[Tensor, "m n"],
+    rank: int,
+    linear: Map,
+    size: int,
+    dtype: torch.dtype,
+    error: Callable[[Ritz], tuple[Tensor, Tensor]],
+    tolerance: float,
+    smallest: bool,
+) -> Edge:
+    """Iterate in ``dtype``; then measure, and correct, in float64."""
+    block = block_of(rank)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(size, block, generator=generator, dtype=dtype).to(weight.device)
+    most = min(STEPS, weight.shape[1] // block)
+    found = dominant_subspace(linear, torch.linalg.qr(start)[0], rank, tolerance, most)
+    v = torch.linalg.qr(found.double())[0]
+    ritz = _ritz(v, *_products(weight, v), block, smallest)
+    for correction in range(CORRECTIONS + 1):
+        off, room = error(ritz)
+        off -= ritz.V @ (ritz.V.T @ off)
+        leak = _leak(ritz, off, room, rank)
+        if leak <= tolerance or correction == CORRECTIONS:
+            break
+        more = torch.linalg.qr(off)[0]
+        more = torch.linalg.qr(more - ritz.V @ (ritz.V.T @ more))[0]
+        pairs = zip(ritz[:3], (more, *_products(weight, more)), strict=True)
+        v, wv, gv = (torch.cat(pair, dim=1) for pair in pairs)
+        ritz = _ritz(v, wv, gv, block, smallest)
+    return _corrected(weight, ritz, off[:, :rank], leak)
+
+
+def _products(
+    weight: Float[Tensor, "m n"], v: Float[Tensor, "n k"]
+) -> tuple[Float[Tensor, "m k"], Float[Tensor, "n k"]]:
+    """W v and W^T W v in one pass over the weight, in the type of v."""
+    rows = max(1, CHUNK // (v.element_size() * weight.shape[1]))
+    forward = v.new_empty(weight.shape[0], v.shape[1])
+    back = torch.zeros_like(v)
+    for first in range(0, weight.shape[0], rows):
+        chunk = weight[first : first + rows].to(v.dtype)
+        forward[first : first + rows] = image = chunk @ v
+        back.addmm_(chunk.T, image)
+    return forward, back
+
+
+def _ritz(
+    v: Float[Tensor, "n k"], wv: Float[Tensor, "m k"], gv: Float[Tensor, "n k"], block: int, smallest: bool
+) -> Ritz:
+    """The ``block`` outermost singular directions within the span of v."""
+    values, c = torch.linalg.eigh(wv.T @ wv)
+    chosen = slice(None, block) if smallest else slice(-1, -block - 1, -1)
+    positions = torch.arange(len(values), device=v.device).tolist()[chosen]
+    c = c[:, positions]
+    return Ritz(v @ c, wv @ c, gv @ c, values[positions].clamp(min=0))
+
+
+def _leak(ritz: Ritz, off: Float[Tensor, "n block"], room: Float[Tensor, " block"], rank: int) -> float:
+    """How far the first ``rank`` vectors lie outside the wanted subspace, from above.
+
+    Two parts: towards what no vector of the block holds (``|off| / room``), and towards the block's other vectors,
+    which the Ritz step separates up to a product of both sides' errors over their distance. Equal values have no
+    distance and nothing to separate.
+    """
+    errors = torch.linalg.vector_norm(off, dim=0) / room.clamp(min=1e-12)
+    residuals = torch.linalg.vector_norm(ritz.GV - ritz.V * ritz.values, dim=0)
+    distance = (ritz.values[rank:, None] - ritz.values[None, :rank]).abs()
+    apart = distance > 1e-7 * ritz.values[rank - 1]
+    mixing = torch.where(apart, residuals[rank:, None] * errors[None, :rank] / distance, 0.0)
+    total = errors[:rank].square() + mixing.square().sum(dim=0)
+    return float(total.mean().sqrt())
+
+
+def _corrected(weight: Float[Tensor, "m n"], ritz: Ritz, off: Float[Tensor, "n rank"], leak: float) -> Edge:
+    """Subtract the error that was measured, and orthonormalise."""
+    rank = off.shape[1]
+    v, r = torch.linalg.qr(ritz.V[:, :rank] - off)
+    wv = ritz.WV[:, :rank] - (weight @ off.to(weight.dtype)).double()
+    return Edge(v, torch.linalg.solve_triangular(r, wv, upper=True, left=False), leak)

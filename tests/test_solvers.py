@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rankwise.directions import solvers
+from rankwise.directions.edges import block_of, by_inverse
+from rankwise.directions.inverses import gram_inverse, gram_matrix, lu_inverse
+from rankwise.directions.krylov import Map, dominant_subspace
+from rankwise.directions.solvers import decompose
+from rankwise.directions.triplets import Part, triplets
+
+SIDE = 400
+SHAPES = {"square": (SIDE, SIDE), "tall": (520, SIDE), "wide": (SIDE, 520)}
+K = np.arange(1, SIDE + 1)
+SPECTRA = {
+    "linear": K / SIDE,
+    "power law": 1.0 / K,
+    "steep power law": 1.0 / K**2,
+    "exponential": np.exp(-K / 30),
+    "clustered": np.where(K <= SIDE - 40, 1.0, 0.5) * (1 + 1e-6 * np.sin(K)),
+    "outliers": np.concatenate([[1e3, 1e2, 50], K[3:] / SIDE]),
+    "rank-deficient": np.where(K <= 50, 0.0, K / SIDE),
+    "repeated": np.where(K <= 200, 1.0, 0.25),
+    "equal": np.ones(SIDE),
+    "zero": np.zeros(SIDE),
+}
+TYPES = {"float32": (torch.float32, 1e-3), "float64": (torch.float64, 1e-7), "bfloat16": (torch.bfloat16, 1e-3)}
+ENDS: list[Part] = ["minor", "principal"]
+
+
+def orthonormal(rows: int, columns: int, seed: int) -> np.ndarray:
+    return np.linalg.qr(np.random.default_rng(seed).standard_normal((rows, columns)))[0]
+
+
+def make(shape: tuple[int, int], spectrum: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    m, n = shape
+    values = np.sort(spectrum)[::-1]
+    weight = (orthonormal(m, len(values), 1) * values) @ orthonormal(n, len(values), 2).T
+    return torch.tensor(weight).to(dtype)
+
+
+def leak_of(vh: torch.Tensor, weight: torch.Tensor, part: Part) -> float:
+    """Root mean square sine between the vectors and all singular directions up to the rank-th, by numpy's float64 SVD.
+
+    Directions whose value is that of the rank-th to a millionth belong to the subspace: which of them is taken is free.
+    """
+    _, s, full = np.linalg.svd(weight.double().numpy(), full_matrices=False)
+    rank = len(vh)
+    beyond = s > s[-rank] * (1 + 1e-6) + 1e-12 * s[0] if part == "minor" else s < s[rank - 1] * (1 - 1e-6)
+    return float(np.linalg.norm(full[beyond] @ vh.double().numpy().T) / rank**0.5)
+
+
+@pytest.mark.parametrize("part", ENDS)
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_end_of_any_spectrum(shape, spectrum, kind, part):
+    """Orthonormal, singular, of numpy's values, and within the stated leak, whichever method was taken."""
+    dtype, tolerance = TYPES[kind]
+    weight, rank = make(SHAPES[shape], SPECTRA[spectrum], dtype), 12
+    u, s, vh = triplets(weight, rank, part)
+    exact = weight.double()
+    rounding = 1e-12 if dtype == torch.float64 else 1e-5
+    largest = max(float(torch.linalg.matrix_norm(exact, 2)), 1e-30)
+    eye = torch.eye(rank, dtype=torch.float64)
+    assert torch.linalg.matrix_norm(u.double().T @ u.double() - eye) < rounding
+    assert torch.linalg.matrix_norm(vh.double() @ vh.double().T - eye) < rounding
+    assert torch.linalg.matrix_norm(exact @ vh.double().T - u.double() * s.double()) < tolerance * largest
+    assert torch.linalg.matrix_norm(exact.T @ u.double() - vh.double().T * s.double()) < tolerance * largest
+    assert leak_of(vh, weight, part) < tolerance
+    assert leak_of(u.T, weight.T, part) < tolerance
+    every = np.linalg.svd(exact.numpy(), compute_uv=False)
+    expected = every[::-1][:rank] if part == "minor" else every[:rank]
+    np.testing.assert_allclose(s.double().numpy(), expected, atol=1e-7 * largest)
+    captured = (u.double() * s.double()) @ vh.double()
+    assert abs(float(captured.square().sum()) - float((expected**2).sum())) < 1e-6 * rank * largest**2
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(400, 400), (700, 400), (401, 400)], ids=str)
+def test_random_weights_take_the_fast_way_and_know_their_leak(shape, seed):
+    """The estimate is above the true leak, and within a hundred times of it where it is above rounding."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    found = decompose(weight, list(range(399, 379, -1)))
+    assert found.method != "dense"
+    true = leak_of(found.V.T, weight, "minor")
+    assert true <= found.leak <= max(100 * true, 1e-4)
+
+
+def test_a_subspace_that_has_not_converged_is_seen():
+    """One refinement of a random block: the captured energy would be a poor witness, the estimate is not."""
+    weight = torch.randn(700, 400, generator=torch.Generator().manual_seed(0))
+    inverse = gram_inverse(weight, torch.float32, smallest=True)
+    noise = torch.randn(400, 400, generator=torch.Generator().manual_seed(1)) * 0.05
+    spoiled = inverse._replace(
+        map=Map(lambda x: inverse.map.apply(x) + noise @ x, lambda x: inverse.map.apply_transposed(x) + noise.T @ x)
+    )
+    edge = by_inverse(weight, 12, spoiled, 1e-9)
+    assert edge.leak > leak_of(edge.V.T, weight, "minor")
+
+
+def test_what_cannot_be_had_fast_falls_back_and_says_so(caplog):
+    weight = make((400, 400), SPECTRA["repeated"], torch.float32)
+    with caplog.at_level(logging.INFO, "rankwise"):
+        found = decompose(weight, list(range(399, 387, -1)))
+    assert found.method == "dense" and found.leak == 0
+    assert "LU in float32 of a weight of shape (400, 400): the leak may be" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("shape", "picked", "method"),
+    [
+        ((400, 400), range(399, 379, -1), "LU in float32"),
+        ((700, 400), range(399, 379, -1), "Gram matrix in float32"),
+        ((400, 700), range(399, 379, -1), "Gram matrix in float32"),
+        ((400, 400), range(190, 210), "dense"),
+        ((400, 400), range(399, 299, -1), "dense"),
+        ((40, 40), range(39, 35, -1), "dense"),
+    ],
+    ids=str,
+)
+def test_the_method_follows_shape_and_part(shape, picked, method):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    assert decompose(weight, list(picked)).method == method
+    assert decompose(weight, list(picked), "dense").method == "dense"
+
+
+@pytest.mark.parametrize("part", ["middle", "random"])
+def test_the_gram_matrix_serves_the_middle(part, monkeypatch):
+    """Where the Gram matrix holds the spectrum its eigenvectors are the SVD's; where not, the SVD is taken."""
+    weight = make((520, 400), SPECTRA["linear"], torch.float32)
+    by_gram = triplets(weight, 10, part, seed=3)
+    monkeypatch.setattr(solvers, "LEAST_GRAM", 10**6)
+    by_svd = triplets(weight, 10, part, seed=3)
+    torch.testing.assert_close(by_gram.S, by_svd.S, rtol=1e-6, atol=0)
+    torch.testing.assert_close((by_gram.Vh * by_svd.Vh).sum(1).abs(), torch.ones(10), rtol=1e-5, atol=0)
+
+
+def test_scale_does_not_matter():
+    weight = torch.randn(400, 400, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    base = decompose(weight, list(range(399, 389, -1)))
+    for scale in (2.0**-140, 2.0**140):
+        found = decompose(weight * scale, list(range(399, 389, -1)))
+        torch.testing.assert_close(found.S / scale, base.S, rtol=1e-9, atol=0)
+
+
+def test_a_single_row_or_column():
+    row = torch.randn(1, 30, generator=torch.Generator().manual_seed(6))
+    for weight in (row, row.T):
+        u, s, vh = triplets(weight, 1, "minor")
+        torch.testing.assert_close(s, row.norm()[None])
+        torch.testing.assert_close(u * s @ vh, weight)
+
+
+def test_the_gram_matrix_is_the_product_and_symmetric():
+    weight = torch.randn(37, 23, generator=torch.Generator().manual_seed(7))
+    gram = gram_matrix(weight, torch.float64, parts=4)
+    torch.testing.assert_close(gram, weight.double().T @ weight.double())
+    torch.testing.assert_close(gram, gram.T, rtol=0, atol=1e-12)
+    narrow = weight[:, :2].double()
+    torch.testing.assert_close(gram_matrix(narrow, torch.float64), narrow.T @ narrow)
+
+
+@pytest.mark.parametrize("smallest", [True, False])
+def test_an_inverse_undoes_its_factor(smallest):
+    """F^-1 F^-T (sign (W^T W - shift)) is the identity, and the shift lies outside the spectrum."""
+    weight = torch.randn(60, 40, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    inverse = gram_inverse(weight, torch.float64, smallest)
+    gram = weight.T @ weight
+    values = np.linalg.eigvalsh(gram.numpy())
+    assert inverse.shift < values[0] if smallest else inverse.shift > values[-1]
+    shifted = inverse.sign * (gram - inverse.shift * torch.eye(40, dtype=torch.float64))
+    undone = inverse.map.apply(inverse.map.apply_transposed(shifted))
+    torch.testing.assert_close(undone, torch.eye(40, dtype=torch.float64), atol=1e-8, rtol=0)
+
+
+def test_lu_takes_a_singular_weight():
+    weight = torch.randn(30, 30, generator=torch.Generator().manual_seed(9))
+    weight[:, 3] = 0
+    inverse = lu_inverse(weight)
+    assert torch.isfinite(inverse.map.apply(torch.ones(30, 1))).all()
+
+
+def test_dominant_subspace_against_numpy():
+    matrix = make((80, 50), 0.8 ** np.arange(50), torch.float64)
+    start = torch.linalg.qr(torch.randn(50, 8, generator=torch.Generator().manual_seed(11), dtype=torch.float64))[0]
+    found = dominant_subspace(Map(lambda x: matrix @ x, lambda x: matrix.T @ x), start, 3, 1e-9, most=6)
+    u = np.linalg.svd(matrix.numpy())[0][:, :3]
+    np.testing.assert_allclose(np.linalg.norm(u.T @ found[:, :3].numpy(), axis=0), 1, atol=1e-9)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.data())
+def test_the_fast_way_agrees_with_the_dense_one(data):
+    """Any shape and rank that the fast methods take: the same values, and the same subspace to the stated leak."""
+    m = data.draw(st.integers(384, 460))
+    n = data.draw(st.sampled_from([m, *range(384, 461, 7)]))
+    rank = data.draw(st.integers(1, 36))
+    part: Part = data.draw(st.sampled_from(ENDS))
+    weight = torch.randn(m, n, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
+    fast, dense = triplets(weight, rank, part), triplets(weight, rank, part, solver="dense")
+    torch.testing.assert_close(fast.S, dense.S, rtol=1e-4, atol=1e-6 * float(dense.S.max()))
+    assert leak_of(fast.Vh, weight, part) < 1e-3
+    assert leak_of(fast.U.T, weight.T, part) < 1e-3
+
+
+def test_block_is_wider_than_the_rank():
+    assert [block_of(rank) for rank in (1, 32, 128)] == [9, 40, 144]
