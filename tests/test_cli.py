@@ -18,7 +18,7 @@ from rankwise.cli import main, parser
 from rankwise.errors import UserError
 from rankwise.recommend.synthetic import SyntheticSettings, write_synthetic
 
-COMMANDS = ["demo", "train", "prepare", "evaluate", "export", "inspect", "report"]
+COMMANDS = ["demo", "train", "prepare", "init", "evaluate", "export", "inspect", "report"]
 HEAVY = ["torch", "transformers", "peft", "polars", "plotly", "pydantic"]
 
 
@@ -173,7 +173,7 @@ def test_evaluate_measures_again(runs: list[Path], capsys: pytest.CaptureFixture
 def test_export_and_inspect(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(runs[0]), str(tmp_path / "small"), "--rank", "2", "--stage", "sft", "--json"]) == 0
     report, err = said(capsys)
-    assert set(report) == {"ranks", "relative_error", "parameters"}
+    assert set(report) == {"ranks", "relative_error", "parameters", "module_errors"}
     assert "relative error" in err
     assert main(["inspect", str(tmp_path / "small"), "--json"]) == 0
     shown, err = said(capsys)

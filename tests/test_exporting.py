@@ -182,7 +182,8 @@ def test_computes_the_same_elsewhere(exported, name):
     torch.testing.assert_close(case.elsewhere, case.here, atol=1e-4, rtol=0)
     moved = float((case.here - case.base).abs().max())
     assert moved < 1e-6 if name in ("all dead", "all dead compact", "untrained") else moved > 1e-2
-    assert case.report.relative_error < 1e-7
+    merged = CASES[name][1].get("layout") == "merged"  # float32 rounds the sum of weight and update
+    assert case.report.relative_error < (1e-5 if merged else 1e-7)
 
 
 @pytest.mark.parametrize("name", [name for name, (_, settings) in CASES.items() if "layout" not in settings])

@@ -12,6 +12,7 @@ import torch
 
 import rankwise as rw
 import tiny
+from rankwise import MiloraConfig
 from rankwise.errors import UserError
 
 
@@ -36,7 +37,7 @@ def test_a_crash_while_writing_leaves_the_earlier_one(tmp_path, monkeypatch):
     def crash(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("rankwise.exporting.save_file", crash)
+    monkeypatch.setattr("rankwise.plain_lora.save_file", crash)
     for folder in ("adapter", "other"):
         with pytest.raises(OSError, match="no space left"):
             rw.export(model, tmp_path / folder, rank=1)
@@ -64,7 +65,14 @@ def infinite() -> peft.PeftModel:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: tiny.adapted("llama", use_dora=True), "DoraLinearVariant is no product.*merge it instead"),
+        (
+            lambda: tiny.adapted("llama", use_dora=True),
+            "use_dora=True is no product.*layout='merged', or ship the folder of save_pretrained",
+        ),
+        (
+            lambda: tiny.adapted("llama", MiloraConfig, use_dora=True),
+            "use_dora=True is no product.*layout='merged', or ship the folder of save_pretrained",
+        ),
         (lambda: tiny.adapted("bert", lora_bias=True), "lora_bias has no plain LoRA form"),
         (lambda: tiny.adapted("llama", init_lora_weights="pissa"), "init_lora_weights='pissa' stands on base weights"),
         (infinite, r"model.layers.1.mlp.down_proj: the adapter holds NaN or infinity"),
@@ -76,7 +84,7 @@ def infinite() -> peft.PeftModel:
             "adapter 'default' has no LoRA layers",
         ),
     ],
-    ids=["dora", "lora_bias", "pissa", "nan", "base", "ia3"],
+    ids=["dora", "milora with dora", "lora_bias", "pissa", "nan", "base", "ia3"],
 )
 def test_what_has_no_plain_lora_is_refused_and_nothing_written(tmp_path, build, message):
     with pytest.raises(UserError, match=message):

@@ -15,20 +15,22 @@ from torch import nn
 
 import rankwise as rw
 import tiny
-from rankwise.directions.milora import MiloraModel, SpectralVariant
+from rankwise.directions.dora import SpectralDoraVariant
+from rankwise.directions.milora import MiloraModel
+from rankwise.directions.variants import SpectralVariant
 from rankwise.errors import UserError
 from rankwise.peft_bridge import (
     LowRankVariant,
-    VariantModel,
     active_adapter,
     adapted_layers,
     base_modules,
     check_config,
-    low_rank_factors,
+    matrix_factors,
     pattern_keys,
     target_modules,
 )
-from rankwise.ranks.sora import GateVariant, SoraModel
+from rankwise.ranks.sora import GateVariant, SoraModel, SpectralGateVariant
+from rankwise.tuner import VariantModel
 
 
 def names(function) -> list[str]:
@@ -48,7 +50,7 @@ def names(function) -> list[str]:
 def test_hooks_of_a_variant(hook, parameters):
     """PEFT calls each by these names, and ours answer to them; no hook is PEFT's own any more."""
     assert names(getattr(peft_layer.LoraVariant, hook)) == parameters
-    for ours in (SpectralVariant, GateVariant):
+    for ours in (SpectralVariant, GateVariant, SpectralDoraVariant, SpectralGateVariant):
         assert names(getattr(ours, hook)) == parameters
         assert getattr(ours, hook) is not getattr(peft_layer.LoraVariant, hook)
 
@@ -148,7 +150,7 @@ def test_factors_multiply_to_the_update(family, config):
     model = tiny.train(peft.get_peft_model(tiny.make(family), config(**settings)))
     for name, dense in tiny.dense_updates(model).items():
         layer = tiny.layers(model)[name]
-        b, a = low_rank_factors(layer, "default", name)
+        b, a = matrix_factors(layer, "default", name)
         assert dense.abs().max() > 1e-3
         torch.testing.assert_close(layer.scaling["default"] * b.double() @ a.double(), dense, atol=2e-6, rtol=1e-4)
 
@@ -167,7 +169,6 @@ class Mixed(nn.Module):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target_modules": ["picture"]}, "picture: a convolution's adapter"),
         ({"target_modules": ["attention"]}, "attention: an adapter of MultiheadAttention"),
         ({"target_modules": ["fc"], "lora_bias": True}, "fc: an adapter with lora_bias"),
         ({"target_modules": ["fc"], "use_dora": True}, "fc: an update of DoraLinearVariant"),
@@ -179,7 +180,7 @@ def test_an_adapter_without_two_small_matrices_is_refused(settings, message):
     model = peft.get_peft_model(Mixed(), peft.LoraConfig(r=2, **settings))
     with pytest.raises(UserError, match=message):
         for name, layer in adapted_layers(model, "default"):
-            low_rank_factors(layer, "default", name)
+            matrix_factors(layer, "default", name)
 
 
 def test_names_mean_just_their_modules():

@@ -40,6 +40,12 @@ def rewrite(folder: Path, change) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
+def printed(*table) -> str:
+    console = Console(file=io.StringIO(), width=140)
+    console.print(rank_table(*table))
+    return console.file.getvalue()
+
+
 def key(layer: int, kind: str, part: str) -> str:
     return f"base_model.model.model.layers.{layer}.{kind}.lora_{part}.weight"
 
@@ -121,8 +127,26 @@ def test_the_update_is_counted_from_the_start_that_an_adapter_keeps(adapter):
     assert (after["rank"], after["parameters"], after["bytes"]) == (4, 4 * 32, 2 * 4 * 32 * 4)
 
 
-@pytest.mark.parametrize("name", ["SoraConfig", "MiloraConfig"])
-def test_our_own_adapters_are_read_as_they_are_trained(tmp_path, name):
+def test_the_update_of_milora_is_counted_from_its_start(tmp_path):
+    """A = A0 but for one row, B = B0: the update has one direction, though eight are stored for a rank of four."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    adapted = peft.get_peft_model(LlamaForCausalLM(config), rw.MiloraConfig(r=4, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "start")
+    with torch.no_grad():
+        next(one for name, one in adapted.named_parameters() if "lora_A" in name)[2] += 0.1
+    adapted.save_pretrained(tmp_path / "step")
+    (at_start,), (after,) = read_ranks(tmp_path / "start"), read_ranks(tmp_path / "step")
+    assert (at_start["effective_rank"], after["effective_rank"]) == (0.0, pytest.approx(1.0, abs=1e-5))
+    assert (after["rank"], after["live"], after["configured_rank"]) == (8, 8, 4)
+    assert (after["parameters"], after["bytes"], after["stacked_start"]) == (4 * 32, 2 * 4 * 32 * 4, True)
+    assert "MiLoRA: rank r is stored as 2 r" in printed([after])
+
+
+@pytest.mark.parametrize(("name", "stored"), [("SoraConfig", 4), ("MiloraConfig", 8)])
+def test_our_own_adapters_are_read_as_they_are_trained(tmp_path, name, stored):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
@@ -130,8 +154,15 @@ def test_our_own_adapters_are_read_as_they_are_trained(tmp_path, name):
     adapted = peft.get_peft_model(LlamaForCausalLM(config), getattr(rw, name)(r=4, target_modules=["q_proj"]))
     adapted.save_pretrained(tmp_path)
     (row,), counts = read_adapter(tmp_path)
-    assert (row["rank"], row["effective_rank"], counts) == (4, 0.0, {})
+    assert (row["rank"], row["effective_rank"], counts) == (stored, 0.0, {})
+    assert row["configured_rank"] == 4
     assert row["parameters"] == sum(one.numel() for one in adapted.parameters() if one.requires_grad)
+
+
+def test_a_damaged_side_file_is_named(adapter):
+    (adapter / "milora.json").write_text('{"format": 1, "conf')
+    with pytest.raises(UserError, match=r"milora\.json is damaged"):
+        read_adapter(adapter)
 
 
 def test_update_spectrum_agrees_with_numpy():
@@ -170,9 +201,7 @@ def test_split_module():
 
 
 def test_table_shows_every_module_and_totals(adapter):
-    console = Console(file=io.StringIO(), width=140)
-    console.print(rank_table(*read_adapter(adapter)))
-    text = console.file.getvalue()
+    text = printed(*read_adapter(adapter))
     assert "model.layers.1.mlp.down_proj" in text and "4 modules" in text
     assert f"{2 * 4 * 32 + 4 * 40 + 3 * 40:,}" in text
 

@@ -129,6 +129,7 @@ def test_rank_pattern():
         ({"use_dora": True}, "use_dora=True"),
         ({"lora_bias": True}, "lora_bias=True"),
         ({"init_lora_weights": "orthogonal"}, "init_lora_weights='orthogonal'"),
+        ({"part": "minor", "lora_alpha": 0}, r"lora_alpha=0\) is not possible with a part"),
     ],
     ids=str,
 )
@@ -142,6 +143,13 @@ def test_unknown_choices_are_refused(name, known):
     config = rw.SoraConfig(r=4)
     setattr(config, name, "other")
     with pytest.raises(UserError, match=f"{name}='other'\\) is unknown: {known}"):
+        config.__post_init__()
+
+
+def test_an_unknown_part_is_refused():
+    config = rw.SoraConfig(r=4, part="minor")
+    config.part = "minro"
+    with pytest.raises(UserError, match=r"part 'minro' of the spectrum is unknown.*minor"):
         config.__post_init__()
 
 
@@ -159,3 +167,41 @@ def test_a_real_model_starts_as_it_is(data_folder):
     model = adapt(base, target_modules="all-linear", r=8)
     assert torch.equal(tiny.logits(model), expected)
     assert len(gates(model)) == 35
+
+
+@pytest.mark.parametrize("init", ["normal", "ones"])
+def test_a_part_of_the_spectrum_starts_as_the_base_with_any_gates(init):
+    base = tiny.make("llama")
+    expected = tiny.logits(base)
+    model = adapt(base, part="minor", gate_init=init)
+    assert all(layer.scaling["default"] == 1 for layer in tiny.layers(model).values())
+    assert torch.equal(tiny.logits(model), expected)
+    for gate in gates(model).values():
+        gate.data.normal_()
+    assert torch.equal(tiny.logits(model), expected)
+
+
+def test_a_gated_direction_of_the_spectrum_is_its_change():
+    """h = W x + s sum_i g_i (b_i a_i - b0_i a0_i) x; a closed gate gives the pretrained direction back."""
+    model = tiny.train(adapt(tiny.make("llama"), part="principal", lora_alpha=6))
+    layer = next(iter(tiny.layers(model).values()))
+    gate = layer.lora_gate["default"]
+    gate.data[1] = 0
+    a, b, pair = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.lora_start["default"]
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
+    change = sum(gate[i] * (torch.outer(b[:, i], a[i]) - torch.outer(pair.B[:, i], pair.A[i])) for i in range(4))
+    assert change.abs().max() > 1e-3
+    expected = x @ (layer.get_base_layer().weight + 1.5 * change).T
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_part_saves_and_loads_with_its_frozen_pair(tmp_path):
+    model = tiny.train(adapt(tiny.make("llama"), part="minor"))
+    for number, gate in enumerate(gates(model).values()):
+        gate.data[:number] = 0
+    rw.prune(model)
+    expected = tiny.logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(tiny.make("llama"), tmp_path)
+    assert loaded.peft_config["default"].part == "minor"
+    torch.testing.assert_close(tiny.logits(loaded), expected, atol=1e-6, rtol=1e-6)

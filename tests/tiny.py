@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from rankwise import MiloraConfig
+
 IDS = torch.tensor([[1, 5, 9, 2, 30, 7, 7, 12], [3, 8, 40, 11, 2, 6, 25, 1]])
 LABELS = torch.tensor([0, 2])
 
@@ -130,3 +132,22 @@ def adapted(family: str, config: type[LoraConfig] = LoraConfig, **settings) -> P
     chosen = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS[family], "fan_in_fan_out": family == "gpt2"}
     torch.manual_seed(1)
     return train(get_peft_model(make(family), config(**chosen | settings)))
+
+
+def milora(base: nn.Module, family: str = "llama", **settings) -> PeftModel:
+    """A new MiLoRA adapter of rank 4 on a base."""
+    chosen = {"r": 4, "target_modules": TARGETS[family], "fan_in_fan_out": family == "gpt2"}
+    return get_peft_model(base, MiloraConfig(**chosen | settings))
+
+
+def resume(base: nn.Module, folder: Path, **settings) -> PeftModel:
+    """A MiLoRA checkpoint on a base, to train on."""
+    config = MiloraConfig.from_pretrained(folder)
+    return PeftModel.from_pretrained(base, folder, config=config, **{"is_trainable": True} | settings)
+
+
+def assert_same_adapter(model: nn.Module, other: nn.Module) -> None:
+    """Factors and frozen starts of all adapters are the same bits."""
+    expected, found = ({k: v for k, v in one.state_dict().items() if ".lora_" in k} for one in (model, other))
+    assert expected.keys() == found.keys() and any("lora_start" in name for name in found)
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []

@@ -55,6 +55,39 @@ def prepare(arguments: Arguments, console: Console) -> Any:
     return {"folder": str(folder), "counts": prepared.counts}
 
 
+def init(arguments: Arguments, console: Console) -> Any:
+    """Write a MiLoRA adapter's start for a whole model: read from its files one weight at a time, never loaded."""
+    from dataclasses import asdict
+
+    import torch
+
+    from rankwise.directions import MiloraConfig
+    from rankwise.directions.cache import default_folder
+    from rankwise.directions.initialise import initialise
+    from rankwise.models import quiet_libraries
+
+    quiet_libraries()
+    targets = arguments.target_modules
+    config = MiloraConfig(
+        r=arguments.rank,
+        lora_alpha=arguments.alpha,
+        target_modules=targets[0] if targets == ["all-linear"] else targets,
+        use_rslora=arguments.rslora,
+        part=arguments.part,
+        part_seed=arguments.seed,
+        cache=None if arguments.no_cache else arguments.cache or str(default_folder()),
+        start_device=arguments.device,
+    )
+    report = initialise(arguments.model, arguments.out, config, dtype=getattr(torch, arguments.dtype), console=console)
+    reused = f", {report.reused} from the cache" if report.reused else ""
+    console.print(f"start: {arguments.out}: {len(report.ranks)} matrices in {report.seconds:.0f} s{reused}")
+    if report.broken:
+        console.print(f"  damaged files of the cache, made again: {report.broken}")
+    if report.zero:
+        console.print(f"  matrices with directions of singular value 0: {len(report.zero)}")
+    return {"folder": arguments.out, **asdict(report)}
+
+
 def evaluate(arguments: Arguments, console: Console) -> Any:
     """Measure a finished run's adapter again, on another part of its data if wanted."""
     from rankwise.evaluation import evaluate_run
@@ -127,6 +160,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     made.add_argument("folder", metavar="FOLDER", help="where train.jsonl, validation.jsonl and test.jsonl go")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+
+    _init_arguments(_add(commands, init, "rankwise init meta-llama/Llama-3.2-1B --part minor --rank 64 --out start/"))
 
     made = _add(commands, evaluate, "rankwise evaluate runs/films evaluation.split=validation")
     made.add_argument("run", metavar="RUN", help="a run's folder")
@@ -201,6 +236,25 @@ def _add(commands: Any, function: Callable[..., Any], example: str) -> argparse.
 def _recipe_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+
+
+def _init_arguments(made: argparse.ArgumentParser) -> None:
+    made.add_argument("model", metavar="MODEL", help="a folder with safetensors, a hub id, or 'embedded'")
+    made.add_argument("--out", required=True, metavar="FOLDER", help="where the start goes")
+    made.add_argument("--rank", type=int, default=64, help="of each matrix (%(default)s)")
+    parts = ("minor", "principal", "middle", "random")
+    made.add_argument("--part", choices=parts, default="minor", help="of each weight's spectrum (%(default)s)")
+    made.add_argument("--seed", type=int, default=0, help="of the draw of --part random (%(default)s)")
+    made.add_argument("--alpha", type=float, help="numerator of the scaling (the rank)")
+    made.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(rank), not alpha / rank")
+    made.add_argument(
+        "--target-modules", nargs="+", default=["all-linear"], metavar="NAME", help="modules to adapt (all-linear)"
+    )
+    made.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of what is written")
+    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (%(default)s)")
+    keep = made.add_mutually_exclusive_group()
+    keep.add_argument("--cache", metavar="FOLDER", help="of finished matrices (~/.cache/rankwise/starts)")
+    keep.add_argument("--no-cache", action="store_true", help="keep no finished matrices and use none")
 
 
 def _recipe(arguments: Arguments) -> Recipe:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rankwise.analysis.runfolder import read_results
 from rankwise.analysis.tables import result_table
 from rankwise.errors import UserError, nearest
-from rankwise.exporting import Layout, export
+from rankwise.exporting import ExportReport, Layout, export
 from rankwise.files import write_json
 from rankwise.models import context_limit, load_classifier, load_language_model, load_tokenizer, quiet_libraries
 from rankwise.recipes import load_recipe
@@ -56,9 +56,17 @@ def export_stage(
         raise UserError(f"stage {stage!r} is not in {run}: {nearest(stage, names)}")
     model = _trained(run, recipe, stage or names[-1])
     report = export(model, folder, rank, energy, cast(Layout, layout))
+    print_export(folder, report, console)
+    return asdict(report)
+
+
+def print_export(folder: Path, report: ExportReport, console: Console) -> None:
+    """Print what was written: its size, the error of the whole, and the layers where it is largest."""
     error = f"relative error {report.relative_error:.2e}"
     console.print(f"{folder}: {report.parameters:,} parameters, {error}", highlight=False)
-    return asdict(report)
+    console.print(f"largest of {len(report.module_errors)} modules:", highlight=False)
+    for name, value in report.worst():
+        console.print(f"  {name} {value:.2e}", highlight=False)
 
 
 def _recipe(run: Path, overrides: Sequence[str]) -> Recipe:
@@ -72,9 +80,9 @@ def _trained(run: Path, recipe: Recipe, stage: str) -> PeftModel:
     if isinstance(recipe.data, ClassificationData):
         labels = read_results(run).get("labels") or []
         padding = padding_token(load_tokenizer(recipe.model.path))
-        model = with_adapter(load_classifier(recipe.model, labels, padding), recipe, "SEQ_CLS")
+        model = with_adapter(load_classifier(recipe.model, labels, padding), recipe, "SEQ_CLS", folder)
     else:
-        model = with_adapter(load_language_model(recipe.model), recipe, "CAUSAL_LM")
+        model = with_adapter(load_language_model(recipe.model), recipe, "CAUSAL_LM", folder)
     load_stage(model, folder)
     return model
 

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft import PeftConfig, PeftModel
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from rankwise.errors import UserError, nearest
 from rankwise.files import new_folder
-from rankwise.peft_bridge import (
-    active_adapter,
-    adapted_layers,
-    base_modules,
-    low_rank_factors,
-    pattern_keys,
-    target_modules,
-)
+from rankwise.low_rank import Factors, Loss, balanced_svd, distance, halves, kept_rank, padded
+from rankwise.merging import check_mergeable, write_merged
+from rankwise.peft_bridge import active_adapter, adapted_layers, matrix_factors
+from rankwise.plain_lora import write_plain_lora
 
 Layout = Literal["uniform", "compact", "merged"]
-Factors = tuple[Tensor, Tensor]
 
 # What PEFT calls the starts that change the base weights.
 CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -39,14 +31,31 @@ class ExportReport:
 
     Attributes:
         ranks: rank of each layer's update as written, before padding; layers whose update is zero are left out (but for
-            one, where all are zero).
-        relative_error: Frobenius norm of all that was cut off, over that of the whole update; 0 to 1.
+            one, where all are zero). For ``merged`` the rank of each update before it was rounded; of one that is no
+            product of two small matrices (DoRA's), the smaller side of its weight.
+        relative_error: Frobenius norm of what the written updates lack of the trained ones, over that of the trained;
+            the cut and the rounding of the file's numbers both count. 0 to 1 for a cut.
         parameters: numbers in the written low-rank factors, padding included; of the whole model for ``merged``.
+        module_errors: the same relative error for each layer's own update; 0 where the update is zero.
     """
 
     ranks: dict[str, int]
     relative_error: float
     parameters: int
+    module_errors: dict[str, float] = field(default_factory=dict)
+
+    def worst(self, count: int = 3) -> list[tuple[str, float]]:
+        """The layers of the largest errors, the largest first."""
+        return sorted(self.module_errors.items(), key=lambda item: -item[1])[:count]
+
+
+@dataclass(frozen=True)
+class Written:
+    """One layer's update as it is to be written: its factors, its rank before padding, and what it lacks."""
+
+    factors: Factors
+    rank: int
+    loss: Loss
 
 
 def export(
@@ -60,7 +69,7 @@ def export(
 
     Each layer's update ``s B A`` (for MiLoRA ``s [B, -B0] [A; A0]``) goes through a thin QR of both factors and the
     SVD of the small product, in float64, and is written as ``B' A'`` with ``B' = U sqrt(S)``, ``A' = sqrt(S) Vh`` and
-    scaling 1.
+    scaling 1. The error is measured on the float32 numbers that are written.
 
     Args:
         model: a PEFT model with one active LoRA, MiLoRA or SoRA adapter (or any LoRA variant of low rank).
@@ -68,35 +77,38 @@ def export(
         rank: the largest rank to keep in each layer; all of the update's own rank where it is not given.
         energy: keep the fewest directions that hold this share of the squared norm; above 0, at most 1.
         layout: ``uniform`` (one rank, zero-padded, alpha = rank: computes the same in PEFT, vLLM and llama.cpp),
-            ``compact`` (each layer its rank, by ``rank_pattern``; smaller, for PEFT) or ``merged`` (the whole model).
+            ``compact`` (each layer its rank, by ``rank_pattern``: smaller, for PEFT and vLLM; llama.cpp multiplies a
+            layer of smaller rank by the largest rank over its own) or ``merged`` (the whole model, each weight in the
+            base's own dtype; memory holds the model and a few copies of one weight).
 
     Returns:
-        The ranks, the relative error and the number of parameters.
+        The ranks, the relative error of the whole and of each layer, and the number of parameters.
 
     Raises:
         UserError: no adapter, an unknown layout, a rank or energy out of range, a folder that holds something else, an
-            update that is not finite or not of low rank, or an adapter whose start changed the base.
+            update that is not finite, or one that the layout cannot hold (DoRA's or a changed base in ``uniform`` and
+            ``compact``, a quantised or offloaded base in ``merged``).
     """
     _check(rank, energy, layout, Path(folder))
     adapter = active_adapter(model)
     assert isinstance(model, PeftModel)
+    layers = dict(adapted_layers(model, adapter))
+    if not layers:
+        raise UserError(f"adapter {adapter!r} has no LoRA layers: only LoRA and its kin can be exported")
+    for name, layer in layers.items():
+        _check_finite(layer, adapter, name)
     if layout == "merged":
         return _export_merged(model, adapter, Path(folder))
     _check_start(model.peft_config[adapter])
-    updates = _updates(model, adapter)
-    spectra = {name: _balanced(b, a) for name, (b, a) in updates.items()}
-    chosen = {name: _rank(s, rank, energy) for name, (_, s, _) in spectra.items()}
-    if model.peft_config[adapter].bias != "none":  # a layer's trained bias is written under its adapter's name
-        chosen = {name: max(count, 1) for name, count in chosen.items()}
-    chosen = {name: count for name, count in chosen.items() if count} or {next(iter(updates)): 1}
-    factors = {name: _pad(*_cut(*spectra[name], count), count) for name, count in chosen.items()}
-    whole = sum(float(s.square().sum()) for _, s, _ in spectra.values())
-    lost = sum(float(s[chosen.get(name, 0) :].square().sum()) for name, (_, s, _) in spectra.items())
-    if layout == "uniform":
-        factors = {name: _pad(b, a, max(chosen.values())) for name, (b, a) in factors.items()}
-    _write(model, adapter, factors, Path(folder))
+    for name, layer in layers.items():  # what has no plain form is told before the first decomposition
+        _check_plain(layer, adapter, name)
+    least = 0 if model.peft_config[adapter].bias == "none" else 1  # a bias is written under its adapter's name
+    written = {name: _compress(layer, adapter, name, rank, energy, least) for name, layer in layers.items()}
+    factors = _factors(written, layout)
+    write_plain_lora(model, adapter, factors, Path(folder))
     parameters = sum(b.numel() + a.numel() for b, a in factors.values())
-    return ExportReport(chosen, (lost / whole) ** 0.5 if whole else 0.0, parameters)
+    ranks = {name: max(written[name].rank, 1) for name in factors}
+    return _report(ranks, {name: one.loss for name, one in written.items()}, parameters)
 
 
 def _check(rank: int | None, energy: float | None, layout: str, folder: Path) -> None:
@@ -120,116 +132,73 @@ def _check_start(config: PeftConfig) -> None:
             f"an adapter with init_lora_weights={start!r} stands on base weights that it changed, not on the original: "
             "write it with layout='merged'"
         )
-
-
-def _updates(model: PeftModel, adapter: str) -> dict[str, Factors]:
-    """Factors of each layer's update in float64, with the scaling in B."""
-    found = {}
-    for name, layer in adapted_layers(model, adapter):
-        b, a = low_rank_factors(layer, adapter, name)
-        if not (torch.isfinite(b).all() and torch.isfinite(a).all()):
-            raise UserError(f"{name}: the adapter holds NaN or infinity: go back to an earlier checkpoint")
-        found[name] = (b.double() * layer.scaling[adapter], a.double())
-    if not found:
-        raise UserError(f"adapter {adapter!r} has no LoRA layers: only LoRA and its kin can be exported")
-    return found
-
-
-def _balanced(
-    b: Float[Tensor, "out k"], a: Float[Tensor, "k in"]
-) -> tuple[Float[Tensor, "out q"], Float[Tensor, " q"], Float[Tensor, "q in"]]:
-    """SVD of ``b @ a`` by thin QR of both factors and the SVD of the small product."""
-    q_b, r_b = torch.linalg.qr(b)
-    q_a, r_a = torch.linalg.qr(a.T)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    return q_b @ u, s, vh @ q_a.T
-
-
-def _rank(s: Float[Tensor, " q"], rank: int | None, energy: float | None) -> int:
-    """Directions to keep: those above rounding, then by energy, then by rank."""
-    if not len(s) or s[0] == 0:
-        return 0
-    count = int((s > s[0] * 1e-9).sum())
-    if energy is not None:
-        shares = s.square().cumsum(0) / s.square().sum()
-        count = min(count, int((shares < energy - 1e-12).sum()) + 1)
-    return count if rank is None else min(count, rank)
-
-
-def _cut(u: Float[Tensor, "out q"], s: Float[Tensor, " q"], vh: Float[Tensor, "q in"], rank: int) -> Factors:
-    root = s[:rank].sqrt()
-    return (u[:, :rank] * root).float(), (root[:, None] * vh[:rank]).float()
-
-
-def _pad(b: Float[Tensor, "out k"], a: Float[Tensor, "k in"], rank: int) -> Factors:
-    more = rank - b.shape[1]
-    return nn.functional.pad(b, (0, more)), nn.functional.pad(a, (0, 0, 0, more))
-
-
-def _write(model: PeftModel, adapter: str, factors: Mapping[str, Factors], folder: Path) -> None:
-    """Write config and tensors in PEFT's own form."""
-    layers = dict(adapted_layers(model, adapter))
-    tensors = _other_tensors(model, adapter)
-    for name, (b, a) in factors.items():
-        prefix = f"base_model.model.{name}"
-        if adapter in layers[name].lora_embedding_A:
-            tensors |= {f"{prefix}.lora_embedding_A": a, f"{prefix}.lora_embedding_B": b}
-        else:
-            tensors |= {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
-    with new_folder(folder) as made:
-        _config(model, adapter, factors).save_pretrained(made)
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            made / "adapter_model.safetensors",
-            metadata={"format": "pt"},
+    if getattr(config, "use_dora", False):
+        raise UserError(
+            "an adapter with use_dora=True is no product of two small matrices, which is all that plain LoRA holds: "
+            "write it with layout='merged', or ship the folder of save_pretrained, which is PEFT's own DoRA"
         )
 
 
-def _other_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
-    """What was trained beside the low-rank factors: whole modules (a classifier's head) and biases."""
-    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    return {name: tensor.clone() for name, tensor in state.items() if ".lora_" not in name}
+def _check_finite(layer: LoraLayer, adapter: str, name: str) -> None:
+    for kind in layer.adapter_layer_names:
+        held = getattr(layer, kind)
+        if adapter not in held:
+            continue
+        state = [held[adapter]] if isinstance(held[adapter], Tensor) else held[adapter].state_dict().values()
+        if not all(torch.isfinite(tensor).all() for tensor in state):
+            raise UserError(f"{name}: the adapter holds NaN or infinity: go back to an earlier checkpoint")
 
 
-def _config(model: PeftModel, adapter: str, factors: Mapping[str, Factors]) -> LoraConfig:
-    """A plain LoRA config with scaling 1 everywhere."""
-    trained: LoraConfig = model.peft_config[adapter]
-    ranks = {name: b.shape[1] for name, (b, _) in factors.items()}
-    largest = max(ranks.values())
-    keys = pattern_keys(model, ranks)
-    uneven = {keys[name]: rank for name, rank in ranks.items() if rank != largest}
-    return LoraConfig(
-        r=largest,
-        lora_alpha=largest,
-        rank_pattern=uneven,
-        alpha_pattern=dict(uneven),
-        target_modules=_target_modules(model, set(factors)),
-        task_type=trained.task_type,
-        modules_to_save=trained.modules_to_save,
-        trainable_token_indices=trained.trainable_token_indices,
-        layer_replication=trained.layer_replication,
-        fan_in_fan_out=trained.fan_in_fan_out,
-        bias=trained.bias,
-        base_model_name_or_path=trained.base_model_name_or_path,
-        inference_mode=True,
-    )
+def _check_plain(layer: LoraLayer, adapter: str, name: str) -> None:
+    if getattr(layer.get_base_layer(), "groups", 1) > 1:
+        raise UserError(f"{name}: a convolution of several groups is no single matrix: leave it out of target_modules")
+    matrix_factors(layer, adapter, name)
 
 
-def _target_modules(model: PeftModel, names: set[str]) -> list[str] | str:
-    """The modules' last names where these mean just these modules, else their full names."""
-    short = {name.rpartition(".")[2] for name in names}
-    meant = {name for name, _ in base_modules(model) if name.rpartition(".")[2] in short}
-    found = short if meant == names else target_modules(model, names)
-    return found if isinstance(found, str) else sorted(found)
+def _update(layer: LoraLayer, adapter: str, name: str) -> Factors:
+    """Factors of a layer's update in float64, with the scaling in B."""
+    b, a = matrix_factors(layer, adapter, name)
+    return b.double() * layer.scaling[adapter], a.double()
+
+
+def _compress(layer: LoraLayer, adapter: str, name: str, rank: int | None, energy: float | None, least: int) -> Written:
+    """A layer's update cut to the wanted rank and measured; where nothing is left, one direction of zeros."""
+    update = _update(layer, adapter, name)
+    u, s, vh = balanced_svd(*update)
+    kept = max(kept_rank(s, rank, energy), least)
+    factors = padded(*halves(u, s, vh, kept), max(kept, 1))
+    return Written(factors, kept, Loss(float(torch.linalg.norm(s)), distance(update, factors)))
+
+
+def _factors(written: Mapping[str, Written], layout: Layout) -> dict[str, Factors]:
+    """The factors of all layers that have an update, of one layer where none has; padded where the rank is to be one.
+
+    PEFT loads no adapter without a layer.
+    """
+    kept = {name: one for name, one in written.items() if one.rank} or dict(list(written.items())[:1])
+    largest = max(one.factors[0].shape[1] for one in kept.values())
+    return {name: padded(*one.factors, largest) if layout == "uniform" else one.factors for name, one in kept.items()}
 
 
 def _export_merged(model: PeftModel, adapter: str, folder: Path) -> ExportReport:
-    """Write the whole model with the update added to a copy of its weights."""
-    if not isinstance(model.get_base_model(), PreTrainedModel):
-        kind = type(model.get_base_model()).__name__
-        raise UserError(f"layout 'merged' writes models of transformers, not {kind}: merge and save it yourself")
-    ranks = {name: layer.r[adapter] for name, layer in adapted_layers(model, adapter)}
-    merged = copy.deepcopy(model).merge_and_unload()
+    """Write the whole model with the update added to its weights."""
+    check_mergeable(model, adapter)
+    ranks = {name: _own_rank(layer, adapter, name) for name, layer in adapted_layers(model, adapter)}
     with new_folder(folder) as made:
-        merged.save_pretrained(made)
-    return ExportReport(ranks, 0.0, sum(p.numel() for p in merged.parameters()))
+        losses, parameters = write_merged(model, adapter, made)
+    return _report({name: rank for name, rank in ranks.items() if rank}, losses, parameters)
+
+
+def _own_rank(layer: LoraLayer, adapter: str, name: str) -> int:
+    try:
+        return kept_rank(balanced_svd(*_update(layer, adapter, name))[1])
+    except UserError:  # no product of two small matrices: merging needs none
+        weight = layer.get_base_layer().weight
+        return min(int(weight.shape[0]), int(weight[0].numel()))
+
+
+def _report(ranks: dict[str, int], losses: Mapping[str, Loss], parameters: int) -> ExportReport:
+    whole = sum(loss.norm**2 for loss in losses.values())
+    lost = sum(loss.lost**2 for loss in losses.values())
+    errors = {name: loss.relative for name, loss in losses.items()}
+    return ExportReport(ranks, (lost / whole) ** 0.5 if whole else 0.0, parameters, errors)

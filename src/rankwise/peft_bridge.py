@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Collection, Iterator
-from typing import Any, ClassVar, NoReturn
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -20,53 +20,65 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 from peft.tuners.adalora import AdaLoraLayer
-from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant, MultiheadAttention, ParamWrapper
+from peft.tuners.lora.layer import LoraLayer, LoraVariant, MultiheadAttention, ParamWrapper
 from peft.tuners.lora.model import LoraModel
-from peft.utils.other import transpose
 from torch import Tensor, nn
 
 from rankwise.errors import UserError
+from rankwise.matrices import as_weight, factor_matrices, set_factors
 
 
 class LowRankVariant(LoraVariant):
     """An update ``scaling * B' A'`` of low rank whose factors follow from what is trained.
 
-    A subclass says what it keeps in a layer (:meth:`attach`), what its factors are (:meth:`factors`) and how it adds
-    the update to a layer's output (``forward``, PEFT's hook). Merging and export follow from the factors.
+    A subclass says what it keeps in a layer (:meth:`attach`), its first values (:meth:`start`), what its factors are
+    (:meth:`factors`) and how it adds the update to a layer's output (``forward``, PEFT's hook). Merging and export
+    follow from the factors. ``rankwise.matrices`` says what they are for each kind of module.
     """
 
-    def attach(self, layer: Linear, adapter: str, config: LoraConfig) -> None:
+    is_low_rank: ClassVar[bool] = True
+
+    def attach(self, layer: LoraLayer, adapter: str, config: LoraConfig) -> None:
         """Make this variant's own parameters and buffers in ``layer``; on the meta device, only their shapes."""
         raise NotImplementedError(f"{type(self).__name__} must say what it keeps in a layer")
 
-    def factors(self, layer: Linear, adapter: str) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
+    def start(self, layer: LoraLayer, adapter: str, config: LoraConfig) -> int:
+        """Fill in the first values, once every module was found to be fit; returns how many directions had none."""
+        return 0
+
+    def factors(self, layer: LoraLayer, adapter: str) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
         """B' and A', whose product times the layer's scaling is the update."""
         raise NotImplementedError(f"{type(self).__name__} must give its factors")
+
+    def set_update(self, layer: LoraLayer, adapter: str, b: Float[Tensor, "out k"], a: Float[Tensor, "k in"]) -> None:
+        """Make ``scaling * b a`` the update of an adapter of rank k that was not trained yet."""
+        set_factors(layer, adapter, b, a)
 
     def supports_lora_conversion(self) -> bool:
         """PEFT's hook: its own conversion would take B A for the update; ``rankwise.export`` converts."""
         return False
 
-    def delta(self, layer: Linear, adapter: str) -> Tensor:
+    def delta(self, layer: LoraLayer, adapter: str) -> Tensor:
         """The update in the layout of the base weight, computed in float32 at least."""
         b, a = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in self.factors(layer, adapter))
-        update: Tensor = transpose(b @ a, layer.fan_in_fan_out) * layer.scaling[adapter]
+        update: Tensor = as_weight(layer, b @ a) * layer.scaling[adapter]
         return update
 
-    def merge_safe(self, module: Linear, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """PEFT's hook: the merged weight as a new tensor."""
-        return (orig_weight + self.delta(module, active_adapter)).to(orig_weight.dtype)
+        return (orig_weight + self.delta(module, active_adapter).to(orig_weight.device)).to(orig_weight.dtype)
 
-    def merge_unsafe(self, module: Linear, active_adapter: str, orig_weight: Tensor) -> None:
+    def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
         """PEFT's hook: merge into the weight's storage."""
         orig_weight.data.copy_(self.merge_safe(module, active_adapter, orig_weight.data))
 
-    def unmerge(self, module: Linear, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """PEFT's hook: the weight without the update."""
-        return (orig_weight.data - self.delta(module, active_adapter)).to(orig_weight.dtype)
+        delta = self.delta(module, active_adapter).to(orig_weight.device)
+        return (orig_weight.data - delta).to(orig_weight.dtype)
 
 
-def keep_state(layer: Linear, name: str, adapter: str, state: nn.Module | nn.Parameter) -> None:
+def keep_state(layer: LoraLayer, name: str, adapter: str, state: nn.Module | nn.Parameter) -> None:
     """Put ``state`` into the layer as ``name``, so that PEFT saves, moves, enables and deletes it with A and B."""
     if not hasattr(layer, name):
         setattr(layer, name, nn.ParameterDict() if isinstance(state, nn.Parameter) else nn.ModuleDict())
@@ -74,58 +86,26 @@ def keep_state(layer: Linear, name: str, adapter: str, state: nn.Module | nn.Par
     getattr(layer, name)[adapter] = state
 
 
-class VariantModel(LoraModel):
-    """PEFT's LoRA tuner with one of our variants in every layer it makes."""
-
-    variant: ClassVar[type[LowRankVariant]]
-
-    def _create_and_replace(
-        self,
-        lora_config: LoraConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
-    ) -> None:
-        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
-        layer = getattr(parent, target_name)
-        if not isinstance(layer, Linear):
-            kind = type(layer.get_base_layer()).__name__
-            raise UserError(
-                f"{type(lora_config).__name__} cannot adapt {current_key} ({kind}): it handles Linear and Conv1D; "
-                "leave the module out of target_modules"
-            )
-        variant = self.variant()
-        layer.lora_variant[adapter_name] = variant
-        try:
-            with torch.no_grad():
-                variant.attach(layer, adapter_name, lora_config)
-        except UserError as error:
-            raise UserError(f"{current_key}: {error}") from error
-
-    def add_weighted_adapter(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuse PEFT's combination of adapters: it combines A and B alone, which these adapters do not compute."""
-        raise UserError("adapters of this kind cannot be combined: export each, then combine the exported ones")
-
-
-def check_config(config: LoraConfig) -> None:
+def check_config(config: LoraConfig, allowed: Collection[str] = ()) -> None:
     """Refuse a setting of ``LoraConfig`` that would be ignored here or would change the base weights.
+
+    Args:
+        config: as the user gave it.
+        allowed: names of variants that are available here.
 
     Raises:
         UserError: a setting of another LoRA variant, ``lora_bias``, or an ``init_lora_weights`` of another method.
     """
     kind = type(config).__name__
     variants = [field.name for field in dataclasses.fields(config) if field.metadata.get("is_lora_variant")]
-    for name in (*variants, "lora_bias"):
-        if getattr(config, name):
+    for name in (*variants, "lora_bias", "target_parameters"):
+        if getattr(config, name) and name not in allowed:
             raise UserError(f"{kind}({name}={getattr(config, name)!r}) is not available: leave {name} out")
     if config.init_lora_weights not in (True, False, "gaussian"):
         raise UserError(f"{kind}(init_lora_weights={config.init_lora_weights!r}) is not available: leave it out")
 
 
-def register(name: str, config: type[LoraConfig], tuner: type[VariantModel]) -> str:
+def register(name: str, config: type[LoraConfig], tuner: type[LoraModel]) -> str:
     """Make a method known to PEFT under the string ``name``; returns the name, for the config's ``peft_type``."""
     PEFT_TYPE_TO_CONFIG_MAPPING[name] = config
     PEFT_TYPE_TO_TUNER_MAPPING[name] = tuner
@@ -182,28 +162,22 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             inside = (*inside, f"{name}.")
 
 
-def low_rank_factors(layer: LoraLayer, adapter: str, name: str) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
-    """B' and A' of any trained LoRA layer, without its scaling.
+def matrix_factors(layer: LoraLayer, adapter: str, name: str) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
+    """B' and A' of any trained LoRA layer in the matrix view of ``rankwise.matrices``, without its scaling.
 
     Raises:
-        UserError: the layer's update is not of low rank (DoRA's magnitude, say) or is no matrix (a convolution).
+        UserError: the layer's update is not of low rank (DoRA's magnitude, say).
     """
     variant = layer.lora_variant.get(adapter)
-    if isinstance(variant, LowRankVariant) and isinstance(layer, Linear):
+    if isinstance(variant, LowRankVariant) and variant.is_low_rank:
         return variant.factors(layer, adapter)
     if variant is not None:
         raise UserError(
             f"{name}: an update of {type(variant).__name__} is no product of two small matrices; merge it instead"
         )
-    if adapter in layer.lora_embedding_A:
-        return layer.lora_embedding_B[adapter].detach(), layer.lora_embedding_A[adapter].detach()
     if isinstance(layer, AdaLoraLayer | MultiheadAttention | ParamWrapper):
         raise UserError(f"{name}: an adapter of {type(layer).__name__} has no plain LoRA form; merge it instead")
     if layer.lora_bias.get(adapter):
         raise UserError(f"{name}: an adapter with lora_bias has no plain LoRA form; merge it instead")
-    b, a = layer.lora_B[adapter].weight.detach(), layer.lora_A[adapter].weight.detach()
-    if a.ndim != 2:
-        raise UserError(
-            f"{name}: a convolution's adapter (shape {tuple(a.shape)}) has no plain LoRA form; merge it instead"
-        )
-    return b, a
+    b, a = factor_matrices(layer, adapter)
+    return b.detach(), a.detach()

@@ -25,6 +25,9 @@ from rankwise.analysis.report import write_report
 from rankwise.analysis.runfolder import read_entry
 from rankwise.analysis.tables import result_table
 from rankwise.directions import MiloraConfig
+from rankwise.directions.basehash import check_base
+from rankwise.directions.checkpoint import SIDE_FILE, read_side
+from rankwise.directions.saving import live_hashes
 from rankwise.errors import UserError
 from rankwise.exporting import export
 from rankwise.files import new_folder, write_json, write_jsonl, write_text
@@ -77,7 +80,7 @@ class Run:
         done = {row["name"] for row in self.results.get("rows", [])}
         self._open(task)
         set_seed(self.recipe.seed)
-        model = with_adapter(task.load_model(), self.recipe, task.task_type)
+        model = with_adapter(task.load_model(), self.recipe, task.task_type, self._saved(done))
         for name, metrics in task.baselines().items():
             if name not in done:
                 self._row(task, name, metrics)
@@ -87,6 +90,11 @@ class Run:
         self._stages(task, model, done)
         self._finish(model)
         return self.results
+
+    def _saved(self, done: set[str]) -> Path | None:
+        """A finished stage of an earlier run, from which this one goes on."""
+        first = self.recipe.stages[0].name
+        return self.folder / "stages" / first if first in done else None
 
     def _stages(self, task: Task, model: PeftModel, done: set[str]) -> None:
         """Train each stage from the one it starts from, and measure it; what is in the model is ``held``."""
@@ -183,13 +191,23 @@ class Run:
         seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - started, 2)
 
 
-def with_adapter(base: PreTrainedModel, recipe: Recipe, task_type: str) -> PeftModel:
+def with_adapter(base: PreTrainedModel, recipe: Recipe, task_type: str, stage: Path | None = None) -> PeftModel:
     """The base with a new adapter as the recipe wants it; its weights stay as they are.
 
+    Args:
+        base: what the adapter is for.
+        recipe: with the adapter's settings.
+        task_type: PEFT's word for the task.
+        stage: a saved stage that will be loaded, so that no start is computed which it would replace.
+
     Raises:
-        UserError: the target modules match nothing, or one of them cannot be adapted.
+        UserError: the target modules match nothing, one of them cannot be adapted, or the stage was begun on another
+            base.
     """
-    config = adapter_config(recipe.adapter, task_type, recipe.seed)
+    if stage is not None and (stage / SIDE_FILE).is_file():
+        config: LoraConfig = MiloraConfig.from_pretrained(stage)
+    else:
+        config = adapter_config(recipe.adapter, task_type, recipe.seed)
     try:
         return peft.get_peft_model(base, config)
     except UserError:
@@ -208,13 +226,15 @@ def adapter_config(settings: LoraSettings, task_type: str, seed: int) -> LoraCon
         "use_rslora": settings.use_rslora,
         "task_type": task_type,
     }
-    if isinstance(settings, MiloraSettings):
-        return MiloraConfig(**common, lora_alpha=settings.alpha, part=settings.part, part_seed=seed)
-    common["lora_alpha"] = settings.alpha or 2 * settings.r
     if isinstance(settings, SoraSettings):
-        gate = settings.model_dump(include={"threshold", "l1", "gate_init", "mode"})
-        return SoraConfig(**common, **gate)
-    return LoraConfig(**common)
+        own = settings.model_dump(include={"threshold", "l1", "gate_init", "mode", "part"})
+        alpha = settings.alpha or (settings.r if settings.part else 2 * settings.r)
+        return SoraConfig(**common, **own, lora_alpha=alpha, part_seed=seed)
+    common["use_dora"] = settings.use_dora
+    if isinstance(settings, MiloraSettings):
+        own = settings.model_dump(include={"part", "cache"})
+        return MiloraConfig(**common, **own, lora_alpha=settings.alpha, part_seed=seed)
+    return LoraConfig(**common, lora_alpha=settings.alpha or 2 * settings.r)
 
 
 def whole_rows(rows: Rows) -> Rows:
@@ -229,8 +249,15 @@ def save_stage(model: PeftModel, folder: Path) -> None:
 
 
 def load_stage(model: PeftModel, folder: Path) -> None:
-    """Put the weights of a saved stage into the model's adapter."""
-    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    """Put the weights of a saved stage into the model's adapter.
+
+    Raises:
+        UserError: the adapter was begun on another base, or its tensors do not fit.
+    """
+    adapter = active_adapter(model)
+    if (folder / SIDE_FILE).is_file():
+        check_base(read_side(folder).base, live_hashes(model, adapter))
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"), adapter)
 
 
 def versions() -> dict[str, str]:

@@ -23,6 +23,7 @@ File = Annotated[str, AfterValidator(_expand)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
+Part = Literal["minor", "principal", "middle", "random"]
 
 
 class Section(BaseModel):
@@ -40,13 +41,18 @@ class LoraSettings(Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter, a share.")
     target_modules: str | list[str] = Field("all-linear", description="Modules to adapt: all-linear, or their names.")
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead of alpha / r.")
+    use_dora: bool = Field(False, description="Train a magnitude of each output too (DoRA, arXiv 2402.09353).")
+    lora_plus_ratio: Positive | None = Field(
+        None, description="Learning rate of B over that of A (LoRA+, arXiv 2402.12354); 1 where not given."
+    )
 
 
 class MiloraSettings(LoraSettings):
     """LoRA from one part of each weight's spectrum (arXiv 2406.09044)."""
 
     kind: Literal["milora"] = "milora"  # type: ignore[assignment]
-    part: Literal["minor", "principal", "middle", "random"] = Field("minor", description="Part of the spectrum.")
+    part: Part = Field("minor", description="Part of the spectrum.")
+    cache: File | None = Field(None, description="Folder of finished decompositions to reuse; none where not given.")
 
 
 class SoraSettings(LoraSettings):
@@ -58,6 +64,15 @@ class SoraSettings(LoraSettings):
     gate_lr: Positive | None = Field(None, description="Learning rate of the gates; the stage's where not given.")
     gate_init: Literal["normal", "ones"] = Field("normal", description="Start of the gates.")
     mode: Literal["proximal", "reference"] = Field("proximal", description="Exact step, or the published code's.")
+    part: Part | None = Field(None, description="Gate directions of this part of the spectrum; LoRA's if not given.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> SoraSettings:
+        """Gates have an optimizer and an update of their own."""
+        for name in ("use_dora", "lora_plus_ratio"):
+            if getattr(self, name):
+                raise ValueError(f"{name} is not for SoRA: leave it out, or take kind lora or milora")
+        return self
 
 
 class ModelSettings(Section):
@@ -257,7 +272,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _export_fits(self) -> Recipe:
-        """Merged weights are not cut."""
+        """Merged weights are not cut, and DoRA has no other form without its magnitude."""
+        if self.adapter.use_dora and self.export.layout != "merged":
+            raise ValueError("adapter.use_dora is no plain LoRA when it is finished: set export.layout to merged")
         if self.export.layout == "merged" and (self.export.rank or self.export.energy):
             raise ValueError("export.layout merged keeps the whole update: leave out export.rank and export.energy")
         return self

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -27,7 +29,7 @@ from rankwise.errors import UserError
 from rankwise.likelihood import answer_log_probabilities
 from rankwise.preferences import SoftmaxDPOConfig, SoftmaxDPOTrainer
 from rankwise.ranks import SoraConfig, gate_counts, sora_optimizer
-from rankwise.schema import SftStage, SoftmaxDpoStage, SoraSettings
+from rankwise.schema import LoraSettings, SftStage, SoftmaxDpoStage, SoraSettings
 from rankwise.tokenise import AnswerCollator
 
 Rows = Sequence[Mapping[str, Any]]
@@ -156,7 +158,7 @@ def train_stage(
     stage: SftStage | SoftmaxDpoStage,
     rows: Rows,
     *,
-    adapter: Any,
+    adapter: LoraSettings,
     context: int,
     folder: Path,
     seed: int,
@@ -197,13 +199,28 @@ def train_stage(
         make = trainer or (lambda **kwargs: AnswerTrainer(data_collator=AnswerCollator.of(tokenizer), **kwargs))
         made = make(model=model, args=TrainingArguments(**settings), train_dataset=list(rows), callbacks=callbacks)
     made.remove_callback(PrinterCallback)
-    if isinstance(adapter, SoraSettings):
-        made.optimizer = sora_optimizer(
-            model, lr=stage.learning_rate, gate_lr=adapter.gate_lr, weight_decay=stage.weight_decay
-        )
+    made.optimizer = _optimizer(model, stage, adapter)
     with bar.progress:
         made.train()
     return dict(getattr(made, "counts", {}))
+
+
+def _optimizer(model: PeftModel, stage: SftStage | SoftmaxDpoStage, adapter: LoraSettings) -> Optimizer | None:
+    """AdamW with what the adapter needs beside it; None leaves it to the trainer."""
+    if isinstance(adapter, SoraSettings):
+        return sora_optimizer(model, lr=stage.learning_rate, gate_lr=adapter.gate_lr, weight_decay=stage.weight_decay)
+    if adapter.lora_plus_ratio is None:
+        return None
+    made: Optimizer = create_loraplus_optimizer(
+        model,
+        torch.optim.AdamW,
+        lr=stage.learning_rate,
+        loraplus_lr_ratio=adapter.lora_plus_ratio,
+        loraplus_lr_embedding=stage.learning_rate,
+        loraplus_weight_decay=stage.weight_decay,
+        weight_decay=stage.weight_decay,
+    )
+    return made
 
 
 def _arguments(

@@ -21,6 +21,7 @@ from rankwise.analysis.spectra import effective_rank
 from rankwise.errors import UserError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+SIDE_FILE = "milora.json"  # beside an adapter that stores its start: as directions.checkpoint writes it
 _KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>embedding_A|embedding_B|A|B|gate|start\.A|start\.B)(?:\..+)?$"
 )
@@ -48,7 +49,8 @@ def read_adapter(adapter_folder: Path) -> tuple[list[dict[str, Any]], dict[str, 
         Rows with ``module``; ``rank``, the stored one; ``live``, the number of directions whose row of A,
         column of B and gate (if it has one) are not zero; ``effective_rank`` of the update, which is B A, or
         B A - B0 A0 where the start is kept; ``configured_rank``, what the configuration says; ``parameters``,
-        those trained; and ``bytes``, all that is stored. Beside them the counts of tensors that belong to no
+        those trained; ``bytes``, all that is stored; and ``stacked_start``, whether half of it is the start of MiLoRA,
+        [A; A0] and [B, -B0], so that rank r is stored as 2 r. Beside them the counts of tensors that belong to no
         pair A, B.
 
     Raises:
@@ -57,7 +59,13 @@ def read_adapter(adapter_folder: Path) -> tuple[list[dict[str, Any]], dict[str, 
     folder = Path(adapter_folder)
     config = _read_config(folder)
     tensors, ignored = _read_tensors(folder / WEIGHTS)
-    rows = [_row(module, parts, config) for module, parts in tensors.items() if {"A", "B"} <= set(parts)]
+    stacked_start = (folder / SIDE_FILE).is_file()
+    if stacked_start:
+        from rankwise.directions.checkpoint import read_side
+
+        config = read_side(folder).config
+    complete = {module: parts for module, parts in tensors.items() if {"A", "B"} <= set(parts)}
+    rows = [_row(module, parts, config, stacked_start) for module, parts in complete.items()]
     halves = len(tensors) - len(rows)
     counts = dict(ignored) | ({"modules with one LoRA matrix only": halves} if halves else {})
     if not rows:
@@ -103,7 +111,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, dict[str, Tensor]], Counter[str
     return modules, ignored
 
 
-def _row(module: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+def _row(module: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], stacked_start: bool) -> dict[str, Any]:
     # flatten(1) lays the kernels of convolutions out as columns: their update is B A all the same.
     down, up = parts["A"].flatten(1), parts["B"].flatten(1)
     if down.shape[0] != up.shape[1]:
@@ -119,13 +127,14 @@ def _row(module: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) ->
         "live": int((down.ne(0).any(dim=1) & gated.ne(0).any(dim=0)).sum()),
         "effective_rank": effective_rank(update_spectrum(*_from_start(gated, down.float(), parts))),
         "configured_rank": _configured_rank(module, config),
-        "parameters": sum(tensor.numel() for tensor in trained),
+        "parameters": sum(tensor.numel() for tensor in trained) // (2 if stacked_start else 1),
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in parts.values()),
+        "stacked_start": stacked_start,
     }
 
 
 def _from_start(up: Tensor, down: Tensor, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Factors of the update B A - B0 A0, for an adapter that keeps the pair it started from."""
+    """Factors of the update B A - B0 A0, for an adapter that keeps the pair it started from under its own name."""
     if not {"start.A", "start.B"} <= set(parts):
         return up, down
     up = torch.cat([up, -parts["start.B"].flatten(1).float()], dim=1)
@@ -196,7 +205,9 @@ def _short_kinds(kinds: Sequence[str]) -> list[str]:
 def rank_table(rows: Sequence[Mapping[str, Any]], counts: Mapping[str, int] | None = None) -> Table:
     """A console table of :func:`read_adapter`'s rows, totals at its foot, what was passed over below it."""
     caption = ", ".join(f"{number} {name}" for name, number in (counts or {}).items())
-    table = Table(title="Ranks by module", caption=f"passed over: {caption}" if caption else None, show_footer=True)
+    stacked = any(row.get("stacked_start") for row in rows)
+    title = "Ranks by module" + (" (MiLoRA: rank r is stored as 2 r, with its start)" if stacked else "")
+    table = Table(title=title, caption=f"passed over: {caption}" if caption else None, show_footer=True)
     table.add_column("module", footer=f"{len(rows)} modules", overflow="fold")
     totals = {key: sum(row[key] for row in rows) for key in ("rank", "live", "parameters", "bytes")}
     for key, title in (

@@ -5,22 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from jaxtyping import Float
 from peft import LoraConfig
-from peft.tuners.lora.layer import Linear
-from peft.utils.other import transpose
-from torch import Tensor, nn
 
-from rankwise.directions.triplets import Part, check_part, triplets
+from rankwise.directions.dora import SpectralDoraVariant
+from rankwise.directions.saving import CheckpointedConfig, CheckpointedModel
+from rankwise.directions.triplets import Part, check_part
+from rankwise.directions.variants import SpectralVariant
 from rankwise.errors import UserError
-from rankwise.peft_bridge import LowRankVariant, VariantModel, check_config, keep_state, register
-
-START = "lora_start"
+from rankwise.peft_bridge import LowRankVariant, check_config, register
 
 
 @dataclass
-class MiloraConfig(LoraConfig):
+class MiloraConfig(CheckpointedConfig):
     """A ``peft.LoraConfig`` whose adapter starts from a part of each weight's spectrum, without changing the weight.
 
     With U, S, Vh the chosen triplets of W and s the scaling, B0 = U sqrt(S / s) and A0 = sqrt(S / s) Vh. The layer
@@ -31,9 +27,15 @@ class MiloraConfig(LoraConfig):
         part: ``minor`` (MiLoRA), ``principal`` (PiSSA), ``middle`` or ``random`` (the paper's ablations).
         part_seed: of the draw for ``random``.
         lora_alpha: defaults to ``r``, as in the paper (LoRA's habit is 2 r).
+        cache: folder of finished decompositions, which are found by the weight's content; none where not given. It
+            and ``start_device`` belong to this machine and are not saved.
+        use_dora: train a magnitude for each output too, on Linear and Conv1D; see ``directions.dora``.
+        init_lora_weights: ``False`` computes no start: the values come from a file.
+        start_device: on which weights are decomposed (``cuda``, say), one at a time; each weight's own where not given.
 
     Raises:
-        UserError: an unknown part, an alpha of 0 or less, or a setting of another LoRA variant (``use_dora``, say).
+        UserError: an unknown part, an alpha of 0 or less, or a setting of another LoRA variant (``lora_bias``,
+            say). When the model is adapted: a module that cannot be, by name and with the reason.
 
     Source: MiLoRA (arXiv 2406.09044), section 3. It differs in that the base keeps its weight and a frozen initial
     pair is kept beside the trained one, so that nothing is rounded and ``disable_adapter()`` gives the true base; and
@@ -46,77 +48,33 @@ class MiloraConfig(LoraConfig):
     )
     part: Part = field(default="minor", metadata={"help": "minor, principal, middle or random directions."})
     part_seed: int = field(default=0, metadata={"help": "Seed of the draw where part is random."})
+    cache: str | None = field(default=None, metadata={"help": "Folder of finished starts to reuse; none where None."})
+    start_device: str | None = field(
+        default=None, metadata={"help": "Device on which weights are decomposed; each weight's own where None."}
+    )
 
     def __post_init__(self) -> None:
         """Check the part and fill in alpha."""
         super().__post_init__()
         check_part(self.part)
-        check_config(self)
+        check_config(self, allowed=("use_dora",))
         if self.lora_alpha is None:
             self.lora_alpha = self.r
         if not self.lora_alpha > 0:
             raise UserError(f"MiloraConfig(lora_alpha={self.lora_alpha}) is not possible: it must be above 0")
         self.peft_type = "MILORA"
 
-
-class FrozenPair(nn.Module):
-    """The initial A0 and B0 of one adapter: buffers, so that they are saved and moved but never trained."""
-
-    A: Float[Tensor, "rank in"]
-    B: Float[Tensor, "out rank"]
-
-    def __init__(self, a: Float[Tensor, "rank in"], b: Float[Tensor, "out rank"]) -> None:
-        super().__init__()
-        self.register_buffer("A", a)
-        self.register_buffer("B", b)
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: all fields but those that belong to this machine."""
+        return {name: value for name, value in super().to_dict().items() if name not in ("cache", "start_device")}
 
 
-class SpectralVariant(LowRankVariant):
-    """The update s (B A - B0 A0), computed as s ((B - B0) A + B0 (A - A0)): exactly zero at the start."""
-
-    def attach(self, layer: Linear, adapter: str, config: LoraConfig) -> None:
-        """Set A and B to the chosen triplets and keep a frozen copy of both."""
-        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        if not a.is_meta:
-            start_from_spectrum(layer, adapter, config)
-        pair = FrozenPair(a.detach().clone(), b.detach().clone())
-        keep_state(layer, START, adapter, pair)
-
-    def stacked(self, layer: Linear, adapter: str) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
-        """[B - B0, B0] and [A; A - A0], whose product is B A - B0 A0."""
-        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        pair = getattr(layer, START)[adapter]
-        a0, b0 = pair.A.to(a.dtype), pair.B.to(b.dtype)
-        return torch.cat([b - b0, b0], dim=1), torch.cat([a, a - a0], dim=0)
-
-    def factors(self, layer: Linear, adapter: str) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
-        """The stacked factors, detached."""
-        b, a = self.stacked(layer, adapter)
-        return b.detach(), a.detach()
-
-    def forward(self, module: Linear, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """PEFT's hook: the layer's output with the update added."""
-        b, a = self.stacked(module, active_adapter)
-        hidden = nn.functional.linear(module.lora_dropout[active_adapter](x), a)
-        update: Tensor = nn.functional.linear(hidden, b) * module.scaling[active_adapter]
-        return result + update
-
-
-class MiloraModel(VariantModel):
+class MiloraModel(CheckpointedModel):
     """PEFT's tuner for :class:`MiloraConfig`."""
 
-    variant = SpectralVariant
-
-
-def start_from_spectrum(layer: Linear, adapter: str, config: LoraConfig) -> None:
-    """Fill A and B with B0 = U sqrt(S / s) and A0 = sqrt(S / s) Vh of the layer's weight."""
-    assert isinstance(config, MiloraConfig)
-    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    weight = transpose(layer.get_base_layer().weight, layer.fan_in_fan_out)
-    u, s, vh = triplets(weight, layer.r[adapter], config.part, config.part_seed)
-    root = (s / layer.scaling[adapter]).sqrt()
-    a.copy_(root[:, None] * vh)
-    b.copy_(u * root)
+    def make_variant(self, config: LoraConfig) -> LowRankVariant:
+        """Plain or with DoRA's magnitude."""
+        return SpectralDoraVariant() if config.use_dora else SpectralVariant()
 
 
 register("MILORA", MiloraConfig, MiloraModel)

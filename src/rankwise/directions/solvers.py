@@ -73,7 +73,7 @@ def _fast(weight: Float[Tensor, "m n"], picked: Sequence[int]) -> Solution | Non
         problem = "it cannot be factorised" if edge is None else f"the leak may be {edge.leak:.1e}"
         if edge is not None and edge.leak <= tolerance:
             found = _solution(edge.V, edge.WV, picked, method, edge.leak)
-            if found.S.min() > LEAST_VALUE * weight.abs().max():
+            if found.S.min() > LEAST_VALUE * _largest_entry(weight):
                 return found
             problem = "a singular value vanishes"
         logger.info("%s of a weight of shape %s: %s, another way is taken", method, tuple(weight.shape), problem)
@@ -131,5 +131,10 @@ def _solution(
 
 def _power_of_two(weight: Tensor) -> float:
     """A scale, exact to divide by, at which squares neither overflow nor vanish; 1 where that is so already."""
-    largest = max(abs(float(end)) for end in torch.aminmax(weight))
+    largest = _largest_entry(weight)
     return 1.0 if largest == 0 or 1e-6 < largest < 1e6 else 2.0 ** math.floor(math.log2(largest))
+
+
+def _largest_entry(weight: Tensor) -> float:
+    """Max |w|; NaN where there is one."""
+    return max(abs(float(end)) for end in torch.aminmax(weight))

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from rankwise.directions.variants import START
+from rankwise.matrices import factor_matrices, set_factors
 from rankwise.peft_bridge import active_adapter, adapted_layers, pattern_keys, target_modules
 from rankwise.ranks.sora import GATE, SoraConfig, gates
 
@@ -67,22 +69,24 @@ def _keep_one(masks: list[torch.Tensor]) -> None:
         mask[0] |= not mask.any()
 
 
-def _adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+def _adapter_parameters(model: nn.Module) -> list[torch.Tensor]:
+    """A, B (as matrices) and the gate of each layer; a frozen pair is not counted, since it is not trained."""
     adapter = active_adapter(model)
     found = []
     for _, layer in adapted_layers(model, adapter):
-        found += [layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, getattr(layer, GATE)[adapter]]
+        found += [*factor_matrices(layer, adapter), getattr(layer, GATE)[adapter]]
     return found
 
 
-def _cut(layer: Linear, adapter: str, live: torch.Tensor) -> None:
-    """Keep the live rows of A, columns of B and entries of the gate; the scaling stays."""
-    a, b, gate = layer.lora_A[adapter], layer.lora_B[adapter], getattr(layer, GATE)
-    trained = gate[adapter].requires_grad
-    a.weight = nn.Parameter(a.weight[live].clone(), requires_grad=trained)
-    b.weight = nn.Parameter(b.weight[:, live].clone(), requires_grad=trained)
-    gate[adapter] = nn.Parameter(gate[adapter][live].clone(), requires_grad=trained)
-    layer.r[adapter] = a.out_features = b.in_features = int(live.sum())
+def _cut(layer: LoraLayer, adapter: str, live: torch.Tensor) -> None:
+    """Keep the live rows of A, columns of B and entries of the gate, of the frozen pair too; the scaling stays."""
+    gate = getattr(layer, GATE)
+    b, a = factor_matrices(layer, adapter)
+    set_factors(layer, adapter, b[:, live], a[live])
+    gate[adapter] = nn.Parameter(gate[adapter][live].clone(), requires_grad=gate[adapter].requires_grad)
+    if adapter in getattr(layer, START, {}):
+        pair = getattr(layer, START)[adapter]
+        pair.set(pair.A.flatten(1)[live], pair.B.flatten(1)[:, live])
 
 
 def _remove(model: nn.Module, name: str, adapter: str) -> None:

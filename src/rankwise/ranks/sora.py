@@ -8,19 +8,22 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from peft import LoraConfig
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Embedding, LoraLayer
 from torch import Tensor, nn
 
+from rankwise.directions.triplets import Part, check_part
+from rankwise.directions.variants import SpectralVariant, embedded
 from rankwise.errors import UserError
+from rankwise.matrices import along, expand, factor_matrices, project
 from rankwise.peft_bridge import (
     LowRankVariant,
-    VariantModel,
     active_adapter,
     adapted_layers,
     check_config,
     keep_state,
     register,
 )
+from rankwise.tuner import VariantModel
 
 GATE = "lora_gate"
 
@@ -29,7 +32,9 @@ GATE = "lora_gate"
 class SoraConfig(LoraConfig):
     """A ``peft.LoraConfig`` with a gate g on the r directions: ``h = W x + s B (g * (A x))``.
 
-    Train with :func:`rankwise.sora_optimizer`, then :func:`rankwise.prune`.
+    Train with :func:`rankwise.sora_optimizer`, then :func:`rankwise.prune`. With a ``part`` the directions are those of
+    a part of the weight's spectrum, as in :class:`rankwise.MiloraConfig`, and the layer computes ``W x + s (B diag(g) A
+    - B0 diag(g) A0) x``: the base at the start, and again where g is zero.
 
     Args:
         r: the largest rank.
@@ -37,7 +42,12 @@ class SoraConfig(LoraConfig):
             the learning rate (as in the paper's code; the paper's lambda is threshold / learning rate).
         l1: weight of the mean of |g| in the loss; 0 or more.
         gate_init: ``normal`` (standard normal, as in the paper's code) or ``ones``.
+            With a ``part``, ``ones`` lets every direction count as in MiLoRA.
         mode: ``proximal`` (the exact step) or ``reference`` (the paper's code; see ``published_step``).
+        part: ``minor``, ``principal``, ``middle`` or ``random``: start from these directions of each weight; ``None``
+            (default) for LoRA's own start.
+        part_seed: of the draw where part is ``random``.
+        lora_alpha: with a ``part`` it defaults to ``r``, else to PEFT's 8.
 
     Raises:
         UserError: a value out of its range, or a setting of another LoRA variant (``use_dora``, say).
@@ -49,6 +59,11 @@ class SoraConfig(LoraConfig):
     l1: float = field(default=10.0, metadata={"help": "Weight of mean |g| in the loss."})
     gate_init: Literal["normal", "ones"] = field(default="normal", metadata={"help": "normal or ones."})
     mode: Literal["proximal", "reference"] = field(default="proximal", metadata={"help": "proximal or reference."})
+    lora_alpha: int | float | None = field(
+        default=None, metadata={"help": "Scaling numerator; where it is not given, r with a part, else 8."}
+    )
+    part: Part | None = field(default=None, metadata={"help": "Part of the spectrum to start from; none for LoRA's."})
+    part_seed: int = field(default=0, metadata={"help": "Seed of the draw where part is random."})
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -60,39 +75,95 @@ class SoraConfig(LoraConfig):
             if getattr(self, name) not in known:
                 raise UserError(f"SoraConfig({name}={getattr(self, name)!r}) is unknown: {' or '.join(known)}")
         check_config(self)
+        self._check_part()
         self.peft_type = "SORA"
+
+    def _check_part(self) -> None:
+        """Check the part and fill in alpha."""
+        if self.part is not None:
+            check_part(self.part)
+        if self.lora_alpha is None:
+            self.lora_alpha = self.r if self.part is not None else LoraConfig.lora_alpha
+        if self.part is not None and not self.lora_alpha > 0:
+            raise UserError(f"SoraConfig(lora_alpha={self.lora_alpha}) is not possible with a part: it must be above 0")
 
 
 class GateVariant(LowRankVariant):
     """The update s B diag(g) A."""
 
-    def attach(self, layer: Linear, adapter: str, config: LoraConfig) -> None:
+    def attach(self, layer: LoraLayer, adapter: str, config: LoraConfig) -> None:
         """Make the gate, on the device of A and in its dtype."""
         assert isinstance(config, SoraConfig)
-        gate = torch.ones_like(layer.lora_A[adapter].weight[:, 0])
+        gate = torch.ones_like(factor_matrices(layer, adapter)[1][:, 0])
         if config.gate_init == "normal" and not gate.is_meta:
             gate.normal_()
         keep_state(layer, GATE, adapter, nn.Parameter(gate))
 
-    def factors(self, layer: Linear, adapter: str) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
+    def factors(self, layer: LoraLayer, adapter: str) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
         """B diag(g) and A, over the live directions only."""
         gate = getattr(layer, GATE)[adapter].detach()
         live = gate != 0
-        b, a = layer.lora_B[adapter].weight.detach(), layer.lora_A[adapter].weight.detach()
+        b, a = (factor.detach() for factor in factor_matrices(layer, adapter))
         return b[:, live] * gate[live], a[live]
 
-    def forward(self, module: Linear, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+    def set_update(self, layer: LoraLayer, adapter: str, b: Float[Tensor, "out k"], a: Float[Tensor, "k in"]) -> None:
+        """As the base class's; the gate is one."""
+        super().set_update(layer, adapter, b, a)
+        getattr(layer, GATE)[adapter] = nn.Parameter(torch.ones_like(a[:, 0]), requires_grad=False)
+
+    def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """PEFT's hook: the layer's output with the update added."""
-        hidden = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
-        gated = hidden * getattr(module, GATE)[active_adapter].to(hidden.dtype)
-        update: Tensor = module.lora_B[active_adapter](gated) * module.scaling[active_adapter]
+        b, a = factor_matrices(module, active_adapter)
+        dropped = x if isinstance(module, Embedding) else module.lora_dropout[active_adapter](x)
+        gated = along(module, project(module, dropped, a), getattr(module, GATE)[active_adapter])
+        update: Tensor = expand(module, gated, b) * module.scaling[active_adapter]
+        return result + update
+
+
+class SpectralGateVariant(SpectralVariant):
+    """Gates over spectral directions: the update s sum_i g_i (b_i a_i - b0_i a0_i).
+
+    Computed as s ((B - B0) diag(g) A + B0 diag(g) (A - A0)): exactly zero at the start, whatever the gate is. A
+    direction whose gate is zero is the pretrained one again.
+    """
+
+    def attach(self, layer: LoraLayer, adapter: str, config: LoraConfig) -> None:
+        """Make the gate, and keep room for a frozen copy of A and B."""
+        GateVariant().attach(layer, adapter, config)
+        super().attach(layer, adapter, config)
+
+    def set_update(self, layer: LoraLayer, adapter: str, b: Float[Tensor, "out k"], a: Float[Tensor, "k in"]) -> None:
+        """As the base class's; the gate is one and the frozen pair zero."""
+        super().set_update(layer, adapter, b, a)
+        getattr(layer, GATE)[adapter] = nn.Parameter(torch.ones_like(a[:, 0]), requires_grad=False)
+
+    def factors(self, layer: LoraLayer, adapter: str) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
+        """[(B - B0) diag(g), B0 diag(g)] and [A; A - A0], over the live directions only."""
+        b, a = super().factors(layer, adapter)
+        gate = getattr(layer, GATE)[adapter].detach().repeat(2)
+        live = gate != 0
+        return b[:, live] * gate[live], a[live]
+
+    def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """PEFT's hook: the layer's output with the update added."""
+        pairs = self.pairs(module, active_adapter)
+        b, a = pairs.stacked()
+        if isinstance(module, Embedding):
+            hidden = embedded(module, x, pairs)
+        else:
+            hidden = project(module, module.lora_dropout[active_adapter](x), a)
+        gated = along(module, hidden, getattr(module, GATE)[active_adapter].repeat(2))
+        update: Tensor = expand(module, gated, b) * module.scaling[active_adapter]
         return result + update
 
 
 class SoraModel(VariantModel):
     """PEFT's tuner for :class:`SoraConfig`."""
 
-    variant = GateVariant
+    def make_variant(self, config: LoraConfig) -> LowRankVariant:
+        """With a part of the spectrum to start from, or without."""
+        assert isinstance(config, SoraConfig)
+        return GateVariant() if config.part is None else SpectralGateVariant()
 
 
 def gates(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -113,13 +184,19 @@ def gates(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def direction_size(layer: LoraLayer, adapter: str) -> int:
+    """Trained numbers of one direction: a column of B, a row of A and the gate."""
+    b, a = factor_matrices(layer, adapter)
+    return b.shape[0] + a.shape[1] + 1
+
+
 def gate_counts(model: nn.Module) -> dict[str, int]:
     """What the gates of the active adapter leave: open gates, all gates, and parameters once the rest is pruned."""
     adapter = active_adapter(model)
     layers = dict(adapted_layers(model, adapter))
     left = {name: int((gate != 0).sum()) for name, gate in gates(model).items()}
     total = sum(gate.numel() for gate in gates(model).values())
-    parameters = sum(count * (layers[name].in_features + layers[name].out_features + 1) for name, count in left.items())
+    parameters = sum(count * direction_size(layers[name], adapter) for name, count in left.items())
     return {"gates_left": sum(left.values()), "gates": total, "parameters_left": parameters}
 
 

@@ -1,0 +1,152 @@
+"""The update that starts from a part of a weight's spectrum: trained factors beside a frozen copy of their start."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from peft import LoraConfig
+from peft.tuners.lora.layer import Embedding, LoraLayer, _ConvNd
+from torch import Tensor, nn
+
+from rankwise.directions.cache import check_device
+from rankwise.directions.dequantise import dense_weight
+from rankwise.directions.difference import Pairs, add_difference
+from rankwise.directions.start import spectral_start
+from rankwise.errors import UserError
+from rankwise.matrices import as_matrix, direction_axis, expand, factor_matrices, project, set_factors
+from rankwise.peft_bridge import LowRankVariant, keep_state
+
+START = "lora_start"
+
+
+class FrozenPair(nn.Module):
+    """The initial A0 and B0 of one adapter: buffers, so that they are saved and moved but never trained.
+
+    They have the shapes of the layer's own A and B, and are kept in float32 at least.
+
+    Args:
+        a: A0 as PEFT keeps A.
+        b: B0 as PEFT keeps B.
+        config: of the adapter, by which another one of the same start is known.
+    """
+
+    A: Float[Tensor, "rank ..."]
+    B: Float[Tensor, "out rank ..."]
+
+    def __init__(self, a: Float[Tensor, "rank ..."], b: Float[Tensor, "out rank ..."], config: LoraConfig) -> None:
+        super().__init__()
+        self.register_buffer("A", a)
+        self.register_buffer("B", b)
+        self.config = config
+
+    @torch.no_grad()
+    def set(self, a: Float[Tensor, "rank in"], b: Float[Tensor, "out rank"]) -> None:
+        """Replace A0 and B0, of any rank."""
+        self.A = a.detach().to(self.A.dtype).reshape(-1, *self.A.shape[1:]).clone()
+        self.B = b.detach().to(self.B.dtype).reshape(*b.shape, *self.B.shape[2:]).clone()
+
+
+class SpectralVariant(LowRankVariant):
+    """The update s (B A - B0 A0), computed as s ((B - B0) A + B0 (A - A0)): exactly zero at the start."""
+
+    def attach(self, layer: LoraLayer, adapter: str, config: LoraConfig) -> None:
+        """Keep room for a frozen copy of A and B."""
+        if adapter in layer.lora_embedding_A:
+            a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        else:
+            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        keep_state(layer, START, adapter, FrozenPair(a.detach().clone(), b.detach().clone(), config))
+
+    def start(self, layer: LoraLayer, adapter: str, config: LoraConfig) -> int:
+        """Set A and B to the chosen triplets, and the frozen pair with them.
+
+        With ``init_lora_weights=False`` A and B stay as they are, since their values come from a file. Where another
+        adapter of the layer has the same start, it is copied instead of computed again; a trainer that adds a second
+        adapter of the same config as the reference of the first so gets the same function once A and B are copied.
+        """
+        b, a = factor_matrices(layer, adapter)
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if a.is_meta and not (isinstance(weight, Tensor) and weight.is_meta):
+            return 0  # low_cpu_mem_usage: the values are loaded later
+        twin, zero = find_twin(layer, adapter, config), 0
+        if twin is not None:
+            set_factors(layer, adapter, twin.B.flatten(1), twin.A.flatten(1))
+        elif config.init_lora_weights is not False:
+            zero = start_from_spectrum(layer, adapter, config)
+        if not a.is_meta:
+            b, a = factor_matrices(layer, adapter)
+            getattr(layer, START)[adapter].set(a, b)
+        return zero
+
+    def set_update(self, layer: LoraLayer, adapter: str, b: Float[Tensor, "out k"], a: Float[Tensor, "k in"]) -> None:
+        """As the base class's; the frozen pair is zero."""
+        super().set_update(layer, adapter, b, a)
+        getattr(layer, START)[adapter].set(torch.zeros_like(a), torch.zeros_like(b))
+
+    def pairs(self, layer: LoraLayer, adapter: str) -> Pairs:
+        """A, B, A0 and B0 as matrices."""
+        b, a = factor_matrices(layer, adapter)
+        held = getattr(layer, START)[adapter]
+        return Pairs(a, b, held.A.flatten(1), held.B.flatten(1))
+
+    def factors(self, layer: LoraLayer, adapter: str) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
+        """[B - B0, B0] and [A; A - A0], detached."""
+        b, a = self.pairs(layer, adapter).stacked()
+        return b.detach(), a.detach()
+
+    def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """PEFT's hook: the layer's output with the update added."""
+        pairs = self.pairs(module, active_adapter)
+        dropout = module.lora_dropout[active_adapter]
+        scaling = module.scaling[active_adapter]
+        if isinstance(module, Embedding):
+            hidden = embedded(module, x, pairs)
+        elif isinstance(module, _ConvNd):
+            hidden = project(module, dropout(x), pairs.stacked()[1])
+        else:
+            return add_difference(result, dropout(x), pairs, scaling)
+        update: Tensor = expand(module, hidden, pairs.stacked()[0]) * scaling
+        return result + update
+
+
+def embedded(layer: Embedding, x: Tensor, pairs: Pairs) -> Tensor:
+    """[A x; (A - A0) x] for token numbers: only their columns are read, where the stack would hold a vocabulary."""
+    hidden = project(layer, x, pairs.A)
+    frozen = project(layer, x, pairs.A0.to(pairs.A.dtype))
+    return torch.cat([hidden, hidden - frozen], dim=direction_axis(layer))
+
+
+def find_twin(layer: LoraLayer, adapter: str, config: LoraConfig) -> FrozenPair | None:
+    """The frozen pair of another adapter of the layer with the same start, or none."""
+    own = getattr(layer, START)[adapter]
+    for name, other in getattr(layer, START).items():
+        same_size = other.A.shape == own.A.shape and layer.scaling[name] == layer.scaling[adapter]
+        if name != adapter and same_size and not other.A.is_meta and _same_start(other.config, config):
+            return cast(FrozenPair, other)
+    return None
+
+
+def _same_start(one: LoraConfig, other: LoraConfig) -> bool:
+    computed = (one.init_lora_weights is not False, other.init_lora_weights is not False)
+    same_part = (one.part, one.part_seed) == (other.part, other.part_seed)
+    return one is other or (same_part and computed[0] == computed[1])
+
+
+def start_from_spectrum(layer: LoraLayer, adapter: str, config: LoraConfig) -> int:
+    """Fill A and B with the chosen part of the layer's weight; returns how many directions are numerically zero.
+
+    Raises:
+        UserError: the weight has no values or cannot be unpacked, is merged, not finite, or smaller than the rank; or
+            there is no such device.
+    """
+    if layer.merged:
+        raise UserError("another adapter is merged into its weight: unmerge it before adding this one")
+    device, cache = getattr(config, "start_device", None), getattr(config, "cache", None)
+    check_device(device)
+    weight = as_matrix(layer, dense_weight(layer.get_base_layer())).to(device)
+    rank, scaling = layer.r[adapter], layer.scaling[adapter]
+    b, a, zero = spectral_start(weight, rank, config.part, config.part_seed, scaling, cache)
+    set_factors(layer, adapter, b, a)
+    return zero

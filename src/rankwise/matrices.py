@@ -1,0 +1,149 @@
+"""Each kind of adapted module as matrices: W (out, in), and an update B A with B (out, rank) and A (rank, in).
+
+| module | W | A as PEFT keeps it | B as PEFT keeps it |
+|---|---|---|---|
+| ``Linear`` | its weight | ``lora_A`` | ``lora_B`` |
+| ``Conv1D`` (GPT-2) | its weight transposed | ``lora_A`` | ``lora_B`` |
+| ``Embedding`` | its table transposed: (dimension, number) | ``lora_embedding_A`` | ``lora_embedding_B`` |
+| ``Conv1d`` to ``Conv3d`` | ``weight.flatten(1)``: (out, in x kernel) | (rank, in, kernel) | (out, rank, 1 ...) |
+
+A matrix A of a convolution is a convolution with the base's kernel, stride and padding; B is one of kernel 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Num
+from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, _ConvNd
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn import functional
+
+# PEFT's layers of packed weights whose forward hands over to a variant as that of Linear does, by name, since their
+# modules import the library that packs.
+PACKED = ("Linear4bit", "Linear8bitLt", "HqqLoraLinear", "GPTQLoraLinear")
+CONVOLUTIONS = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why a module has no update of matrices, or None where it has one."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return _refused_convolution(base)
+    if isinstance(base, nn.Embedding) and base.max_norm is not None:
+        return "its max_norm changes the table whenever it is read"
+    if isinstance(base, nn.MultiheadAttention):
+        return "it keeps three weights in one; adapt a model whose attention has Linear modules"
+    if isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "torch's MultiheadAttention reads its weight without calling it, so that an adapter would have no effect"
+    if isinstance(module, LoraLayer) and not isinstance(module, Linear | Embedding | _ConvNd):
+        return None if type(module).__name__ in PACKED else f"PEFT's {type(module).__name__} takes no variant of LoRA"
+    return None
+
+
+def _refused_convolution(base: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str | None:
+    if base.groups > 1:
+        return f"a convolution of {base.groups} groups has no single matrix, and PEFT cannot merge its adapter"
+    if any(step != 1 for step in base.dilation):
+        return "PEFT's adapter of a dilated convolution is not dilated, so that a saved one would compute another thing"
+    if base.padding_mode != "zeros":
+        return f"PEFT's adapter of a convolution pads with zeros, this one with {base.padding_mode}"
+    return None
+
+
+def as_matrix(layer: LoraLayer, weight: Num[Tensor, "*_"]) -> Num[Tensor, "out in"]:
+    """A weight of the base layer's layout as the matrix W, a view of it."""
+    if isinstance(layer, _ConvNd):
+        return weight.flatten(1)
+    return weight.T if _transposed(layer) else weight
+
+
+def as_weight(layer: LoraLayer, matrix: Num[Tensor, "out in"]) -> Num[Tensor, "*_"]:
+    """A matrix in the layout of the base layer's weight, a view of it."""
+    if isinstance(layer, _ConvNd):
+        return matrix.reshape(matrix.shape[0], *layer.get_base_layer().weight.shape[1:])
+    return matrix.T if _transposed(layer) else matrix
+
+
+def _transposed(layer: LoraLayer) -> bool:
+    return isinstance(layer, Embedding) or bool(getattr(layer, "fan_in_fan_out", False))
+
+
+def factor_matrices(layer: LoraLayer, adapter: str) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+    """B and A of an adapter, views of its parameters."""
+    if adapter in layer.lora_embedding_A:
+        return layer.lora_embedding_B[adapter], layer.lora_embedding_A[adapter]
+    return layer.lora_B[adapter].weight.flatten(1), layer.lora_A[adapter].weight.flatten(1)
+
+
+@torch.no_grad()
+def set_factors(layer: LoraLayer, adapter: str, b: Float[Tensor, "out rank"], a: Float[Tensor, "rank in"]) -> None:
+    """Put new values, of any rank, into B and A: in place where the shapes are the same, else as new parameters.
+
+    The layer's note of its rank follows; its scaling stays.
+    """
+    for name, value in (("B", b), ("A", a)):
+        if adapter in layer.lora_embedding_A:
+            holder, key = getattr(layer, f"lora_embedding_{name}"), adapter
+        else:
+            module = getattr(layer, f"lora_{name}")[adapter]
+            holder, key = module._parameters, "weight"
+            value = value.reshape(*value.shape, *module.weight.shape[2:]) if name == "B" else _kernel(layer, value)
+            _note_rank(module, a.shape[0], narrows=name == "A")
+        old = holder[key]
+        if old.shape == value.shape:
+            old.copy_(value)
+        else:
+            new = value.to(old.device, old.dtype).clone()
+            holder[key] = nn.Parameter(new, requires_grad=old.requires_grad)
+    layer.r[adapter] = a.shape[0]
+
+
+def _note_rank(module: nn.Module, rank: int, narrows: bool) -> None:
+    kind = "channels" if hasattr(module, "in_channels") else "features"
+    setattr(module, f"{'out' if narrows else 'in'}_{kind}", rank)
+
+
+def _kernel(layer: LoraLayer, a: Tensor) -> Tensor:
+    """A as PEFT keeps it beside ``layer``."""
+    return as_weight(layer, a) if isinstance(layer, _ConvNd) else a
+
+
+def project(layer: LoraLayer, x: Num[Tensor, "*_"], a: Float[Tensor, "k in"]) -> Float[Tensor, "*_"]:
+    """A x for the input of any kind of layer: k numbers for each token, position or place of a picture."""
+    base = layer.get_base_layer()
+    if isinstance(layer, Embedding):
+        frequency = base.scale_grad_by_freq
+        return functional.embedding(x, a.T, padding_idx=base.padding_idx, scale_grad_by_freq=frequency)
+    if isinstance(layer, _ConvNd):
+        convolve: Any = CONVOLUTIONS[base.weight.ndim]
+        convolved: Tensor = convolve(x, _kernel(layer, a), None, base.stride, base.padding)
+        return convolved
+    return functional.linear(x, a)
+
+
+def expand(layer: LoraLayer, hidden: Float[Tensor, "*_"], b: Float[Tensor, "out k"]) -> Float[Tensor, "*_"]:
+    """B h for what :func:`project` gave."""
+    if isinstance(layer, _ConvNd):
+        dimensions = layer.get_base_layer().weight.ndim
+        convolve: Any = CONVOLUTIONS[dimensions]
+        convolved: Tensor = convolve(hidden, b.reshape(*b.shape, *[1] * (dimensions - 2)))
+        return convolved
+    output = functional.linear(hidden, b)
+    scale = layer._get_embed_scale() if isinstance(layer, Embedding) else None
+    return output if scale is None else output * scale.to(output.dtype)
+
+
+def along(layer: LoraLayer, hidden: Float[Tensor, "*_"], values: Float[Tensor, " k"]) -> Float[Tensor, "*_"]:
+    """One value for each of the k numbers of ``hidden``, multiplied."""
+    values = values.to(hidden.dtype)
+    if isinstance(layer, _ConvNd):
+        return hidden * values.reshape(-1, *[1] * (layer.get_base_layer().weight.ndim - 2))
+    return hidden * values
+
+
+def direction_axis(layer: LoraLayer) -> int:
+    """The axis of :func:`project`'s output that counts directions, from the end."""
+    return 1 - layer.get_base_layer().weight.ndim if isinstance(layer, _ConvNd) else -1

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny
+from rankwise.directions.checkpoint_files import CheckpointFiles
+from rankwise.directions.initialise import initialise
+from rankwise.errors import UserError
+from tiny_starts import saved, settings
+
+FAMILIES = list(tiny.TARGETS)
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    return saved(tmp_path / "source")
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def bare(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def cut_off(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def without_a_weight(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.self_attn.v_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def of_another_shape(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(16, 17)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def not_finite(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = torch.inf
+    save_file(tensors, folder / "model.safetensors")
+
+
+def index_cut_off(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": ', encoding="utf-8")
+
+
+def shard_missing(folder: Path) -> None:
+    names = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    keys = load_file(folder / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(keys, "model-00001-of-00002.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    assert names["model_type"] == "llama"
+
+
+def config_with(**changes):
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (pickled, "pytorch_model.bin is a pickle.*save_pretrained"),
+        (bare, "holds no model.safetensors.*whole model"),
+        (cut_off, "model.safetensors cannot be read"),
+        (without_a_weight, r"no weight for model.layers.1.self_attn.v_proj.weight"),
+        (of_another_shape, r"q_proj.weight in .*model.safetensors has shape \(16, 17\) where .*\(16, 16\)"),
+        (not_finite, "^model.layers.1.mlp.down_proj: .*NaN or infinity"),
+        (index_cut_off, "index.json is no index of weights"),
+        (shard_missing, "model-00001-of-00002.safetensors is not there"),
+        (config_with(architectures=["OakForCausalLM"]), "OakForCausalLM.*transformers has no such model"),
+        (config_with(architectures=None), "transformers has no such model"),
+        (config_with(model_type="oak"), "config.json cannot be used"),
+        (config_with(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised checkpoint.*before"),
+    ],
+    ids=[
+        "pickle", "no weights", "cut off", "a weight missing", "a shape", "not finite", "index", "shard",
+        "architecture", "no architecture", "model type", "quantised",
+    ],
+)  # fmt: skip
+def test_models_that_are_refused(tmp_path, source, damage, message):
+    damage(source)
+    with pytest.raises(UserError, match=message):
+        initialise(str(source), tmp_path / "start", settings())
+    assert not (tmp_path / "start").exists() and not list(tmp_path.glob(".start*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_modules": ["oak"]}, "oak"),
+        ({"r": 9, "target_modules": ["v_proj"]}, r"v_proj: rank 9 .* smaller side is 8"),
+        ({"modules_to_save": ["lm_head"]}, "a start holds no .*lm_head"),
+        ({"start_device": "oak"}, "start_device 'oak'"),
+    ],
+    ids=["targets", "rank", "modules_to_save", "device"],
+)
+def test_settings_that_are_refused_before_anything_is_read(tmp_path, source, monkeypatch, changes, message):
+    monkeypatch.setattr(CheckpointFiles, "weight", None)
+    with pytest.raises(UserError, match=message):
+        initialise(str(source), tmp_path / "start", settings(**changes))
+    assert not (tmp_path / "start").exists()
+
+
+def test_folders_that_are_refused(tmp_path, source):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("ten years", encoding="utf-8")
+    with pytest.raises(UserError, match="holds something other than an earlier start"):
+        initialise(str(source), tmp_path / "notes", settings())
+    with pytest.raises(UserError, match=r"no model's folder \(it has no config.json\)"):
+        initialise(str(tmp_path / "nowhere"), tmp_path / "start", settings())
+    shutil.rmtree(source)
+
+
+def test_a_hub_id_that_cannot_be_had_is_refused(tmp_path, monkeypatch):
+    from rankwise.directions import checkpoint_files
+
+    def offline(*_: object, **__: object) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr(checkpoint_files, "snapshot_download", offline)
+    with pytest.raises(UserError, match="oak/tree is no folder and cannot be downloaded: no network"):
+        initialise("oak/tree", tmp_path / "start", settings())
