@@ -99,6 +99,18 @@ def test_a_recipe_cannot_be_changed():
         ("stages.0.kind", "dpo", "stages.0.kind 'dpo' is unknown: "),
         ("data.kind", ..., "data.kind is missing"),
         ("stages.0.kind", ..., "stages.0.kind"),
+        # what does not go together
+        (
+            "adapter",
+            {"kind": "sora", "use_dora": True},
+            "adapter {'kind': 'sora', 'use_dora': True}: use_dora is not for SoRA",
+        ),
+        (
+            "adapter",
+            {"kind": "sora", "lora_plus_ratio": 2},
+            "adapter {'kind': 'sora', 'lora_plus_ratio': 2}: lora_plus_",
+        ),
+        ("adapter", {"use_dora": True}, "adapter.use_dora is no plain LoRA when it is finished: set export.layout"),
         # missing
         ("data.train", ..., "data.train is missing"),
         ("data", ..., "data is missing"),

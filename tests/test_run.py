@@ -341,3 +341,20 @@ def test_a_saved_stage_loads_to_the_same_function(finished: dict[str, Finished])
         load_stage(model, one.folder / "stages" / "softmax-DPO")
         assert torch.equal(model(input_ids=IDS).logits, one.logits)
         assert not torch.allclose(base, one.logits, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "layout"),
+    [
+        ({"kind": "milora", "r": 4, "use_dora": True, "use_rslora": True}, "merged"),
+        ({"kind": "milora", "r": 4, "part": "principal", "lora_plus_ratio": 4}, "uniform"),
+        ({"kind": "sora", "r": 4, "part": "minor", "gate_init": "ones"}, "uniform"),
+    ],
+    ids=["dora", "lora plus", "gates"],
+)
+def test_methods_are_combined(model_folder: Path, tmp_path: Path, adapter: dict[str, Any], layout: str) -> None:
+    """What is finished computes what the last stage was measured with, loaded from its folder."""
+    made = run("instructions", tmp_path, model_folder, adapter=adapter, export={"layout": layout})
+    again = evaluate_run(made.folder, ("evaluation.base=false",), small_runs.silent())
+    assert again["rows"][-1]["metrics"] == pytest.approx(metrics(made.results)["sft"], abs=1e-4)
+    assert metrics(made.results)["sft"] != metrics(made.results)["base model"]

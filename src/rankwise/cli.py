@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from rankwise.schema import Recipe
 
 Arguments = argparse.Namespace
+
+# Libraries that, where they are installed, tell at import which of their parts do not fit this machine.
+NOISY = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
 
 def demo(arguments: Arguments, console: Console) -> Any:
@@ -190,6 +194,8 @@ def main(words: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     arguments = _parse(words)
+    for library in NOISY:
+        logging.getLogger(library).setLevel(logging.ERROR)
     console = Console(stderr=arguments.json)
     if not console.is_terminal:
         console = Console(stderr=arguments.json, width=140)
