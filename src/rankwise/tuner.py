@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
+from rankwise.combining import add_combined
 from rankwise.errors import UserError
 from rankwise.matrices import refusal
 from rankwise.peft_bridge import LowRankVariant, adapted_layers
@@ -144,8 +145,6 @@ class VariantModel(LoraModel):
         Raises:
             UserError: another type or option, an unknown adapter, or a name that is taken.
         """
-        from rankwise.combining import add_combined
-
         given = sorted(name for name, value in others.items() if value is not None)
         if given:
             raise UserError(f"add_weighted_adapter({given[0]}={others[given[0]]!r}) is not available: leave it out")

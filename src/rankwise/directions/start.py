@@ -53,11 +53,17 @@ def spectral_start(
     """
     solve = start_cache(cache).triplets if cache else triplets
     u, s, vh = solve(weight, rank, part, seed)
-    zero = s <= torch.finfo(torch.float32).eps * spectral_norm(weight)
+    zero = s <= torch.finfo(torch.float32).eps * _largest(weight, float(s.min()))
     root = (s.clamp_min(0) / scaling).sqrt()
     a0 = torch.where(zero, torch.full_like(root, USUAL_NORM), root)[:, None] * vh
     b0 = u * torch.where(zero, torch.zeros_like(root), root)
     return Start(b0, a0, int(zero.sum()))
+
+
+def _largest(weight: Float[Tensor, "out in"], smallest: float) -> float:
+    """The largest singular value, or the Frobenius norm above it where even by that ``smallest`` is not zero."""
+    norm = float(torch.linalg.matrix_norm(weight.to(torch.promote_types(weight.dtype, torch.float32))))
+    return norm if smallest > torch.finfo(torch.float32).eps * norm else spectral_norm(weight)
 
 
 def spectral_norm(weight: Float[Tensor, "out in"], steps: int = 12) -> float:
