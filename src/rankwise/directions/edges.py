@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,18 +17,25 @@ CHUNK = 8 << 20
 STEPS = 14
 CORRECTIONS = 4
 
+# Values closer than this, relative and squared, count as one; room below this is rounding.
+TIED = {torch.float32: 1e-7, torch.float64: 1e-12}
+LEAST_ROOM = 1e-14
+
 
 class Edge(NamedTuple):
-    """Right singular vectors at an end of the spectrum, with what was found about them.
+    """Singular triplets at an end of the spectrum, in float64, the outermost first.
 
     Attributes:
-        V: (n, rank) orthonormal, the outermost first.
-        WV: (m, rank), the weight times V, in float64.
-        leak: sine between each vector and the wanted subspace, as root mean square; estimated from above.
+        U: (m, rank) orthonormal.
+        S: (rank,) with ``W V = U S``.
+        V: (n, rank) orthonormal.
+        leak: sine between the vectors found and the wanted subspace, root mean square over the vectors, of U or of V,
+            whichever is more; estimated from above.
     """
 
+    U: Float[Tensor, "m rank"]
+    S: Float[Tensor, " rank"]
     V: Float[Tensor, "n rank"]
-    WV: Float[Tensor, "m rank"]
     leak: float
 
 
@@ -55,7 +62,12 @@ def by_inverse(weight: Float[Tensor, "m n"], rank: int, inverse: Inverse, tolera
         room = (ritz.values[-1] - ritz.values) / (ritz.values[-1] - inverse.shift)
         return found, room
 
-    return _edge(weight, rank, inverse.map, weight.shape[1], inverse.dtype, error, tolerance, smallest=inverse.sign > 0)
+    def left_error(residual: Tensor, _: Tensor) -> Tensor:
+        return inverse.map.apply_transposed(residual.to(inverse.dtype)).double()
+
+    smallest = inverse.sign > 0
+    ritz, off, leak = _edge(weight, rank, inverse.map, weight.shape[1], inverse.dtype, error, tolerance, smallest)
+    return _finished(weight, ritz, off, leak, left_error)
 
 
 def by_products(weight: Float[Tensor, "m n"], rank: int, tolerance: float) -> Edge:
@@ -65,7 +77,8 @@ def by_products(weight: Float[Tensor, "m n"], rank: int, tolerance: float) -> Ed
         return ritz.V - ritz.GV / ritz.values, 1 - ritz.values[-1] / ritz.values
 
     linear = Map(lambda x: weight.T @ x, lambda x: weight @ x)
-    return _edge(weight, rank, linear, weight.shape[0], weight.dtype, error, tolerance, smallest=False)
+    ritz, off, leak = _edge(weight, rank, linear, weight.shape[0], weight.dtype, error, tolerance, smallest=False)
+    return _finished(weight, ritz, off, leak, lambda residual, values: residual / values)
 
 
 def block_of(rank: int) -> int:
@@ -82,8 +95,8 @@ def _edge(
     error: Callable[[Ritz], tuple[Tensor, Tensor]],
     tolerance: float,
     smallest: bool,
-) -> Edge:
-    """Iterate in ``dtype``; then measure, and correct, in float64."""
+) -> tuple[Ritz, Float[Tensor, "n rank"], float]:
+    """Iterate in ``dtype``; then measure, and correct, in float64: the vectors, their last errors and their leak."""
     block = block_of(rank)
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(size, block, generator=generator, dtype=dtype).to(weight.device)
@@ -94,7 +107,7 @@ def _edge(
     for correction in range(CORRECTIONS + 1):
         off, room = error(ritz)
         off -= ritz.V @ (ritz.V.T @ off)
-        leak = _leak(ritz, off, room, rank)
+        leak = _leak(ritz, off, room, rank, TIED[weight.dtype])
         if leak <= tolerance or correction == CORRECTIONS:
             break
         more = torch.linalg.qr(off)[0]
@@ -102,19 +115,17 @@ def _edge(
         pairs = zip(ritz[:3], (more, *_products(weight, more)), strict=True)
         v, wv, gv = (torch.cat(pair, dim=1) for pair in pairs)
         ritz = _ritz(v, wv, gv, block, smallest)
-    return _corrected(weight, ritz, off[:, :rank], leak)
+    return ritz, off[:, :rank], leak
 
 
 def _products(
     weight: Float[Tensor, "m n"], v: Float[Tensor, "n k"]
 ) -> tuple[Float[Tensor, "m k"], Float[Tensor, "n k"]]:
     """W v and W^T W v in one pass over the weight, in the type of v."""
-    rows = max(1, CHUNK // (v.element_size() * weight.shape[1]))
     forward = v.new_empty(weight.shape[0], v.shape[1])
     back = torch.zeros_like(v)
-    for first in range(0, weight.shape[0], rows):
-        chunk = weight[first : first + rows].to(v.dtype)
-        forward[first : first + rows] = image = chunk @ v
+    for first, chunk in _chunks(weight, v.dtype):
+        forward[first : first + len(chunk)] = image = chunk @ v
         back.addmm_(chunk.T, image)
     return forward, back
 
@@ -130,25 +141,60 @@ def _ritz(
     return Ritz(v @ c, wv @ c, gv @ c, values[positions].clamp(min=0))
 
 
-def _leak(ritz: Ritz, off: Float[Tensor, "n block"], room: Float[Tensor, " block"], rank: int) -> float:
-    """How far the first ``rank`` vectors lie outside the wanted subspace, from above.
+def _leak(ritz: Ritz, off: Float[Tensor, "n block"], room: Float[Tensor, " block"], rank: int, tied: float) -> float:
+    """How far the first ``rank`` right vectors lie outside the wanted subspace, from above.
 
     Two parts: towards what no vector of the block holds (``|off| / room``), and towards the block's other vectors,
-    which the Ritz step separates up to a product of both sides' errors over their distance. Equal values have no
-    distance and nothing to separate.
+    which the Ritz step separates up to a product of both sides' errors over their distance. Values that are equal (up
+    to ``tied``, relative) have nothing to separate. Where there is no room the leak is unknown: infinite or NaN.
     """
-    errors = torch.linalg.vector_norm(off, dim=0) / room.clamp(min=1e-12)
+    errors = torch.linalg.vector_norm(off, dim=0) / torch.where(room > LEAST_ROOM, room, 0)
     residuals = torch.linalg.vector_norm(ritz.GV - ritz.V * ritz.values, dim=0)
     distance = (ritz.values[rank:, None] - ritz.values[None, :rank]).abs()
-    apart = distance > 1e-7 * ritz.values[rank - 1]
+    apart = distance > tied * ritz.values[rank - 1]
     mixing = torch.where(apart, residuals[rank:, None] * errors[None, :rank] / distance, 0.0)
     total = errors[:rank].square() + mixing.square().sum(dim=0)
     return float(total.mean().sqrt())
 
 
-def _corrected(weight: Float[Tensor, "m n"], ritz: Ritz, off: Float[Tensor, "n rank"], leak: float) -> Edge:
-    """Subtract the error that was measured, and orthonormalise."""
-    rank = off.shape[1]
-    v, r = torch.linalg.qr(ritz.V[:, :rank] - off)
-    wv = ritz.WV[:, :rank] - (weight @ off.to(weight.dtype)).double()
-    return Edge(v, torch.linalg.solve_triangular(r, wv, upper=True, left=False), leak)
+def _finished(
+    weight: Float[Tensor, "m n"],
+    ritz: Ritz,
+    off: Float[Tensor, "n rank"],
+    leak: float,
+    left_error: Callable[[Tensor, Tensor], Tensor],
+) -> Edge:
+    """Subtract the error that was measured, orthonormalise, and measure the left side too.
+
+    An error e_j of v towards the direction j is one of ``e_j s_j / s_i`` in u: of the smallest triplets the left
+    vectors may be wrong where the right ones are not. Their error follows from the residual ``W^T u - s v``.
+    """
+    v, r = torch.linalg.qr(ritz.V[:, : off.shape[1]] - off)
+    wv = ritz.WV[:, : off.shape[1]] - (weight @ off.to(weight.dtype)).double()
+    u, s, v = rotated(v, torch.linalg.solve_triangular(r, wv, upper=True, left=False))
+    left = left_error(_transposed_product(weight, u) - v * s, s)
+    return Edge(u, s, v, max(leak, float(left.square().sum(dim=0).mean().sqrt())))
+
+
+def rotated(
+    v: Float[Tensor, "n rank"], wv: Float[Tensor, "m rank"]
+) -> tuple[Float[Tensor, "m rank"], Float[Tensor, " rank"], Float[Tensor, "n rank"]]:
+    """U, S and V within the span of orthonormal v: orthonormal, with ``W V = U S``, descending."""
+    u, s, x = torch.linalg.svd(wv, full_matrices=False)
+    return u, s, v @ x.T
+
+
+def _transposed_product(weight: Float[Tensor, "m n"], u: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
+    """W^T u in the type of u, in one pass over the weight."""
+    u = u.contiguous()  # as LAPACK left it, its rows are slow to multiply
+    found = u.new_zeros(weight.shape[1], u.shape[1])
+    for first, chunk in _chunks(weight, u.dtype):
+        found.addmm_(chunk.T, u[first : first + len(chunk)])
+    return found
+
+
+def _chunks(weight: Float[Tensor, "m n"], dtype: torch.dtype) -> Iterator[tuple[int, Float[Tensor, "rows n"]]]:
+    """The weight's rows in ``dtype``, some at a time, with the number of the first."""
+    rows = max(1, CHUNK // (torch.finfo(dtype).bits // 8 * weight.shape[1]))
+    for first in range(0, weight.shape[0], rows):
+        yield first, weight[first : first + rows].to(dtype)

@@ -50,11 +50,13 @@ def dominant_subspace(
         if size + block > most * block:
             break
         following, _, coupling = _outside(linear.apply_transposed(new), right)
-        if step > 1 and _converged(projected[:size, :size], coupling, rank, tolerance):
-            break
+        if step > 1:
+            dominant, residual = _dominant(projected[:size, :size], coupling, rank)
+            if residual <= tolerance:
+                return left @ dominant[:, :block]
         right = torch.cat([right, following], dim=1)
-    dominant: Tensor = left @ torch.linalg.svd(projected[:size, :size])[0][:, :block]
-    return dominant
+    last: Tensor = left @ torch.linalg.svd(projected[:size, :size])[0][:, :block]
+    return last
 
 
 def _outside(
@@ -68,9 +70,10 @@ def _outside(
     return new, first + second, r
 
 
-def _converged(
-    projected: Float[Tensor, "size size"], coupling: Float[Tensor, "block block"], rank: int, tolerance: float
-) -> bool:
+def _dominant(
+    projected: Float[Tensor, "size size"], coupling: Float[Tensor, "block block"], rank: int
+) -> tuple[Float[Tensor, "size size"], float]:
+    """Left singular vectors of the projected map, and the largest relative residual of the first ``rank``."""
     u, s, _ = torch.linalg.svd(projected)
     residual = torch.linalg.vector_norm(coupling @ u[-coupling.shape[0] :, :rank], dim=0)
-    return bool((residual <= tolerance * s[:rank]).all())
+    return u, float((residual / s[:rank]).max())

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from rankwise.directions.edges import Edge, block_of, by_inverse, by_products
+from rankwise.directions.edges import Edge, block_of, by_inverse, by_products, rotated
 from rankwise.directions.inverses import gram_inverse, gram_matrix, lu_inverse
 
 Solver = Literal["auto", "dense"]
@@ -29,18 +29,15 @@ LARGEST_SHARE = 8
 GRAM_FLOOR = 3e-5
 LEAST_GRAM = 256
 
-# Below this, relative to the largest entry, U cannot be had from W V.
-LEAST_VALUE = 1e-9
-
 
 class Solution(NamedTuple):
-    """Singular triplets, how they were found, and the leak as estimated: 0 where the method is dense."""
+    """Singular triplets, how they were found, and an estimate of their leak from above; none of a dense method."""
 
     U: Float[Tensor, "m rank"]
     S: Float[Tensor, " rank"]
     V: Float[Tensor, "n rank"]
     method: str
-    leak: float
+    leak: float | None
 
 
 def decompose(weight: Float[Tensor, "m n"], picked: Sequence[int], solver: Solver = "auto") -> Solution:
@@ -70,12 +67,9 @@ def _fast(weight: Float[Tensor, "m n"], picked: Sequence[int]) -> Solution | Non
             edge = attempt()
         except LinAlgError:  # so close to singular that its inverse overflows
             edge = None
-        problem = "it cannot be factorised" if edge is None else f"the leak may be {edge.leak:.1e}"
         if edge is not None and edge.leak <= tolerance:
-            found = _solution(edge.V, edge.WV, picked, method, edge.leak)
-            if found.S.min() > LEAST_VALUE * _largest_entry(weight):
-                return found
-            problem = "a singular value vanishes"
+            return _ordered(edge.U, edge.S, edge.V, picked, method, edge.leak)
+        problem = "it cannot be factorised" if edge is None else f"the leak may be {edge.leak:.1e}"
         logger.info("%s of a weight of shape %s: %s, another way is taken", method, tuple(weight.shape), problem)
     return None
 
@@ -87,9 +81,9 @@ def _dense(weight: Float[Tensor, "m n"], picked: Sequence[int]) -> Solution:
         values, vectors = torch.linalg.eigh(gram_matrix(weight, torch.float64))
         if values[0] > GRAM_FLOOR**2 * values[-1]:
             v = vectors.flip(1)[:, chosen]
-            return _solution(v, weight.double() @ v, picked, "dense", 0.0)
+            return _ordered(*rotated(v, weight.double() @ v), picked, "dense", None)
     u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
-    return Solution(u[:, chosen], s[chosen], vh[chosen].T, "dense", 0.0)
+    return Solution(u[:, chosen], s[chosen], vh[chosen].T, "dense", None)
 
 
 def _attempts(weight: Float[Tensor, "m n"], picked: Sequence[int], tolerance: float) -> Iterator[tuple[str, Attempt]]:
@@ -118,12 +112,15 @@ def _by_gram(
     return by_inverse(weight, rank, inverse, tolerance) if inverse else None
 
 
-def _solution(
-    v: Float[Tensor, "n rank"], wv: Float[Tensor, "m rank"], picked: Sequence[int], method: str, leak: float
+def _ordered(
+    u: Float[Tensor, "m rank"],
+    s: Float[Tensor, " rank"],
+    v: Float[Tensor, "n rank"],
+    picked: Sequence[int],
+    method: str,
+    leak: float | None,
 ) -> Solution:
-    """Orthonormal U and V with ``W V = U S`` within the span of v, in the order of ``picked``."""
-    u, s, x = torch.linalg.svd(wv, full_matrices=False)
-    v = v @ x.T
+    """Descending triplets in the order of ``picked``."""
     if picked[0] > picked[-1]:
         u, s, v = u.flip(1), s.flip(0), v.flip(1)
     return Solution(u, s, v, method, leak)
@@ -131,10 +128,5 @@ def _solution(
 
 def _power_of_two(weight: Tensor) -> float:
     """A scale, exact to divide by, at which squares neither overflow nor vanish; 1 where that is so already."""
-    largest = _largest_entry(weight)
+    largest = max(abs(float(end)) for end in torch.aminmax(weight))
     return 1.0 if largest == 0 or 1e-6 < largest < 1e6 else 2.0 ** math.floor(math.log2(largest))
-
-
-def _largest_entry(weight: Tensor) -> float:
-    """Max |w|; NaN where there is one."""
-    return max(abs(float(end)) for end in torch.aminmax(weight))

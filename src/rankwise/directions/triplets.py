@@ -16,7 +16,7 @@ Part = Literal["minor", "principal", "middle", "random"]
 
 
 class Triplets(NamedTuple):
-    """Singular triplets: ``weight @ Vh[i] == S[i] * U[:, i]``."""
+    """Singular triplets: ``weight @ Vh[i] == S[i] * U[:, i]`` and ``weight.T @ U[:, i] == S[i] * Vh[i]``."""
 
     U: Float[Tensor, "m rank"]
     S: Float[Tensor, " rank"]
@@ -48,31 +48,49 @@ def triplets(weight: Float[Tensor, "m n"], rank: int, part: Part, seed: int = 0,
         part: ``minor`` (smallest, ascending), ``principal`` (largest, descending), ``middle`` (the ``rank`` around the
             median, descending) or ``random`` (drawn without repetition by ``seed``, descending).
         seed: of the draw for ``random``.
-        solver: ``auto`` takes, for few triplets at an end of a large spectrum, a method that looks at that end alone,
-            measures how far the result may leak into other directions, and falls back to the dense decomposition in
-            float64 (with a line in the log) where that is more than 1e-3, or 1e-7 for a float64 weight. ``dense`` is
-            always the latter.
+        solver: ``auto`` takes a method that looks at one end alone, for few triplets at that end of a large spectrum.
+            It measures the leak (the sine between the vectors found and the wanted subspace, root mean square over the
+            vectors, on the worse of both sides) and falls back to the dense decomposition in float64, with a line in
+            the log, where that is more than 1e-3, or 1e-7 for a float64 weight. ``dense`` is always the latter.
 
     Returns:
         U (m, rank), S (rank,), Vh (rank, n) on the weight's device, in float32, or float64 for a float64 weight. U and
-        V are orthonormal and ``W V = U S``, to the rounding of that type, whatever the solver.
+        V are orthonormal to that type's rounding; ``W V = U S`` and ``W^T U = V S`` to the leak, the one of the longer
+        side to rounding.
 
     Raises:
-        UserError: an unknown part, a rank out of range, or a weight that is no finite matrix.
+        UserError: an unknown part or solver, a rank out of range, a weight that is no finite matrix of real numbers, or
+            one so large that its singular values are not finite in the type of the result.
     """
     check_part(part)
+    if solver not in get_args(Solver):
+        raise UserError(f"solver {solver!r} is unknown: {nearest(solver, get_args(Solver))}")
+    _check(weight, rank)
+    picked = _positions(min(weight.shape), rank, part, seed)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        found = decompose(_wide(weight).contiguous(), picked, solver)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if not torch.isfinite(found.S.to(dtype)).all():
+        raise UserError(f"singular values up to {float(found.S.max()):.1e} do not fit into {dtype}: scale the weight")
+    return Triplets(found.U.to(dtype), found.S.to(dtype), found.V.T.to(dtype).contiguous())
+
+
+def _check(weight: Tensor, rank: int) -> None:
     if weight.ndim != 2 or not 1 <= rank <= min(weight.shape):
         raise UserError(f"rank {rank} of a weight of shape {tuple(weight.shape)}: 1 to its smaller side is possible")
     if weight.is_meta:
         raise UserError(
             f"a weight of shape {tuple(weight.shape)} is on the meta device and has no values: load it first"
         )
-    if not all(math.isfinite(float(end)) for end in torch.aminmax(weight.detach())):
+    if not weight.is_floating_point() or weight.layout != torch.strided:
+        raise UserError(f"a weight of {weight.dtype} ({weight.layout}) has no triplets here: give dense real numbers")
+    if not all(math.isfinite(float(end)) for end in torch.aminmax(_wide(weight.detach()))):
         raise UserError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity: it has no singular values")
-    picked = _positions(min(weight.shape), rank, part, seed)
-    found = decompose(weight.detach(), picked, solver)
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return Triplets(found.U.to(dtype), found.S.to(dtype), found.V.T.to(dtype))
+
+
+def _wide(weight: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+    """Eight-bit floats, which torch cannot compare, as float32; others as they are."""
+    return weight.float() if weight.element_size() == 1 else weight
 
 
 def check_part(part: str) -> None:
