@@ -21,6 +21,7 @@ import tiny
 from rankwise import MiloraConfig, SoraConfig
 from rankwise.evaluation import print_export
 from rankwise.low_rank import balanced_svd, distance, kept_rank, product_norm
+from rankwise.peft_bridge import matrix_factors
 from rankwise.ranks import gates
 
 # MiLoRA's and SoRA's factors are computed in the adapter's float32 before they are decomposed in float64.
@@ -67,6 +68,20 @@ def test_errors_in_the_report_are_those_of_the_file(tmp_path, family, config, se
     whole = math.hypot(*lost.values()) / math.hypot(*norms.values())
     assert report.relative_error == pytest.approx(whole, rel=1e-6, abs=FACTORS)
     assert 1e-9 < whole < 1e-6 if not settings else whole > 1e-2
+
+
+@pytest.mark.parametrize("config", [LoraConfig, MiloraConfig, SoraConfig])
+def test_rounding_alone_is_measured_too(tmp_path, config):
+    """Where nothing is cut the errors are of float32's size, and are those of the file, in numpy's float64."""
+    model = tiny.adapted("llama", config)
+    report = rw.export(model, tmp_path / "adapter")
+    for name, product in written_updates(tmp_path / "adapter").items():
+        layer = tiny.layers(model)[name]
+        b, a = (factor.double().numpy() for factor in matrix_factors(layer, "default", name))
+        exact = layer.scaling["default"] * (b @ a)
+        lost = np.linalg.norm(exact - product) / np.linalg.norm(exact)
+        assert lost > 1e-9
+        assert report.module_errors[name] == pytest.approx(lost, rel=1e-4, abs=0)
 
 
 @pytest.mark.parametrize("config", [LoraConfig, MiloraConfig, SoraConfig])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM, PreTrainedModel
 
 import rankwise as rw
 import tiny
@@ -220,6 +220,31 @@ def broken_base() -> peft.PeftModel:
     return model
 
 
+def tied_llama() -> PreTrainedModel:
+    config = tiny.make("llama").config
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+def tied_adapters() -> peft.PeftModel:
+    config = MiloraConfig(r=2, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
+    return tiny.train(peft.get_peft_model(tied_llama(), config))
+
+
+def replicated() -> peft.PeftModel:
+    return tiny.adapted("llama", MiloraConfig, layer_replication=[[0, 2], [1, 2]])
+
+
+@pytest.mark.parametrize("build", [tied_adapters, replicated])
+def test_what_cannot_be_merged_can_be_written_as_lora(tmp_path, build):
+    model = build()
+    rw.export(model, tmp_path / "adapter")
+    base = tied_llama() if build is tied_adapters else tiny.make("llama")
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    torch.testing.assert_close(tiny.logits(loaded), tiny.logits(model.eval()), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -229,8 +254,10 @@ def broken_base() -> peft.PeftModel:
         (infinite, "model.layers.1.mlp.down_proj: the adapter holds NaN or infinity"),
         (too_large, "model.layers.1.mlp.down_proj: its merged weight is not finite: it is too large for torch.float16"),
         (broken_base, "model.layers.1.mlp.down_proj: its merged weight is not finite"),
+        (tied_adapters, "adapter 'default' has ensure_weight_tying=True: .* take layout='uniform'"),
+        (replicated, r"adapter 'default' has layer_replication=\[\[0, 2\], \[1, 2\]\]: .* take layout='uniform'"),
     ],
-    ids=["merged", "quantised", "offloaded", "infinite", "too large", "broken base"],
+    ids=["merged", "quantised", "offloaded", "infinite", "too large", "broken base", "tied", "replicated"],
 )
 def test_what_cannot_be_merged_is_refused_and_nothing_written(tmp_path, build, message):
     with pytest.raises(UserError, match=message):

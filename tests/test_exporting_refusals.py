@@ -9,6 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 import rankwise as rw
 import tiny
@@ -62,6 +63,13 @@ def infinite() -> peft.PeftModel:
     return model
 
 
+def inside() -> PreTrainedModel:
+    """An adapter that transformers keeps in its own model."""
+    model = tiny.make("llama")
+    model.add_adapter(MiloraConfig(r=2, target_modules=["q_proj"]))
+    return model
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -77,6 +85,7 @@ def infinite() -> peft.PeftModel:
         (lambda: tiny.adapted("llama", init_lora_weights="pissa"), "init_lora_weights='pissa' stands on base weights"),
         (infinite, r"model.layers.1.mlp.down_proj: the adapter holds NaN or infinity"),
         (lambda: tiny.make("llama"), "not LlamaForCausalLM: use peft.get_peft_model first"),
+        (inside, r"of this LlamaForCausalLM was added by its own add_adapter.*make it with peft\.get_peft_model"),
         (
             lambda: peft.get_peft_model(
                 tiny.make("llama"), peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
@@ -84,7 +93,7 @@ def infinite() -> peft.PeftModel:
             "adapter 'default' has no LoRA layers",
         ),
     ],
-    ids=["dora", "milora with dora", "lora_bias", "pissa", "nan", "base", "ia3"],
+    ids=["dora", "milora with dora", "lora_bias", "pissa", "nan", "base", "inside", "ia3"],
 )
 def test_what_has_no_plain_lora_is_refused_and_nothing_written(tmp_path, build, message):
     with pytest.raises(UserError, match=message):

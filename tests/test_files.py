@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from rankwise.files import new_folder, write_json, write_jsonl, write_text
+from rankwise.files import check_writable, new_folder, write_json, write_jsonl, write_text
 
 
 class Crash(RuntimeError):
@@ -149,3 +152,56 @@ def test_a_file_in_the_place_of_a_folder_is_not_destroyed(tmp_path):
     with pytest.raises(FileExistsError, match="is a file"):
         fill(tmp_path / "folder", one="1")
     assert tree(tmp_path) == {"folder": "precious"}
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from rankwise.files import new_folder
+with new_folder(Path(sys.argv[1])) as made:
+    (made / "half").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def killed(path: Path) -> None:
+    """A process that dies while it fills the folder."""
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(path)], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    killed(tmp_path / "folder")
+    killed(tmp_path / "folder2")
+    assert [path.read_text() for path in tmp_path.rglob("half")] == ["half", "half"]
+    fill(tmp_path / "folder", one="1")
+    assert len(list(tmp_path.glob(".folder.*"))) == 0
+    assert len(list(tmp_path.glob(".folder2.*"))) == 1  # of another folder
+
+
+def test_a_folder_that_another_fills_is_not_removed(tmp_path):
+    with new_folder(tmp_path / "folder") as slow:
+        (slow / "one").write_text("1")
+        fill(tmp_path / "folder", two="2")
+        assert (slow / "one").read_text() == "1"
+    assert tree(tmp_path) == {"folder": "/", "folder/one": "1"}
+
+
+def test_nothing_is_removed_where_the_only_old_folder_was_moved_aside(tmp_path):
+    killed(tmp_path / "folder")
+    aside = tmp_path / f".folder.{'0' * 32}.old"
+    aside.mkdir()
+    (aside / "old").write_text("old")
+    fill(tmp_path / "folder", one="1")
+    assert len(list(tmp_path.glob(".folder.*"))) == 2
+    fill(tmp_path / "folder", one="1")
+    assert list(tmp_path.glob(".folder.*")) == [aside]
+
+
+def test_a_folder_can_be_tried_before_slow_work(tmp_path):
+    check_writable(tmp_path / "new" / "one")
+    assert tree(tmp_path) == {"new": "/", "new/one": "/"}
+    (tmp_path / "file").write_text("x")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError):
+            check_writable(folder)

@@ -19,8 +19,8 @@ import rankwise as rw
 import tiny
 from rankwise import cli
 from rankwise.directions import cache as cache_module
-from rankwise.directions.checkpoint_files import CheckpointFiles, meta_model
-from rankwise.directions.initialise import InitReport, initialise
+from rankwise.directions.model_files import ModelFiles, meta_model
+from rankwise.directions.streaming import InitReport, initialise
 from tiny_starts import saved, settings
 
 FAMILIES = list(tiny.TARGETS)
@@ -111,7 +111,7 @@ def test_embeddings_and_tied_heads(tmp_path):
     with pytest.warns(UserWarning, match="tied layer"):
         report = initialise(str(tmp_path / "source"), tmp_path / "start", settings(target_modules=["embed_tokens"]))
     assert set(report.ranks) == {"model.embed_tokens"}
-    files = CheckpointFiles(tmp_path / "source", meta_model(tmp_path / "source"))
+    files = ModelFiles(tmp_path / "source", meta_model(tmp_path / "source"))
     assert torch.equal(files.weight("lm_head.weight"), base.lm_head.weight)
     expected = tiny.logits(LlamaForCausalLM.from_pretrained(tmp_path / "source"))
     assert torch.equal(tiny.logits(begun(base, tmp_path / "start")), expected)
@@ -190,7 +190,7 @@ def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str
 KILLED = """
 import os, signal, sys
 from rankwise.directions import cache
-from rankwise.directions.initialise import initialise
+from rankwise.directions.streaming import initialise
 from rankwise.directions.milora import MiloraConfig
 calls, real = [], cache.write_bytes
 
@@ -210,9 +210,9 @@ initialise(source, out, MiloraConfig(r=4, target_modules=["q_proj", "v_proj", "d
 def test_a_killed_process_leaves_whole_files_that_are_reused(tmp_path, source):
     ended = run_python(KILLED, source, tmp_path / "starts", tmp_path / "start")
     assert ended.returncode == -signal.SIGKILL, ended.stderr
-    assert not (tmp_path / "start").exists()
+    assert not (tmp_path / "start").exists() and len(list(tmp_path.glob(".start.*"))) == 1
     report = initialise(str(source), tmp_path / "start", settings(cache=str(tmp_path / "starts")))
-    assert (report.reused, report.broken) == (2, 0)
+    assert (report.reused, report.broken) == (2, 0) and not list(tmp_path.glob(".start.*"))
 
 
 STREAMED = """
@@ -220,7 +220,7 @@ import json, sys
 from pathlib import Path
 import torch
 from rankwise.directions import start
-from rankwise.directions.initialise import initialise
+from rankwise.directions.streaming import initialise
 from rankwise.directions.milora import MiloraConfig
 from rankwise.directions.triplets import Triplets
 
@@ -288,6 +288,38 @@ def test_command_line_on_the_model_that_ships(tmp_path, capsys):
     assert torch.equal(tiny.logits(begun(base, tmp_path / "start")), expected)
 
 
+def test_command_line_with_patterns_and_magnitudes(tmp_path, source, capsys):
+    words = ["init", str(source), "--rank", "4", "--out", str(tmp_path / "start"), "--no-cache", "--dora", "--exclude"]
+    words += [
+        "lm_head",
+        "q_proj",
+        "--rank-pattern",
+        "v_proj=2",
+        "layers.1.mlp.down_proj=7",
+        "--alpha-pattern",
+        "up_proj=3",
+    ]
+    assert cli.main([*words, "--json"]) == 0
+    ranks = json.loads(capsys.readouterr().out)["ranks"]
+    assert len(ranks) == 12 and not any(name.endswith("q_proj") for name in ranks)
+    assert (ranks["model.layers.0.self_attn.v_proj"], ranks["model.layers.1.mlp.down_proj"]) == (2, 7)
+    config = rw.MiloraConfig.from_pretrained(tmp_path / "start")
+    assert (config.use_dora, config.alpha_pattern) == (True, {"up_proj": 3})
+    with pytest.raises(SystemExit):
+        cli.main([*words, "v_proj=many"])
+    assert "'v_proj=many' is no NAME=NUMBER" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["embedded", "relative"])
+def test_the_base_is_named_as_the_user_named_it(tmp_path, source, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    model = "embedded" if given == "embedded" else "./source"
+    initialise(model, tmp_path / "start", settings(target_modules=["v_proj"]))
+    written = json.loads((tmp_path / "start" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert written["base_model_name_or_path"] == model
+    assert rw.MiloraConfig.from_pretrained(tmp_path / "start").base_model_name_or_path == model
+
+
 def cli_folder() -> Path:
     from rankwise.models import EMBEDDED_FOLDER
 
@@ -304,7 +336,7 @@ def test_nothing_is_shown_without_a_console(tmp_path, source, capsys):
 
 
 def test_a_hub_id_is_read_from_its_snapshot(tmp_path, source, monkeypatch):
-    from rankwise.directions import checkpoint_files
+    from rankwise.directions import model_files
 
     asked = []
 
@@ -312,6 +344,8 @@ def test_a_hub_id_is_read_from_its_snapshot(tmp_path, source, monkeypatch):
         asked.append((name, allow_patterns))
         return str(source)
 
-    monkeypatch.setattr(checkpoint_files, "snapshot_download", snapshot)
+    monkeypatch.setattr(model_files, "snapshot_download", snapshot)
     assert len(initialise("oak/tree", tmp_path / "start", settings()).ranks) == 6
+    written = json.loads((tmp_path / "start" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert written["base_model_name_or_path"] == "oak/tree"
     assert asked[0][0] == "oak/tree" and not any("bin" in pattern for pattern in asked[0][1])

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from rankwise.directions.checkpoint_files import CheckpointFiles
-from rankwise.directions.initialise import initialise
+from rankwise.directions.model_files import ModelFiles
+from rankwise.directions.streaming import initialise
 from rankwise.errors import UserError
 from tiny_starts import saved, settings
 
@@ -108,14 +108,36 @@ def test_models_that_are_refused(tmp_path, source, damage, message):
         ({"r": 9, "target_modules": ["v_proj"]}, r"v_proj: rank 9 .* smaller side is 8"),
         ({"modules_to_save": ["lm_head"]}, "a start holds no .*lm_head"),
         ({"start_device": "oak"}, "start_device 'oak'"),
+        ({"init_lora_weights": False}, "init_lora_weights=False asks for no start"),
+        ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication repeats layers .* use get_peft_model"),
     ],
-    ids=["targets", "rank", "modules_to_save", "device"],
+    ids=["targets", "rank", "modules_to_save", "device", "no start", "layer_replication"],
 )
 def test_settings_that_are_refused_before_anything_is_read(tmp_path, source, monkeypatch, changes, message):
-    monkeypatch.setattr(CheckpointFiles, "weight", None)
+    monkeypatch.setattr(ModelFiles, "weight", None)
     with pytest.raises(UserError, match=message):
         initialise(str(source), tmp_path / "start", settings(**changes))
     assert not (tmp_path / "start").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_doras_magnitude_is_not_rounded(tmp_path, source, dtype):
+    with pytest.raises(UserError, match="would round DoRA's magnitude"):
+        initialise(str(source), tmp_path / "start", settings(use_dora=True), dtype=dtype)
+
+
+@pytest.mark.parametrize("which", ["out", "cache"])
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_places_that_cannot_be_written_to_are_refused_before_anything_is_read(
+    tmp_path, source, monkeypatch, which, name
+):
+    monkeypatch.setattr(ModelFiles, "weight", None)
+    (tmp_path / "file").write_text("x")
+    place = str(tmp_path / name)
+    out, cache = (place, None) if which == "out" else (str(tmp_path / "start"), place)
+    with pytest.raises(UserError, match=r"file.* (cannot be written|holds something other)"):
+        initialise(str(source), out, settings(cache=cache))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "source"]
 
 
 def test_folders_that_are_refused(tmp_path, source):
@@ -129,11 +151,11 @@ def test_folders_that_are_refused(tmp_path, source):
 
 
 def test_a_hub_id_that_cannot_be_had_is_refused(tmp_path, monkeypatch):
-    from rankwise.directions import checkpoint_files
+    from rankwise.directions import model_files
 
     def offline(*_: object, **__: object) -> str:
         raise OSError("no network")
 
-    monkeypatch.setattr(checkpoint_files, "snapshot_download", offline)
+    monkeypatch.setattr(model_files, "snapshot_download", offline)
     with pytest.raises(UserError, match="oak/tree is no folder and cannot be downloaded: no network"):
         initialise("oak/tree", tmp_path / "start", settings())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import peft
@@ -11,7 +12,8 @@ from torch import nn
 
 import rankwise as rw
 import tiny
-from rankwise.directions.basehash import base_hashes, check_base, weight_hash
+from rankwise.directions import basehash
+from rankwise.directions.basehash import base_hash, base_hashes, check_base, weight_hash
 from rankwise.errors import UserError
 from rankwise.run import load_stage, save_stage
 
@@ -23,15 +25,67 @@ def saved(folder: Path, base: nn.Module | None = None, **settings) -> Path:
     return folder
 
 
-def test_a_hash_is_of_dtype_shape_and_bytes():
+def test_a_hash_is_of_shape_and_values(monkeypatch):
     weight = torch.arange(12.0).reshape(3, 4)
     dtype, _, digest = weight_hash(weight).partition(":")
     assert (dtype, len(digest)) == ("float32", 32)
-    others = [weight.reshape(4, 3), weight + 1e-6, weight.bfloat16(), -weight * -1 + 0.0, weight.T.contiguous().T]
+    others = [weight.reshape(4, 3), weight + 1e-6, weight.double(), -weight * -1 + 0.0, weight.T.contiguous().T]
     same = [weight_hash(other) == weight_hash(weight) for other in others]
     assert same == [False, False, False, True, True]
-    assert weight_hash(weight.bfloat16()).startswith("bfloat16:")
     assert weight_hash(torch.empty(3, 4, device="meta")) is None
+    monkeypatch.setattr(basehash, "CHUNK", 5)
+    assert weight_hash(weight) == f"float32:{digest}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_weight_that_was_widened_has_the_same_hash(dtype):
+    weight = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    narrow = weight.to(dtype)
+    kind, _, digest = weight_hash(narrow).partition(":")
+    assert kind == str(dtype).removeprefix("torch.")
+    assert weight_hash(narrow.float()) == f"float32:{digest}"
+    assert weight_hash(weight) != f"float32:{digest}"
+
+
+@pytest.mark.parametrize(("before", "after"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_a_bfloat16_base_is_known_in_float32_and_a_changed_one_refused(tmp_path, before, after):
+    rounded = tiny.make("llama", torch.bfloat16)
+    saved(tmp_path, copy.deepcopy(rounded).to(before))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        tiny.resume(copy.deepcopy(rounded).to(after), tmp_path)
+    changed = copy.deepcopy(rounded).to(before)
+    changed.model.layers[1].mlp.down_proj.weight.data[0, 0] += 1
+    with pytest.raises(UserError, match=r"down_proj: the base weight is not the one .* \(1 of 6 weights differ\)"):
+        tiny.resume(changed, tmp_path)
+
+
+def test_a_weight_spread_over_processes_has_no_hash():
+    assert base_hash(nn.Module()) is None
+    layer = nn.Linear(2, 2)
+    assert base_hash(layer) == weight_hash(layer.weight)
+    layer.weight = nn.Parameter(Spread(torch.ones(2, 2)))
+    assert base_hash(layer) is None
+
+
+class Spread(torch.Tensor):
+    """A tensor type of torch's own, as DTensor: its parts are not the weight."""
+
+    __module__ = "torch.distributed.tensor"
+
+    @staticmethod
+    def __new__(cls, tensor):
+        return torch.Tensor._make_wrapper_subclass(cls, tensor.shape, dtype=tensor.dtype)
+
+    def __init__(self, tensor):
+        self.part = tensor
+
+    def __tensor_flatten__(self):
+        return ["part"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return cls(function(*(one.part if isinstance(one, cls) else one for one in args), **(kwargs or {})))
 
 
 def test_a_changed_base_is_refused_and_left_as_it_was(tmp_path):
@@ -47,7 +101,7 @@ def test_a_changed_base_is_refused_and_left_as_it_was(tmp_path):
 
 def test_a_base_of_another_dtype_is_said_not_to_be_comparable(tmp_path):
     saved(tmp_path)
-    with pytest.warns(UserWarning, match="6 of 6 base weights have another dtype"):
+    with pytest.warns(UserWarning, match="6 of 6 base weights have another dtype or packing"):
         tiny.resume(tiny.make("llama", torch.bfloat16), tmp_path)
 
 
@@ -94,13 +148,51 @@ def test_a_live_adapter_refuses_a_checkpoint_with_another_start(tmp_path, change
     tiny.assert_same_adapter(before, live)
 
 
+@pytest.mark.parametrize("cause", ["alpha", "rslora", "base"])
+def test_another_scaling_is_told_from_another_base(tmp_path, cause):
+    """s B0 A0 is the same part of the weight, so that twice the scaling is half of B0 A0: 4 and sqrt(4) for rank 4."""
+    saved(tmp_path)
+    base = tiny.make("llama")
+    if cause == "base":
+        for parameter in base.parameters():
+            parameter.data *= 2
+    live = tiny.milora(base, **{"alpha": {"lora_alpha": 2}, "rslora": {"use_rslora": True}, "base": {}}[cause])
+    expected = {"alpha": "0.5", "rslora": "2", "base": "0.5"}[cause]
+    with pytest.raises(
+        UserError, match=rf"start is {expected} times the one .* lora_alpha .*or on a base so many times"
+    ):
+        load(live, tmp_path)
+
+
 def test_another_solvers_rounding_is_no_other_base(tmp_path):
     saved(tmp_path)
     live = tiny.milora(tiny.make("llama"))
-    for layer in tiny.layers(live).values():
+    for layer in list(tiny.layers(live).values())[1:]:
         layer.lora_start["default"].A.mul_(1 + 1e-4)
-    load(live, tmp_path)
+    with pytest.warns(UserWarning, match="^5 of 6 starts of the checkpoint are not to the bit") as told:
+        load(live, tmp_path)
+    assert len(told) == 1
     tiny.assert_same_adapter(tiny.resume(tiny.make("llama"), tmp_path), live)
+
+
+def test_a_base_that_changed_outside_the_part_is_said(tmp_path):
+    """Its largest singular values are three times as large, and the minor ones as they were."""
+    saved(tmp_path)
+    base = tiny.make("llama")
+    for name in tiny.layers(tiny.milora(tiny.make("llama"))):
+        weight = base.get_submodule(name).weight
+        u, s, vh = torch.linalg.svd(weight.data.double(), full_matrices=False)
+        s[:2] *= 3
+        weight.data = ((u * s) @ vh).float()
+    with pytest.warns(UserWarning, match="6 of 6 starts .* or the base changed outside this part"):
+        load(tiny.milora(base), tmp_path)
+
+
+def test_the_same_start_is_loaded_without_a_word(tmp_path):
+    saved(tmp_path, use_dora=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        load(tiny.milora(tiny.make("llama"), use_dora=True), tmp_path)
 
 
 def rewrite(folder: Path, change) -> None:
@@ -154,7 +246,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, change, message):
         ('{"format": 2, "config": {}, "base": {}}', "has the format 2, where 1 is known: update rankwise"),
         ('{"format": 1, "config": {}}', "needs an object 'config' and an object 'base'"),
         ('{"format": 1, "config": {"rank": 3}, "base": {}}', r"settings not known here \(rank\)"),
-        ('{"format": 1, "config": {"lora_alpha": 0}, "base": {}}', r"damaged.*must be above 0"),
+        ('{"format": 1, "config": {"lora_alpha": 0}, "base": {}}', r"damaged.*must be .*above 0"),
     ],
     ids=["half", "empty", "no object", "another format", "no base", "unknown field", "impossible alpha"],
 )

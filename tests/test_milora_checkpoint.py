@@ -4,17 +4,21 @@ import copy
 import json
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import peft
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 import rankwise as rw
 import tiny
-from rankwise.directions.checkpoint import Pair, plain_config, split_pair, stack_pair, start_distance
+from rankwise.directions import load_checkpoint
+from rankwise.directions.checkpoint import Pair, plain_config, split_pair, stack_pair, start_distance, start_ratio
+from rankwise.errors import UserError
 
 FAMILIES = list(tiny.TARGETS)
 WEIGHTS = "adapter_model.safetensors"
@@ -106,6 +110,9 @@ def test_distance_of_two_starts_agrees_with_dense_products():
     # The same product from turned factors is the same start.
     turn = torch.linalg.qr(torch.randn(3, 3, generator=generator)).Q
     assert start_distance(Pair(turn.T @ a0, b0 @ turn, a0, b0)) < 1e-6
+    ratio = ((b @ a) * (b0 @ a0)).double().sum() / (b0 @ a0).double().square().sum()
+    assert start_ratio(Pair(a, b, a0, b0)) == pytest.approx(float(ratio), rel=1e-5)
+    assert start_ratio(Pair(turn.T @ a0, 3 * b0 @ turn, a0, b0)) == pytest.approx(3, rel=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -215,8 +222,7 @@ def test_adapters_are_saved_and_loaded_each_by_itself(tmp_path):
     tiny.train(model)
     model.save_pretrained(tmp_path)
     loaded = tiny.resume(tiny.make("llama"), tmp_path)
-    loaded.add_adapter("second", rw.MiloraConfig.from_pretrained(tmp_path / "second"))
-    loaded.load_adapter(tmp_path / "second", "second", is_trainable=True)
+    assert tiny.resume(loaded, tmp_path / "second", adapter="second") is loaded
     for adapter in ("default", "second"):
         model.set_adapter(adapter)
         loaded.set_adapter(adapter)
@@ -249,3 +255,69 @@ def test_training_where_a_trainer_narrowed_the_factors_is_saved_as_it_computes(t
     assert {tensor.dtype for tensor in load_file(tmp_path / WEIGHTS).values()} == {torch.bfloat16}
     plain = peft.PeftModel.from_pretrained(tiny.make("llama"), tmp_path)
     torch.testing.assert_close(tiny.logits(plain), tiny.logits(tiny.make("llama")), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_second_adapter_in_one_step(tmp_path, trainable):
+    tiny.train(tiny.milora(tiny.make("llama"), part="principal", modules_to_save=["lm_head"])).save_pretrained(tmp_path)
+    expected = tiny.logits(tiny.resume(tiny.make("llama"), tmp_path))
+    model = load_checkpoint(tiny.make("llama"), tmp_path, is_trainable=True)
+    other = tiny.milora(tiny.make("llama"))
+    assert load_checkpoint(other, tmp_path, "second", is_trainable=trainable, low_cpu_mem_usage=True) is other
+    assert other.active_adapters == ["default"]
+    trained = {name for name, parameter in other.named_parameters() if parameter.requires_grad}
+    assert any(".second." in name for name in trained) is trainable
+    assert any(".default." in name for name in trained)
+    other.set_adapter("second")
+    assert torch.equal(tiny.logits(other), expected) and torch.equal(tiny.logits(model), expected)
+
+
+def test_a_second_adapter_that_cannot_be(tmp_path):
+    tiny.milora(tiny.make("llama")).save_pretrained(tmp_path / "one")
+    model = load_checkpoint(tiny.make("llama"), tmp_path / "one")
+    with pytest.raises(UserError, match="adapter 'default' exists already"):
+        load_checkpoint(model, tmp_path / "one")
+    with pytest.raises(UserError, match=r"of kind LORA, and .*load this one as plain LoRA with model.load_adapter"):
+        load_checkpoint(tiny.adapted("llama"), tmp_path / "one", "second")
+    (tmp_path / "one" / WEIGHTS).write_bytes(b"not tensors")
+    before = copy.deepcopy(model)
+    with pytest.raises(SafetensorError):
+        load_checkpoint(model, tmp_path / "one", "second")
+    assert list(model.peft_config) == ["default"] and model.active_adapters == ["default"]
+    tiny.assert_same_adapter(before, model)
+
+
+def test_a_config_that_was_saved_by_itself_computes_its_start(tmp_path):
+    config = rw.MiloraConfig(r=4, target_modules=tiny.TARGETS["llama"], part="middle")
+    config.save_pretrained(tmp_path)
+    again = rw.MiloraConfig.from_pretrained(tmp_path)
+    assert (again.init_lora_weights, again.part) == (True, "middle")
+    tiny.assert_same_adapter(
+        peft.get_peft_model(tiny.make("llama"), config), peft.get_peft_model(tiny.make("llama"), again)
+    )
+
+
+@pytest.mark.parametrize("kept", ["weights", "hashes"])
+def test_a_checkpoints_config_computes_no_start(tmp_path, kept):
+    """Weights of a base that had no values to hash are enough, and so are hashes."""
+    tiny.milora(tiny.make("llama")).save_pretrained(tmp_path)
+    if kept == "hashes":
+        (tmp_path / WEIGHTS).unlink()
+    else:
+        side = json.loads((tmp_path / "milora.json").read_text())
+        (tmp_path / "milora.json").write_text(json.dumps(side | {"base": {}}))
+    assert rw.MiloraConfig.from_pretrained(tmp_path).init_lora_weights is False
+
+
+def test_an_adapter_that_was_never_filled_is_told_when_it_is_saved(tmp_path):
+    tiny.train(tiny.milora(tiny.make("llama"))).save_pretrained(tmp_path / "first")
+    empty = peft.get_peft_model(tiny.make("llama"), rw.MiloraConfig.from_pretrained(tmp_path / "first"))
+    with pytest.warns(UserWarning, match="'default' was made with init_lora_weights=False and no checkpoint"):
+        tiny.train(empty).save_pretrained(tmp_path / "second")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        filled = peft.get_peft_model(tiny.make("llama"), rw.MiloraConfig.from_pretrained(tmp_path / "first"))
+        filled.load_adapter(tmp_path / "first", "default", is_trainable=True)
+        filled.add_weighted_adapter(["default"], [0.5], "halved", combination_type="cat")
+        filled.save_pretrained(tmp_path / "third")
+        tiny.resume(tiny.make("llama"), tmp_path / "first").save_pretrained(tmp_path / "fourth")

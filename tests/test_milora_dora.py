@@ -77,3 +77,28 @@ def test_dora_has_no_sum_and_no_factors():
     model, _ = adapt("linear", use_dora=True)
     with pytest.raises(UserError, match="only: an update of SpectralDoraVariant is no product"):
         model.add_weighted_adapter(["default"], [1.0], "sum")
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("second", [True, False], ids=["dora and dora", "dora and milora"])
+@pytest.mark.parametrize("first", [True, False], ids=["dora first", "milora first"])
+@pytest.mark.parametrize("kind", ["linear", "conv1d_of_gpt2"])
+def test_two_trained_adapters_merge_and_unmerge(kind, first, second, safe):
+    """Both active: each norm is that of the base and its own update, whatever was merged before."""
+    model, x = adapt(kind, use_dora=first)
+    layer, before = model.get_base_model().only, model(x).detach()
+    weight = layer.get_base_layer().weight.detach().clone()
+    train(model, x, 10)
+    model.add_adapter("second", rw.MiloraConfig(r=2, use_dora=second, target_modules=["only"], fan_in_fan_out=False))
+    model.set_adapter("second")
+    train(model, x, 10)
+    model.base_model.set_adapter(["default", "second"])
+    expected = model.eval()(x).detach()
+    assert (expected - before).abs().max() > 0.1
+    model.merge_adapter(safe_merge=safe)
+    assert layer.merged_adapters == ["default", "second"]
+    torch.testing.assert_close(model(x).detach(), expected, atol=1e-5, rtol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(layer.get_base_layer().weight.detach(), weight, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(model(x).detach(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.merge_and_unload(safe_merge=safe)(x), expected, atol=1e-5, rtol=1e-5)

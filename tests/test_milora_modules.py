@@ -155,3 +155,34 @@ def test_sums_that_are_refused(arguments, message):
 def test_a_trained_layer_of_a_tiny_model_can_be_copied():
     model = tiny.train(peft.get_peft_model(tiny.make("llama"), rw.MiloraConfig(r=2, target_modules=["q_proj"])))
     assert torch.equal(tiny.logits(copy.deepcopy(model)), tiny.logits(model))
+
+
+def test_what_a_sum_leaves_out_is_told():
+    settings = {"modules_to_save": ["lm_head"], "trainable_token_indices": {"embed_tokens": [1, 5]}}
+    model = tiny.train(tiny.milora(tiny.make("llama"), **settings))
+    with pytest.warns(UserWarning) as told:
+        model.add_weighted_adapter(["default", "default"], [0.5, 0.5], "sum", combination_type="cat")
+    messages = [str(one.message) for one in told if "not summed" in str(one.message)]
+    assert messages == [
+        "modules_to_save of adapter 'default' (lm_head) are not summed: 'sum' has those of the base",
+        "trainable_token_indices of adapter 'default' (embed_tokens) are not summed: 'sum' has those of the base",
+    ]
+    model.set_adapter("sum")
+    base, found = tiny.make("llama"), model.get_base_model()
+    assert torch.equal(found.lm_head.modules_to_save["sum"].weight, base.lm_head.weight)
+    assert torch.equal(found.model.embed_tokens(tiny.IDS), base.model.embed_tokens(tiny.IDS))
+
+
+def test_adapters_that_trained_one_whole_module_have_no_sum():
+    settings = {"modules_to_save": ["lm_head"], "r": 2, "target_modules": ["q_proj"]}
+    model = tiny.milora(tiny.make("llama"), **settings)
+    model.add_adapter("second", rw.MiloraConfig(**settings))
+    with pytest.raises(UserError, match=r"default, second have no sum: .*same module with modules_to_save"):
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
+    assert list(model.peft_config) == ["default", "second"]
+
+
+def test_a_sum_of_matrices_alone_warns_of_nothing(recwarn):
+    model = tiny.train(tiny.milora(tiny.make("llama")))
+    model.add_weighted_adapter(["default"], [1.0], "sum", combination_type="cat")
+    assert not [one for one in recwarn if "not summed" in str(one.message)]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import rankwise as rw
+from rankwise.directions.start import spectral_start
 from rankwise.errors import UserError
 from tiny_modules import One, adapt, make, train
 
@@ -76,8 +77,10 @@ def test_the_projection_of_an_attention_is_refused():
 
 
 def test_a_target_that_matches_nothing_is_an_error():
-    with pytest.raises(UserError, match=r"nowhere.*not found in the base model"):
+    with pytest.raises(UserError, match=r"target_modules 'nowhere' matches no module"):
         adapt("linear", target_modules=["nowhere"])
+    with pytest.raises(UserError, match=r"nowhere.*not found in the base model"):
+        adapt("linear", target_modules="nowhere")
 
 
 def test_a_meta_base_has_no_start():
@@ -185,6 +188,65 @@ def test_a_second_adapter_of_the_same_start_copies_it(monkeypatch):
     assert torch.equal(model(x), expected)
     with pytest.raises(AssertionError, match="decomposed again"):
         model.add_adapter("third", rw.MiloraConfig(r=3, part="principal", target_modules=["only"]))
+
+
+@pytest.mark.parametrize("config", [rw.MiloraConfig, rw.SoraConfig])
+@pytest.mark.parametrize("kind", ["linear", "embedding", "conv1d"])
+def test_a_second_adapter_of_the_same_config_object_is_a_copy(kind, config):
+    """Trained values and all: a trainer leaves out what has the adapter's name at the end of its own."""
+    model, x = adapt(kind, config, **{"use_dora": True} if (kind, config) == ("linear", rw.MiloraConfig) else {})
+    train(model, x)
+    expected = model(x)
+    with pytest.warns(UserWarning, match="'ref' was given the config object of 'default' itself and is made as its"):
+        model.add_adapter("ref", model.peft_config["default"])
+    model.set_adapter("ref")
+    assert torch.equal(model(x), expected)
+    train(model, x, 1)
+    assert not torch.equal(model(x), expected)
+    model.set_adapter("default")
+    assert torch.equal(model(x), expected)
+    model.add_adapter("fresh", copy.copy(model.peft_config["default"]))
+    model.set_adapter("fresh")
+    assert torch.equal(model(x), make(kind)[0](x))
+
+
+def test_an_alpha_of_its_own_is_a_start_of_its_own():
+    model, _ = adapt("linear", lora_alpha=3)
+    model.add_adapter("second", rw.MiloraConfig(r=3, lora_alpha=12, target_modules=["only"]))
+    layer = model.get_base_model().only
+    assert [layer.scaling[name] for name in ("default", "second")] == [1, 4]
+    u, s, vh = np.linalg.svd(layer.get_base_layer().weight.detach().double().numpy())
+    for name, pair in layer.lora_start.items():
+        product = layer.scaling[name] * (pair.B.double() @ pair.A.double())
+        np.testing.assert_allclose(product, (u[:, 3:] * s[3:]) @ vh[3:6], atol=1e-5)
+
+
+def refuse_to_decompose(*_: object) -> None:
+    raise AssertionError("decomposed")
+
+
+@pytest.mark.parametrize("config", [rw.MiloraConfig, rw.SoraConfig])
+def test_every_rank_is_checked_before_anything_is_decomposed(monkeypatch, config):
+    monkeypatch.setattr("rankwise.directions.start.triplets", refuse_to_decompose)
+    settings = {"r": 3, "part": "minor", "target_modules": ["first", "last"]}
+    with pytest.raises(UserError, match=r"last: rank 3 of a weight of shape \(2, 4\): 1 to its smaller side"):
+        peft.get_peft_model(Mixed(nn.Linear(4, 2)), config(**settings))
+    with pytest.raises(AssertionError, match="decomposed"):
+        peft.get_peft_model(Mixed(nn.Linear(4, 2)), config(**settings, rank_pattern={"last": 2}))
+    peft.get_peft_model(Mixed(nn.Linear(4, 2)), config(**settings, init_lora_weights=False))
+
+
+@pytest.mark.parametrize("device", ["meta", "nowhere", "cuda:99"])
+def test_a_device_that_cannot_decompose_is_told_of_first(monkeypatch, device):
+    monkeypatch.setattr("rankwise.directions.start.triplets", refuse_to_decompose)
+    with pytest.raises(UserError, match=f"^start_device '{device}'"):
+        adapt("linear", start_device=device)
+
+
+@pytest.mark.parametrize("scaling", [0.0, -1.0, float("nan")])
+def test_a_scaling_that_has_no_start_is_refused(scaling):
+    with pytest.raises(UserError, match=f"a scaling of {scaling} has no start"):
+        spectral_start(torch.eye(3), 1, "minor", scaling=scaling)
 
 
 def test_a_sum_is_no_start_for_others():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -241,3 +242,34 @@ def test_preference_training_with_a_reference_resumes_to_the_bit(tmp_path, make,
     halves.train(resume_from_checkpoint=str(tmp_path / "halves" / "checkpoint-2"))
     assert any(".ref." in name for name in state(halves.model))
     tiny.assert_same_adapter(whole.model, halves.model)
+
+
+REFERENCES = {
+    "milora": milora(),
+    "milora with dora": milora(use_dora=True),
+    "milora on an embedding": milora(target_modules=["q_proj", "embed_tokens"]),
+    "sora": rw.SoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM"),
+    "sora of a part": rw.SoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM", part="minor"),
+    "sora on an embedding": rw.SoraConfig(r=4, target_modules=["embed_tokens"], task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_the_reference_is_the_loaded_adapter_of_every_kind(tmp_path, make, tiny_tokenizer, name):
+    """TRL copies parameters of which the adapter's name stands between dots: no gates, and none of an embedding."""
+    config = copy.deepcopy(REFERENCES[name])
+    model = peft.get_peft_model(make(), config)
+    trainer(model, tmp_path / "before", steps=2, save_strategy="no").train()
+    model.save_pretrained(tmp_path / "checkpoint")
+
+    def load() -> peft.PeftModel:
+        if isinstance(config, rw.MiloraConfig):
+            return tiny.resume(make(), tmp_path / "checkpoint")
+        return peft.PeftModel.from_pretrained(make(), tmp_path / "checkpoint", is_trainable=True)
+
+    run = dpo(load(), tiny_tokenizer, tmp_path / "run", steps=1)
+    expected = own(run, load())
+    assert (expected - own(run, make())).abs().max() > 1e-2
+    torch.testing.assert_close(references(run), expected, atol=1e-4, rtol=1e-5)
+    assert first_loss(run) == pytest.approx(math.log(2), abs=1e-6)
+    torch.testing.assert_close(references(run), expected, atol=1e-4, rtol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 
 import peft
 import peft.mapping
@@ -19,7 +20,9 @@ from rankwise.directions.dora import SpectralDoraVariant
 from rankwise.directions.milora import MiloraModel
 from rankwise.directions.variants import SpectralVariant
 from rankwise.errors import UserError
+from rankwise.matrices import factor_matrices, factor_parameters
 from rankwise.peft_bridge import (
+    Kind,
     LowRankVariant,
     active_adapter,
     adapted_layers,
@@ -31,6 +34,7 @@ from rankwise.peft_bridge import (
 )
 from rankwise.ranks.sora import GateVariant, SoraModel, SpectralGateVariant
 from rankwise.tuner import VariantModel
+from tiny_modules import KINDS, adapt
 
 
 def names(function) -> list[str]:
@@ -73,8 +77,34 @@ def test_mappings_know_our_methods():
         assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name] is config
         assert peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[name] is tuner
         assert peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[name] == LoraModel.prefix == "lora_"
-        assert config().peft_type == name
+        assert config().peft_type == name and hash(config().peft_type) == hash(name)
+        assert config().peft_type is Kind(name) and json.loads(json.dumps(config().to_dict()))["peft_type"] == name
         assert name not in {each.value for each in peft.PeftType}
+
+
+@pytest.mark.parametrize("config", [rw.MiloraConfig, rw.SoraConfig])
+def test_peft_reads_the_kind_as_its_own(tmp_path, config):
+    """In a status, in a message, and back from what was saved."""
+    settings = {"r": 2, "target_modules": ["q_proj"]}
+    model = peft.get_peft_model(tiny.make("llama"), config(**settings))
+    assert peft.get_model_status(model).peft_types == {"default": config().peft_type.value}
+    with pytest.raises(ValueError, match=f"'{config().peft_type.value}' is not compatible with the `PeftMixedModel`"):
+        peft.get_peft_model(tiny.make("llama"), config(**settings), mixed=True)
+    again = peft.PeftConfig.from_peft_type(**config(**settings).to_dict())
+    assert type(again) is config and again.peft_type is config().peft_type and again == config(**settings)
+
+
+def test_the_place_of_an_adapter_s_own_parameters():
+    for kind in KINDS:
+        layer = adapt(kind)[0].get_base_model().only
+        a, b = factor_parameters(layer, "default")
+        views = factor_matrices(layer, "default")
+        assert [name for name, value in layer.named_parameters() if value is a or value is b] == (
+            ["lora_embedding_A.default", "lora_embedding_B.default"]
+            if kind == "embedding"
+            else ["lora_A.default.weight", "lora_B.default.weight"]
+        )
+        assert torch.equal(views[0], b.flatten(1)) and torch.equal(views[1], a.flatten(1))
 
 
 def test_layers_have_what_we_read():

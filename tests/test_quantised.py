@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import re
 import warnings
 from pathlib import Path
 
@@ -12,8 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 import rankwise as rw
 import tiny
+from rankwise.directions.basehash import base_hash
 from rankwise.directions.dequantise import dense_weight
-from rankwise.directions.initialise import initialise
+from rankwise.directions.streaming import initialise
 from rankwise.errors import UserError
 
 KINDS = ["nf4", "nf4-nested", "int8-bitsandbytes", "int8-torchao"]
@@ -177,6 +180,46 @@ def test_training_goes_on_after_loading(tmp_path, source, kind):
     config = rw.MiloraConfig.from_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(packed(source, kind), tmp_path, config=config, is_trainable=True).train()
     assert torch.equal(tiny.logits(loaded), expected)
+
+
+@pytest.mark.parametrize("computed", [False, True], ids=["fresh", "after a pass"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_scales_belong_to_a_packed_base(tmp_path, source, kind, computed):
+    """Twice the weights have the same codes and twice the scales; the first pass of an 8 bit layer moves its scales."""
+    doubled = LlamaForCausalLM.from_pretrained(source)
+    for module in doubled.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data *= 2
+    doubled.save_pretrained(tmp_path / "doubled")
+    base = packed(source, kind)
+    if computed:
+        tiny.logits(base)
+    peft.get_peft_model(base, rw.MiloraConfig(r=4, target_modules=TARGETS)).save_pretrained(tmp_path / "start")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*base weights.*")
+        tiny.resume(packed(source, kind), tmp_path / "start")
+    with pytest.raises(UserError, match=r"q_proj: the base weight is not the one .*\(6 of 6 weights differ\)"):
+        tiny.resume(packed(tmp_path / "doubled", kind), tmp_path / "start")
+
+
+def test_a_base_packed_elsewhere_is_said_not_to_be_comparable(tmp_path, source):
+    """Another version of a library, or another device, may round scales in another way."""
+    model = peft.get_peft_model(packed(source, "nf4"), rw.MiloraConfig(r=4, target_modules=TARGETS))
+    model.save_pretrained(tmp_path)
+    side = json.loads((tmp_path / "milora.json").read_text())
+    kind, digest = next(iter(side["base"].values())).split(":")
+    assert re.fullmatch(r"Params4bit uint8 bitsandbytes [0-9.]+ cpu", kind)
+    side["base"] = {name: f"{kind.replace('cpu', 'cuda')}:{digest[::-1]}" for name in side["base"]}
+    (tmp_path / "milora.json").write_text(json.dumps(side))
+    with pytest.warns(UserWarning, match="6 of 6 base weights have another dtype or packing"):
+        tiny.resume(packed(source, "nf4"), tmp_path)
+
+
+def test_a_weight_packed_anew_for_inference_has_no_hash(source):
+    module = packed(source, "nf4").get_submodule("model.layers.0.self_attn.v_proj")
+    assert base_hash(module) is not None
+    module.weight.quant_state.packing_format_for_cpu = True
+    assert base_hash(module) is None
 
 
 class Packed(nn.Module):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -10,16 +12,17 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import rankwise.run
 import small_runs
 from rankwise.analysis.runfolder import read_run
 from rankwise.errors import UserError
-from rankwise.evaluation import evaluate_run, export_stage
+from rankwise.evaluation import evaluate_run, export_folder
 from rankwise.models import load_language_model
 from rankwise.recipes import dump_recipe, load_recipe
-from rankwise.run import Run, load_stage, save_stage, with_adapter
+from rankwise.run import Run, load_stage, logs_shown, save_stage, with_adapter
 
 EXPORT: dict[str, Any] = {"stage": None, "rank": None, "energy": None, "layout": "uniform"}
 IDS = torch.tensor([[0, 40, 50, 60, 70, 80, 90, 100], [0, 45, 55, 65, 75, 85, 95, 105]])
@@ -168,7 +171,7 @@ def test_what_is_written_computes_the_same_without_rankwise(
     """In a process that never imports rankwise, on the original base; plain adapters and merged models."""
     jobs = []
     for kind, one in finished.items():
-        export_stage(one.folder, tmp_path / kind, small_runs.silent(), **EXPORT | {"layout": "merged"})
+        export_folder(one.folder, tmp_path / kind, small_runs.silent(), **EXPORT | {"layout": "merged"})
         job = {"labels": kind == "classification", "base": str(model_folder), "ids": IDS.tolist()}
         adapter, merged = str(one.folder / "adapter"), str(tmp_path / kind)
         jobs += [
@@ -240,13 +243,25 @@ def test_another_part_of_the_data_can_be_measured(finished: dict[str, Finished])
 def test_an_earlier_stage_can_be_exported_smaller(finished: dict[str, Finished], tmp_path: Path) -> None:
     folder = finished["interactions"].folder
     settings = EXPORT | {"stage": "sft", "rank": 2}
-    report = export_stage(folder, tmp_path / "small", small_runs.silent(), **settings)
+    report = export_folder(folder, tmp_path / "small", small_runs.silent(), **settings)
     assert max(report["ranks"].values()) == 2
     assert 0 < report["relative_error"] < 1
     with pytest.raises(UserError, match=r"stage 'sftt' is not in .*: did you mean 'sft'\?"):
-        export_stage(folder, tmp_path / "none", small_runs.silent(), **settings | {"stage": "sftt"})
-    with pytest.raises(UserError, match=r"has no recipe.yaml: give the folder of a finished `rankwise train`"):
-        export_stage(tmp_path, tmp_path / "none", small_runs.silent(), **settings)
+        export_folder(folder, tmp_path / "none", small_runs.silent(), **settings | {"stage": "sftt"})
+    with pytest.raises(UserError, match=r"has no recipe.yaml and no adapter_config.json: give the folder"):
+        export_folder(tmp_path, tmp_path / "none", small_runs.silent(), **settings)
+
+
+def test_slow_starts_say_how_far_they_are(tmp_path: Path, model_folder: Path) -> None:
+    console = Console(record=True, width=100, file=io.StringIO())
+    logger, base = logging.getLogger("rankwise.tuner"), logging.getLogger("rankwise").level
+    with logs_shown(console, seconds=0.0):
+        logger.info("adapter default: 3 of 9 modules started")
+    with logs_shown(console, seconds=60.0):
+        logger.info("adapter default: 4 of 9 modules started")
+    logger.info("adapter default: 5 of 9 modules started")
+    assert console.export_text().strip() == "adapter default: 3 of 9 modules started"
+    assert logging.getLogger("rankwise").level == base
 
 
 # Stopped and resumed

@@ -129,13 +129,32 @@ def test_rank_pattern():
         ({"use_dora": True}, "use_dora=True"),
         ({"lora_bias": True}, "lora_bias=True"),
         ({"init_lora_weights": "orthogonal"}, "init_lora_weights='orthogonal'"),
-        ({"part": "minor", "lora_alpha": 0}, r"lora_alpha=0\) is not possible with a part"),
+        ({"part": "minor", "init_lora_weights": "gaussian"}, "init_lora_weights='gaussian'"),
+        ({"part": "minor", "lora_alpha": 0}, r"lora_alpha=0\) is not possible: it must be above 0"),
+        ({"lora_alpha": -1}, r"lora_alpha=-1\) is not possible: it must be above 0"),
+        ({"r": 0}, r"r=0\) is not possible: it must be a whole number, 1 or more"),
+        ({"r": -3}, r"Config\(r=-3\)"),
+        ({"r": 4.0}, r"Config\(r=4\.0\)"),
+        ({"r": "4"}, r"Config\(r='4'\)"),
+        ({"r": True}, r"Config\(r=True\)"),
+        ({"rank_pattern": {"q_proj": 0}}, r"Config\(rank_pattern\['q_proj'\]=0\) is not possible: .* 1 or more"),
+        ({"rank_pattern": {"q_proj": None}}, r"Config\(rank_pattern\['q_proj'\]=None\)"),
+        ({"lora_alpha": "16"}, r"Config\(lora_alpha='16'\)"),
+        ({"lora_alpha": float("nan")}, r"Config\(lora_alpha=nan\)"),
+        ({"lora_alpha": float("inf")}, r"Config\(lora_alpha=inf\)"),
+        ({"alpha_pattern": {"q_proj": 0}}, r"Config\(alpha_pattern\['q_proj'\]=0\) is not possible: .* above 0"),
+        ({"alpha_pattern": {"q_proj": -1.5}}, r"Config\(alpha_pattern\['q_proj'\]=-1\.5\)"),
+        ({"alpha_pattern": {"q_proj": "1"}}, r"Config\(alpha_pattern\['q_proj'\]='1'\)"),
     ],
     ids=str,
 )
 def test_settings_that_are_refused(settings, message):
+    config = rw.SoraConfig(r=4)
+    config.lora_alpha = None
+    for name, value in settings.items():
+        setattr(config, name, value)
     with pytest.raises(UserError, match=message):
-        rw.SoraConfig(r=4, **settings)
+        config.__post_init__()
 
 
 @pytest.mark.parametrize(("name", "known"), [("gate_init", "normal or ones"), ("mode", "proximal or reference")])

@@ -103,14 +103,27 @@ def test_a_damaged_file_is_computed_again_and_replaced(tmp_path, caplog, damage)
     assert path.read_bytes() == sound and str(path) in caplog.text
 
 
-def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_a_write_that_fails_leaves_nothing_behind_and_is_said_once(tmp_path, monkeypatch, caplog):
     def full(self: Path, target: Path) -> None:
         raise OSError("no space left")
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OSError, match="no space left"):
-        StartCache(tmp_path).triplets(weight(), 3, "minor")
-    assert not list(tmp_path.iterdir())
+    cache = StartCache(tmp_path)
+    for seed in (0, 1):
+        found = cache.triplets(weight(seed), 3, "minor")
+        assert all(torch.equal(*pair) for pair in zip(found, triplets(weight(seed), 3, "minor"), strict=True))
+    assert not list(tmp_path.iterdir()) and cache.lost == 2
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path} cannot be written (no space left): starts are computed and not kept"
+    ]
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_decomposition(tmp_path, monkeypatch, name):
+    (tmp_path / "file").write_text("x")
+    forbid(monkeypatch)
+    with pytest.raises(UserError, match=rf"cache .*{name} cannot be written to .*another folder, or none"):
+        adapt(cache=str(tmp_path / name))
 
 
 def test_bad_weights_are_refused_and_not_kept(tmp_path):

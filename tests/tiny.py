@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from rankwise import MiloraConfig
+from rankwise.directions import load_checkpoint
 
 IDS = torch.tensor([[1, 5, 9, 2, 30, 7, 7, 12], [3, 8, 40, 11, 2, 6, 25, 1]])
 LABELS = torch.tensor([0, 2])
@@ -142,8 +143,7 @@ def milora(base: nn.Module, family: str = "llama", **settings) -> PeftModel:
 
 def resume(base: nn.Module, folder: Path, **settings) -> PeftModel:
     """A MiLoRA checkpoint on a base, to train on."""
-    config = MiloraConfig.from_pretrained(folder)
-    return PeftModel.from_pretrained(base, folder, config=config, **{"is_trainable": True} | settings)
+    return load_checkpoint(base, folder, **{"is_trainable": True} | settings)
 
 
 def assert_same_adapter(model: nn.Module, other: nn.Module) -> None:

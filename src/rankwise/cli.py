@@ -67,16 +67,22 @@ def init(arguments: Arguments, console: Console) -> Any:
 
     from rankwise.directions import MiloraConfig
     from rankwise.directions.cache import default_folder
-    from rankwise.directions.initialise import initialise
+    from rankwise.directions.streaming import initialise
     from rankwise.models import quiet_libraries
 
+    if arguments.rank < 1:
+        raise UserError(f"--rank {arguments.rank} is not possible: it must be 1 or more")
     quiet_libraries()
     targets = arguments.target_modules
     config = MiloraConfig(
         r=arguments.rank,
         lora_alpha=arguments.alpha,
+        rank_pattern=dict(arguments.rank_pattern),
+        alpha_pattern=dict(arguments.alpha_pattern),
         target_modules=targets[0] if targets == ["all-linear"] else targets,
+        exclude_modules=arguments.exclude,
         use_rslora=arguments.rslora,
+        use_dora=arguments.dora,
         part=arguments.part,
         part_seed=arguments.seed,
         cache=None if arguments.no_cache else arguments.cache or str(default_folder()),
@@ -100,14 +106,15 @@ def evaluate(arguments: Arguments, console: Console) -> Any:
 
 
 def export(arguments: Arguments, console: Console) -> Any:
-    """Write the adapter of a stage as plain LoRA of a smaller rank, or as merged weights."""
-    from rankwise.evaluation import export_stage
+    """Write a run's adapter, or one from its own folder, as plain LoRA of a smaller rank or as merged weights."""
+    from rankwise.evaluation import export_folder
 
-    return export_stage(
-        Path(arguments.run),
+    return export_folder(
+        Path(arguments.source),
         Path(arguments.folder),
         console,
         stage=arguments.stage,
+        model=arguments.model,
         rank=arguments.rank,
         energy=arguments.energy,
         layout=arguments.layout,
@@ -172,9 +179,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
 
     made = _add(commands, export, "rankwise export runs/films smaller/ --rank 8")
-    made.add_argument("run", metavar="RUN", help="a run's folder")
+    made.add_argument("source", metavar="SOURCE", help="a run's folder, or an adapter's: a trainer's checkpoint, say")
     made.add_argument("folder", metavar="FOLDER", help="where the adapter goes")
-    made.add_argument("--stage", help="the stage to export (the last)")
+    made.add_argument("--stage", help="the stage of a run to export (the last)")
+    made.add_argument("--model", help="base of an adapter: a folder, a hub id, or 'embedded' (the one it names)")
     made.add_argument("--rank", type=int, help="largest rank to keep")
     made.add_argument("--energy", type=float, help="share of each update's squared norm to keep, above 0, at most 1")
     forms = ("uniform", "compact", "merged")
@@ -253,14 +261,27 @@ def _init_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("--seed", type=int, default=0, help="of the draw of --part random (%(default)s)")
     made.add_argument("--alpha", type=float, help="numerator of the scaling (the rank)")
     made.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(rank), not alpha / rank")
+    made.add_argument("--dora", action="store_true", help="train a magnitude for each output too (DoRA)")
     made.add_argument(
         "--target-modules", nargs="+", default=["all-linear"], metavar="NAME", help="modules to adapt (all-linear)"
     )
+    made.add_argument("--exclude", nargs="+", metavar="NAME", help="modules to leave out")
+    pairs: dict[str, Any] = {"nargs": "+", "type": _pair, "default": [], "metavar": "NAME=NUMBER"}
+    made.add_argument("--rank-pattern", **pairs, help="other ranks, by a module's name or a pattern of names")
+    made.add_argument("--alpha-pattern", **pairs, help="other alphas, likewise")
     made.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of what is written")
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (%(default)s)")
     keep = made.add_mutually_exclusive_group()
     keep.add_argument("--cache", metavar="FOLDER", help="of finished matrices (~/.cache/rankwise/starts)")
     keep.add_argument("--no-cache", action="store_true", help="keep no finished matrices and use none")
+
+
+def _pair(word: str) -> tuple[str, int]:
+    """The two sides of ``name=number``."""
+    name, _, number = word.rpartition("=")
+    if not name or not number.isdecimal():
+        raise argparse.ArgumentTypeError(f"{word!r} is no NAME=NUMBER")
+    return name, int(number)
 
 
 def _recipe(arguments: Arguments) -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -29,6 +30,7 @@ def add_combined(
     """Add the adapter ``name`` whose update of each layer is ``sum_i weights_i update_i``.
 
     It has scaling 1, is not trained yet, and its frozen pair is zero (its gate one), so that A and B are all of it.
+    What an adapter trained as whole modules or tokens has no sum here: a warning says that it is left out.
 
     Args:
         tuner: of the model.
@@ -39,9 +41,12 @@ def add_combined(
         rank: of ``svd``; by default the largest rank of the adapters.
 
     Raises:
-        UserError: another kind, an unknown adapter or one of DoRA, a name that is taken, or a rank below 1.
+        UserError: another kind, an unknown adapter or one of DoRA, adapters that trained the same whole module, a name
+            that is taken, or a rank below 1.
     """
     _check(tuner, adapters, weights, name, kind, rank)
+    targets = _targets(tuner, adapters)
+    _warn_of_left_out(tuner, adapters, name)
     parts = {
         layer_name: [
             (weight * layer.scaling[adapter], matrix_factors(layer, adapter, layer_name))
@@ -57,7 +62,7 @@ def add_combined(
             layer.r[adapter] for adapter in adapters for _, layer in adapted_layers(tuner.model, adapter)
         )
         sums = {layer_name: _cut(*factors, most) for layer_name, factors in sums.items()}
-    _add(tuner, adapters, name, sums)
+    _add(tuner, adapters[0], name, targets, sums)
 
 
 def _check(
@@ -81,6 +86,28 @@ def _check(
         raise UserError(f"svd_rank {rank} is not possible: it must be 1 or more")
 
 
+def _targets(tuner: LoraModel, adapters: Sequence[str]) -> set[str] | str:
+    """What all of them adapt, as PEFT names it."""
+    try:
+        _, _, targets = tuner._check_add_weighted_adapter(list(dict.fromkeys(adapters)), "cat", None)
+    except ValueError as error:  # of which two trained one whole module, or whose names are of different forms
+        raise UserError(f"{', '.join(adapters)} have no sum: {error}") from error
+    found: set[str] | str = targets
+    return found
+
+
+def _warn_of_left_out(tuner: LoraModel, adapters: Sequence[str], name: str) -> None:
+    """Say which modules and tokens an adapter trained that the sum does not hold."""
+    for adapter in dict.fromkeys(adapters):
+        for setting in ("modules_to_save", "trainable_token_indices"):
+            if found := getattr(tuner.peft_config[adapter], setting):
+                warnings.warn(
+                    f"{setting} of adapter {adapter!r} ({', '.join(map(str, dict.fromkeys(found)))}) are not summed: "
+                    f"{name!r} has those of the base",
+                    stacklevel=5,
+                )
+
+
 def _stacked(parts: Sequence[tuple[float, Factors]]) -> Factors:
     """Factors of the sum: the weights and scalings in B."""
     return (
@@ -96,12 +123,11 @@ def _cut(b: Float[Tensor, "out k"], a: Float[Tensor, "k in"], rank: int) -> Fact
     return (u[:, :rank] * root).to(b.dtype), (root[:, None] * vh[:rank]).to(a.dtype)
 
 
-def _add(tuner: LoraModel, adapters: Sequence[str], name: str, sums: Mapping[str, Factors]) -> None:
+def _add(tuner: LoraModel, first: str, name: str, targets: set[str] | str, sums: Mapping[str, Factors]) -> None:
     """Inject the adapter and fill it; a layer of less rank gets zero rows and columns."""
     rank = max(a.shape[0] for _, a in sums.values())
-    _, _, targets = tuner._check_add_weighted_adapter(list(adapters), "cat", None)
     config = dataclasses.replace(
-        tuner.peft_config[adapters[0]],
+        tuner.peft_config[first],
         r=rank,
         lora_alpha=rank,
         use_rslora=False,

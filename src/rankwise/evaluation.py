@@ -10,6 +10,8 @@ from typing import Any, cast
 from peft import PeftModel
 from rich.console import Console
 
+from rankwise.adapters import load_adapter_folder
+from rankwise.analysis.ranks import CONFIG
 from rankwise.analysis.runfolder import read_results
 from rankwise.analysis.tables import result_table
 from rankwise.errors import UserError, nearest
@@ -42,22 +44,56 @@ def evaluate_run(run: Path, overrides: Sequence[str], console: Console) -> dict[
     return results
 
 
-def export_stage(
-    run: Path, folder: Path, console: Console, *, stage: str | None, rank: int | None, energy: float | None, layout: str
+def export_folder(
+    source: Path,
+    folder: Path,
+    console: Console,
+    *,
+    rank: int | None,
+    energy: float | None,
+    layout: str,
+    stage: str | None = None,
+    model: str | None = None,
 ) -> dict[str, Any]:
-    """Export the adapter of one stage of a run (the last where none is named) as :func:`rankwise.export` does.
+    """Export the adapter of a run's stage (the last where none is named), or of an adapter's own folder.
+
+    Args:
+        source: a run's folder, or one that ``save_pretrained``, a trainer or ``rankwise init`` wrote.
+        folder: where it goes.
+        console: where it is told.
+        rank: as in :func:`rankwise.export`, like ``energy`` and ``layout``.
+        energy: as above.
+        layout: as above.
+        stage: of a run.
+        model: the base of an adapter's folder, where it is another than the one that the adapter names.
 
     Raises:
-        UserError: the folder is no run, or there is no such stage.
+        UserError: the folder is neither, there is no such stage, or the base cannot be loaded.
     """
+    if (source / "recipe.yaml").is_file():
+        if model is not None:
+            raise UserError(f"the base of a run is in its recipe, and {source} is a run: leave --model out")
+        trained = _trained_stage(source, stage)
+    elif (source / CONFIG).is_file():
+        if stage is not None:
+            raise UserError(f"stage {stage!r} is of a run, and {source} is an adapter: leave --stage out")
+        trained = load_adapter_folder(source, model)
+    else:
+        raise UserError(
+            f"{source} has no recipe.yaml and no {CONFIG}: give the folder of a finished `rankwise train`, or an "
+            "adapter's"
+        )
+    report = export(trained, folder, rank, energy, cast(Layout, layout))
+    print_export(folder, report, console)
+    return asdict(report)
+
+
+def _trained_stage(run: Path, stage: str | None) -> PeftModel:
     recipe = _recipe(run, ())
     names = [known.name for known in recipe.stages]
     if stage is not None and stage not in names:
         raise UserError(f"stage {stage!r} is not in {run}: {nearest(stage, names)}")
-    model = _trained(run, recipe, stage or names[-1])
-    report = export(model, folder, rank, energy, cast(Layout, layout))
-    print_export(folder, report, console)
-    return asdict(report)
+    return _trained(run, recipe, stage or names[-1])
 
 
 def print_export(folder: Path, report: ExportReport, console: Console) -> None:

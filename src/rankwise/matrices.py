@@ -71,11 +71,24 @@ def _transposed(layer: LoraLayer) -> bool:
     return isinstance(layer, Embedding) or bool(getattr(layer, "fan_in_fan_out", False))
 
 
+def factor_parameters(
+    layer: LoraLayer, adapter: str
+) -> tuple[Float[Tensor, "rank *in"], Float[Tensor, "out rank *ones"]]:
+    """A and B of an adapter as PEFT keeps them beside ``layer``: the parameters themselves."""
+    if in_embedding(layer, adapter):
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+
+
+def in_embedding(layer: LoraLayer, adapter: str) -> bool:
+    """Whether PEFT keeps the adapter's factors as ``lora_embedding_A`` and ``_B``, without modules around them."""
+    return adapter in layer.lora_embedding_A
+
+
 def factor_matrices(layer: LoraLayer, adapter: str) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
     """B and A of an adapter, views of its parameters."""
-    if adapter in layer.lora_embedding_A:
-        return layer.lora_embedding_B[adapter], layer.lora_embedding_A[adapter]
-    return layer.lora_B[adapter].weight.flatten(1), layer.lora_A[adapter].weight.flatten(1)
+    a, b = factor_parameters(layer, adapter)
+    return b.flatten(1), a.flatten(1)
 
 
 @torch.no_grad()
@@ -85,7 +98,7 @@ def set_factors(layer: LoraLayer, adapter: str, b: Float[Tensor, "out rank"], a:
     The layer's note of its rank follows; its scaling stays.
     """
     for name, value in (("B", b), ("A", a)):
-        if adapter in layer.lora_embedding_A:
+        if in_embedding(layer, adapter):
             holder, key = getattr(layer, f"lora_embedding_{name}"), adapter
         else:
             module = getattr(layer, f"lora_{name}")[adapter]

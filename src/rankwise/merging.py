@@ -23,7 +23,8 @@ def check_mergeable(model: PeftModel, adapter: str) -> None:
     """Refuse a model whose merged weights cannot be written.
 
     Raises:
-        UserError: no model of transformers, a quantised or offloaded base, or an adapter that is merged already.
+        UserError: no model of transformers, a quantised or offloaded base, tied adapters, replicated layers, or an
+            adapter that is merged already.
     """
     base = model.get_base_model()
     if not isinstance(base, PreTrainedModel):
@@ -34,6 +35,17 @@ def check_mergeable(model: PeftModel, adapter: str) -> None:
             "layout 'merged' needs full-precision weights, and the base is quantised: load the original base with "
             "this adapter and merge there, or take layout='uniform'"
         )
+    for name, config in model.peft_config.items():
+        if getattr(config, "target_modules_to_tie", None):
+            raise UserError(
+                f"adapter {name!r} has ensure_weight_tying=True: its tied modules share their factors, and cannot be "
+                "merged one by one: take layout='uniform'"
+            )
+        if getattr(config, "layer_replication", None):
+            raise UserError(
+                f"adapter {name!r} has layer_replication={config.layer_replication}: the copies of a layer share one "
+                "weight, and are merged to different ones: take layout='uniform'"
+            )
     for name, layer in adapted_layers(model, adapter):
         if layer.merged:
             raise UserError(f"{name}: {', '.join(layer.merged_adapters)} is merged already: unmerge_adapter() first")

@@ -1,4 +1,7 @@
-"""All that rankwise knows of PEFT's insides: one place to mend when PEFT changes.
+"""How an adapter computes its update, how PEFT is told of it, and where it lies in a model.
+
+What rankwise knows of PEFT's insides is in three places, which are to be mended when PEFT changes: here the variants
+and their registration, in ``rankwise.tuner`` the tuner, in ``rankwise.matrices`` the kinds of modules.
 
 A method is a :class:`LowRankVariant` (how an adapter computes its update) and a config. :func:`register` makes the
 config known to PEFT under a name of its own, so that ``get_peft_model``, saving and loading take their usual way.
@@ -7,8 +10,11 @@ config known to PEFT under a name of its own, so that ``get_peft_model``, saving
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Collection, Iterator
+from enum import Enum
+from numbers import Integral, Real
 from typing import ClassVar
 
 import torch
@@ -28,6 +34,13 @@ from rankwise.errors import UserError
 from rankwise.matrices import as_weight, factor_matrices, set_factors
 
 
+class Kind(str, Enum):  # noqa: UP042 - PEFT reads the name of a kind from str(), as its own PeftType gives it
+    """Our methods, as PEFT's ``peft_type`` names them."""
+
+    MILORA = "MILORA"
+    SORA = "SORA"
+
+
 class LowRankVariant(LoraVariant):
     """An update ``scaling * B' A'`` of low rank whose factors follow from what is trained.
 
@@ -41,6 +54,13 @@ class LowRankVariant(LoraVariant):
     def attach(self, layer: LoraLayer, adapter: str, config: LoraConfig) -> None:
         """Make this variant's own parameters and buffers in ``layer``; on the meta device, only their shapes."""
         raise NotImplementedError(f"{type(self).__name__} must say what it keeps in a layer")
+
+    def check(self, layer: LoraLayer, adapter: str, config: LoraConfig) -> None:
+        """Refuse what :meth:`start` could not fill; every module is asked before the first one is filled.
+
+        Raises:
+            UserError: the layer has no such start.
+        """
 
     def start(self, layer: LoraLayer, adapter: str, config: LoraConfig) -> int:
         """Fill in the first values, once every module was found to be fit; returns how many directions had none."""
@@ -69,8 +89,9 @@ class LowRankVariant(LoraVariant):
         return (orig_weight + self.delta(module, active_adapter).to(orig_weight.device)).to(orig_weight.dtype)
 
     def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
-        """PEFT's hook: merge into the weight's storage."""
-        orig_weight.data.copy_(self.merge_safe(module, active_adapter, orig_weight.data))
+        """PEFT's hook: merge into the weight's storage, which is looked up last: computing may replace it."""
+        merged = self.merge_safe(module, active_adapter, orig_weight.data)
+        orig_weight.data.copy_(merged)
 
     def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """PEFT's hook: the weight without the update."""
@@ -86,31 +107,55 @@ def keep_state(layer: LoraLayer, name: str, adapter: str, state: nn.Module | nn.
     getattr(layer, name)[adapter] = state
 
 
-def check_config(config: LoraConfig, allowed: Collection[str] = ()) -> None:
+def check_config(
+    config: LoraConfig, allowed: Collection[str] = (), starts: Collection[bool | str] = (True, False, "gaussian")
+) -> None:
     """Refuse a setting of ``LoraConfig`` that would be ignored here or would change the base weights.
 
     Args:
         config: as the user gave it.
         allowed: names of variants that are available here.
+        starts: what ``init_lora_weights`` may be.
 
     Raises:
-        UserError: a setting of another LoRA variant, ``lora_bias``, or an ``init_lora_weights`` of another method.
+        UserError: a setting of another LoRA variant, ``lora_bias``, an ``init_lora_weights`` of another method, or a
+            rank that is none.
     """
     kind = type(config).__name__
     variants = [field.name for field in dataclasses.fields(config) if field.metadata.get("is_lora_variant")]
     for name in (*variants, "lora_bias", "target_parameters"):
         if getattr(config, name) and name not in allowed:
             raise UserError(f"{kind}({name}={getattr(config, name)!r}) is not available: leave {name} out")
-    if config.init_lora_weights not in (True, False, "gaussian"):
+    if config.init_lora_weights not in starts:
         raise UserError(f"{kind}(init_lora_weights={config.init_lora_weights!r}) is not available: leave it out")
+    for name, rank in {"r": config.r, **_items(config, "rank_pattern")}.items():
+        if isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1:
+            raise UserError(f"{kind}({name}={rank!r}) is not possible: it must be a whole number, 1 or more")
 
 
-def register(name: str, config: type[LoraConfig], tuner: type[LoraModel]) -> str:
-    """Make a method known to PEFT under the string ``name``; returns the name, for the config's ``peft_type``."""
-    PEFT_TYPE_TO_CONFIG_MAPPING[name] = config
-    PEFT_TYPE_TO_TUNER_MAPPING[name] = tuner
-    PEFT_TYPE_TO_PREFIX_MAPPING[name] = "lora_"
-    return name
+def check_alphas(config: LoraConfig) -> None:
+    """Refuse an alpha, in ``lora_alpha`` or ``alpha_pattern``, by which an update could not be scaled.
+
+    Raises:
+        UserError: one that is no finite number above 0.
+    """
+    for name, alpha in {"lora_alpha": config.lora_alpha, **_items(config, "alpha_pattern")}.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < float(alpha) < math.inf:
+            raise UserError(
+                f"{type(config).__name__}({name}={alpha!r}) is not possible: it must be above 0, a finite number"
+            )
+
+
+def _items(config: LoraConfig, pattern: str) -> dict[str, object]:
+    """The entries of a pattern of the config, each by the name that a message gives it."""
+    return {f"{pattern}[{key!r}]": value for key, value in (getattr(config, pattern) or {}).items()}
+
+
+def register(kind: Kind, config: type[LoraConfig], tuner: type[LoraModel]) -> None:
+    """Make a method known to PEFT under ``kind``, the ``peft_type`` of its configs."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[kind] = config
+    PEFT_TYPE_TO_TUNER_MAPPING[kind] = tuner
+    PEFT_TYPE_TO_PREFIX_MAPPING[kind] = "lora_"
 
 
 def active_adapter(model: nn.Module) -> str:
@@ -119,6 +164,12 @@ def active_adapter(model: nn.Module) -> str:
     Raises:
         UserError: ``model`` is no PEFT model, or several adapters are active.
     """
+    if not isinstance(model, PeftModel) and getattr(model, "peft_config", None):
+        kind = type(model).__name__
+        raise UserError(
+            f"the adapter of this {kind} was added by its own add_adapter or load_adapter, which keep it inside the "
+            "model: make it with peft.get_peft_model(base, config), or load it with peft.PeftModel.from_pretrained"
+        )
     if not isinstance(model, PeftModel):
         raise UserError(f"a model with an adapter is needed, not {type(model).__name__}: use peft.get_peft_model first")
     active = model.active_adapters if hasattr(model, "active_adapters") else [model.active_adapter]

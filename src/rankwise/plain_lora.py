@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rankwise.files import new_folder
 from rankwise.low_rank import Factors
+from rankwise.matrices import factor_parameters, in_embedding
 from rankwise.peft_bridge import adapted_layers, base_modules, pattern_keys, target_modules
 
 
@@ -39,9 +40,9 @@ def write_plain_lora(model: PeftModel, adapter: str, factors: Mapping[str, Facto
 
 def _named(prefix: str, layer: LoraLayer, adapter: str, b: Tensor, a: Tensor) -> dict[str, Tensor]:
     """The two tensors of a layer as PEFT names and shapes them."""
-    if adapter in layer.lora_embedding_A:
+    if in_embedding(layer, adapter):
         return {f"{prefix}.lora_embedding_A": a, f"{prefix}.lora_embedding_B": b}
-    trained = layer.lora_A[adapter].weight
+    trained, _ = factor_parameters(layer, adapter)
     if trained.ndim > 2:  # a convolution: A is one of its kernel, B one of 1 x 1
         a, b = a.reshape(-1, *trained.shape[1:]), b.reshape(*b.shape, *[1] * (trained.ndim - 2))
     return {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}

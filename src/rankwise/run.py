@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import platform
 import time
 from collections.abc import Iterator
@@ -80,7 +81,9 @@ class Run:
         done = {row["name"] for row in self.results.get("rows", [])}
         self._open(task)
         set_seed(self.recipe.seed)
-        model = with_adapter(task.load_model(), self.recipe, task.task_type, self._saved(done))
+        base = task.load_model()
+        with logs_shown(self.console):
+            model = with_adapter(base, self.recipe, task.task_type, self._saved(done))
         for name, metrics in task.baselines().items():
             if name not in done:
                 self._row(task, name, metrics)
@@ -189,6 +192,40 @@ class Run:
         yield
         seconds = self.results.setdefault("seconds", {})
         seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - started, 2)
+
+
+class ConsoleLog(logging.Handler):
+    """Prints log records on a console, one every few seconds at most: work that is soon done says nothing.
+
+    Args:
+        console: where to.
+        seconds: between two of them, and before the first.
+    """
+
+    def __init__(self, console: Console, seconds: float = 5.0) -> None:
+        super().__init__(logging.INFO)
+        self.console, self.seconds = console, seconds
+        self.last = time.monotonic()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """The handler's hook."""
+        if time.monotonic() - self.last >= self.seconds:
+            self.last = time.monotonic()
+            self.console.print(f"  {record.getMessage()}", style="dim", highlight=False)
+
+
+@contextlib.contextmanager
+def logs_shown(console: Console, seconds: float = 5.0) -> Iterator[None]:
+    """Show the progress that rankwise logs, while the block runs."""
+    logger = logging.getLogger("rankwise")
+    handler, level = ConsoleLog(console, seconds), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
 
 
 def with_adapter(base: PreTrainedModel, recipe: Recipe, task_type: str, stage: Path | None = None) -> PeftModel:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import Embedding, LoraLayer
 from peft.tuners.lora.model import LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
 from rankwise.combining import add_combined
 from rankwise.errors import UserError
-from rankwise.matrices import refusal
 from rankwise.peft_bridge import LowRankVariant, adapted_layers
+from rankwise.targets import check_module, check_targets, naming
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +47,14 @@ class VariantModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's hook: wrap every target, then fill in the first values; where either fails, the model is as before.
 
+        A second adapter of the very config object of another is made as its copy, trained values and all. Trainers of
+        preferences add one so as the reference of the first, and copy those parameters alone whose names have the
+        adapter's name between dots, which those of gates and embeddings have not.
+
         Raises:
             UserError: a target matches nothing, a module cannot be adapted, or its weight has no start.
         """
+        check_targets(model, self.peft_config[adapter_name])
         modules = dict(model.named_modules())
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         targeted = [*self.targeted_module_names]
@@ -69,9 +73,20 @@ class VariantModel(LoraModel):
     def _start(self, model: nn.Module, adapter: str) -> None:
         config, empty, count = self.peft_config[adapter], 0, 0
         layers = list(adapted_layers(model, adapter))
+        for name, layer in layers:
+            with naming(name):
+                layer.lora_variant[adapter].check(layer, adapter, config)
+        original = next((name for name, one in self.peft_config.items() if one is config and name != adapter), "")
+        if original:
+            warnings.warn(
+                f"adapter {adapter!r} was given the config object of {original!r} itself and is made as its copy; for "
+                "a start of its own give it a copy of the config",
+                stacklevel=2,
+            )
         for number, (name, layer) in enumerate(layers, start=1):
             with naming(name), torch.no_grad():
-                found = layer.lora_variant[adapter].start(layer, adapter, config)
+                copied = copy_adapter(layer, original, adapter)
+                found = 0 if copied else layer.lora_variant[adapter].start(layer, adapter, config)
             empty, count = empty + found, count + (found > 0)
             if 10 * number // len(layers) > 10 * (number - 1) // len(layers):
                 logger.info("adapter %s: %d of %d modules started", adapter, number, len(layers))
@@ -151,30 +166,35 @@ class VariantModel(LoraModel):
         add_combined(self, adapters, weights, adapter_name, combination_type, svd_rank)
 
 
-@contextmanager
-def naming(module: str) -> Iterator[None]:
-    """Put the module's name before the message of a ``UserError``."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{module}: {error}") from error
+def copy_adapter(layer: LoraLayer, original: str, adapter: str) -> bool:
+    """Give ``adapter`` all values that another adapter has in the layer; False where there are none that fit.
 
-
-def check_module(module: nn.Module, name: str, config: LoraConfig) -> None:
-    """Refuse a module that has no update of matrices, by name and with the reason.
-
-    Raises:
-        UserError: the module cannot be adapted, or not with DoRA.
+    Args:
+        layer: with the new adapter.
+        original: name of the other one.
+        adapter: name of the new one.
     """
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    reason = refusal(module)
-    if reason is None and config.use_dora and isinstance(base, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        reason = "use_dora is for Linear and Conv1D"
-    if reason is not None:
-        raise UserError(
-            f"{type(config).__name__} cannot adapt {name} ({type(base).__name__}): {reason}; leave the module out of "
-            "target_modules"
-        )
+    if original not in layer.r or not math.isclose(layer.scaling[original], layer.scaling[adapter]):
+        return False
+    old, new = _values(layer, original), _values(layer, adapter)
+    same = old.keys() == new.keys() and all(value.shape == new[name].shape for name, value in old.items())
+    if not same or any(value.is_meta for value in (*old.values(), *new.values())):
+        return False
+    for name, value in old.items():
+        new[name].copy_(value)
+    return True
+
+
+def _values(layer: LoraLayer, adapter: str) -> dict[str, Tensor]:
+    """All tensors of an adapter in a layer, trained and frozen, by names that are the same for each adapter."""
+    found: dict[str, Tensor] = {}
+    for part in layer.adapter_layer_names:
+        state = getattr(layer, part)[adapter] if adapter in getattr(layer, part) else None
+        if isinstance(state, nn.Module):
+            found |= {f"{part}.{name}": value for name, value in state.state_dict().items()}
+        elif state is not None:
+            found[part] = state.data
+    return found
 
 
 def _undo(model: nn.Module, adapter: str, modules: Mapping[str, nn.Module]) -> None:

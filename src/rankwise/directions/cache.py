@@ -6,7 +6,6 @@ import functools
 import hashlib
 import logging
 import os
-import uuid
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from rankwise.directions.triplets import Part, Triplets, triplets
 from rankwise.errors import UserError
+from rankwise.files import check_writable, write_bytes
 
 VERSION = 1  # raised whenever the triplets of a weight come out differently, beyond the solvers' tolerance
 
@@ -44,12 +44,14 @@ class StartCache:
     Attributes:
         reused: starts that were read.
         broken: files that could not be used.
+        lost: starts that could not be written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.expanduser()
         self.reused = 0
         self.broken = 0
+        self.lost = 0
 
     def triplets(self, weight: Float[Tensor, "m n"], rank: int, part: Part, seed: int = 0) -> Triplets:
         """The same as :func:`rankwise.directions.triplets`, from a file where there is one, else computed and kept.
@@ -61,10 +63,19 @@ class StartCache:
         found = self._read(path)
         if found is None:
             found = triplets(weight, rank, part, seed)
-            write_bytes(path, _packed(found))
+            self._keep(path, found)
         else:
             self.reused += 1
         return Triplets(*(tensor.to(weight.device) for tensor in found))
+
+    def _keep(self, path: Path, found: Triplets) -> None:
+        """Write a start; where that fails (a full disk, say), only the time is lost, and it is said once."""
+        try:
+            write_bytes(path, _packed(found))
+        except OSError as error:
+            self.lost += 1
+            if self.lost == 1:
+                logger.warning("%s cannot be written (%s): starts are computed and not kept", self.folder, error)
 
     def _read(self, path: Path) -> Triplets | None:
         """The triplets of a file; none where there is no file or no sound one."""
@@ -85,8 +96,17 @@ class StartCache:
 
 @functools.cache
 def start_cache(folder: str) -> StartCache:
-    """The cache of a folder: the same one, with its counts, wherever this process asks for it."""
-    return StartCache(Path(folder))
+    """The cache of a folder: the same one, with its counts, wherever this process asks for it.
+
+    Raises:
+        UserError: the folder cannot be made, or not be written to.
+    """
+    cache = StartCache(Path(folder))
+    try:
+        check_writable(cache.folder)
+    except OSError as error:
+        raise UserError(f"cache {folder} cannot be written to ({error}): give another folder, or none") from error
+    return cache
 
 
 def check_device(device: str | None) -> None:
@@ -102,21 +122,6 @@ def start_key(weight: Float[Tensor, "m n"], rank: int, part: Part, seed: int = 0
     drawn = seed if part == "random" else 0
     about = f"{VERSION} {weight.dtype} {tuple(weight.shape)} {rank} {part} {drawn}"
     return _hash(about, weight)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content`` in one step: temporary file beside it, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _packed(found: Triplets) -> bytes:

@@ -138,13 +138,23 @@ def _others(names: list[str]) -> str:
 
 def start_distance(pair: Pair) -> float:
     """How far ``B A`` is from ``B0 A0``: the Frobenius norm of their difference over that of ``B0 A0``."""
-    a, a0 = (factor.flatten(1).double() for factor in (pair.A, pair.A0))
-    b, b0 = (factor.flatten(1).double() for factor in (pair.B, pair.B0))
-    stacked_a, stacked_b = torch.cat([a, a0.to(a.device)]), torch.cat([b, -b0.to(b.device)], dim=1)
-    return _norm_of_product(stacked_b, stacked_a) / max(_norm_of_product(b0, a0), torch.finfo(torch.float32).tiny)
+    a, b, a0, b0 = _wide(pair)
+    difference, norm = _norm(torch.cat([b, -b0], dim=1), torch.cat([a, a0])), _norm(b0, a0)
+    return difference / max(norm, torch.finfo(torch.float32).tiny)
 
 
-def _norm_of_product(b: Float[Tensor, "out k"], a: Float[Tensor, "k in"]) -> float:
+def start_ratio(pair: Pair) -> float:
+    """The c for which ``c B0 A0`` is nearest to ``B A``."""
+    a, b, a0, b0 = _wide(pair)
+    return float(((b.T @ b0) * (a @ a0.T)).sum()) / max(_norm(b0, a0) ** 2, torch.finfo(torch.float32).tiny)
+
+
+def _wide(pair: Pair) -> Pair:
+    """The four as matrices in float64, on the device of A."""
+    return Pair(*(factor.flatten(1).double().to(pair.A.device) for factor in pair))
+
+
+def _norm(b: Float[Tensor, "out k"], a: Float[Tensor, "k in"]) -> float:
     """Frobenius norm of ``b @ a`` from two matrices of k x k: the product is never formed."""
     return float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt())
 

@@ -21,6 +21,9 @@ MAGNITUDE = "lora_magnitude_vector"
 class SpectralDoraVariant(SpectralVariant):
     """W' = m (W + D) / ||W + D||, D = s (B A - B0 A0), norms over each output's row; m starts at the norms of W.
 
+    The start is the base exactly in the dtypes it was made in; where the model is cast afterwards (``.bfloat16()``),
+    m and the norms round apart, and it is exact to the rounding of that dtype only.
+
     The norm is detached from the gradient. Saved with [A; A0] and [B, -B0] it is PEFT's own DoRA of rank 2r.
 
     Source: DoRA (arXiv 2402.09353), section 4.3.

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft import LoraConfig
+from torch import nn
 
 from rankwise.directions.dora import SpectralDoraVariant
 from rankwise.directions.saving import CheckpointedConfig, CheckpointedModel
 from rankwise.directions.triplets import Part, check_part
-from rankwise.directions.variants import SpectralVariant
-from rankwise.errors import UserError
-from rankwise.peft_bridge import LowRankVariant, check_config, register
+from rankwise.directions.variants import SpectralVariant, check_start_device
+from rankwise.peft_bridge import Kind, LowRankVariant, check_alphas, check_config, register
 
 
 @dataclass
@@ -34,8 +34,9 @@ class MiloraConfig(CheckpointedConfig):
         start_device: on which weights are decomposed (``cuda``, say), one at a time; each weight's own where not given.
 
     Raises:
-        UserError: an unknown part, an alpha of 0 or less, or a setting of another LoRA variant (``lora_bias``,
-            say). When the model is adapted: a module that cannot be, by name and with the reason.
+        UserError: an unknown part, a rank below 1, an alpha of 0 or less (also in a pattern), or a setting of another
+            LoRA variant (``lora_bias``, say). When the model is adapted: a name in ``target_modules`` that matches
+            nothing, a module that cannot be adapted, by name and with the reason, or an unknown ``start_device``.
 
     Source: MiLoRA (arXiv 2406.09044), section 3. It differs in that the base keeps its weight and a frozen initial
     pair is kept beside the trained one, so that nothing is rounded and ``disable_adapter()`` gives the true base; and
@@ -57,12 +58,11 @@ class MiloraConfig(CheckpointedConfig):
         """Check the part and fill in alpha."""
         super().__post_init__()
         check_part(self.part)
-        check_config(self, allowed=("use_dora",))
+        check_config(self, allowed=("use_dora",), starts=(True, False))
         if self.lora_alpha is None:
             self.lora_alpha = self.r
-        if not self.lora_alpha > 0:
-            raise UserError(f"MiloraConfig(lora_alpha={self.lora_alpha}) is not possible: it must be above 0")
-        self.peft_type = "MILORA"
+        check_alphas(self)
+        self.peft_type = Kind.MILORA
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved: all fields but those that belong to this machine."""
@@ -76,5 +76,10 @@ class MiloraModel(CheckpointedModel):
         """Plain or with DoRA's magnitude."""
         return SpectralDoraVariant() if config.use_dora else SpectralVariant()
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's hook: as the base class's, where the device for its starts is one."""
+        check_start_device(self.peft_config[adapter_name].start_device)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
-register("MILORA", MiloraConfig, MiloraModel)
+
+register(Kind.MILORA, MiloraConfig, MiloraModel)

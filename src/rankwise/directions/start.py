@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rankwise.directions.cache import start_cache
 from rankwise.directions.triplets import Part, triplets
+from rankwise.errors import UserError
 
 # Norm of a row of A in PEFT's usual start, uniform with variance 1 / (3 in).
 USUAL_NORM = 3**-0.5
@@ -49,8 +50,10 @@ def spectral_start(
         B0, A0 in float32 (float64 for a float64 weight) and the number of directions that are numerically zero.
 
     Raises:
-        UserError: an unknown part, a rank out of range, or a weight that is no finite matrix.
+        UserError: an unknown part, a rank or scaling out of range, or a weight that is no finite matrix.
     """
+    if not scaling > 0:
+        raise UserError(f"a scaling of {scaling} has no start: it must be above 0")
     solve = start_cache(cache).triplets if cache else triplets
     u, s, vh = solve(weight, rank, part, seed)
     zero = s <= torch.finfo(torch.float32).eps * _largest(weight, float(s.min()))

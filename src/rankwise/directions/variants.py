@@ -15,7 +15,15 @@ from rankwise.directions.dequantise import dense_weight
 from rankwise.directions.difference import Pairs, add_difference
 from rankwise.directions.start import spectral_start
 from rankwise.errors import UserError
-from rankwise.matrices import as_matrix, direction_axis, expand, factor_matrices, project, set_factors
+from rankwise.matrices import (
+    as_matrix,
+    direction_axis,
+    expand,
+    factor_matrices,
+    factor_parameters,
+    project,
+    set_factors,
+)
 from rankwise.peft_bridge import LowRankVariant, keep_state
 
 START = "lora_start"
@@ -53,18 +61,21 @@ class SpectralVariant(LowRankVariant):
 
     def attach(self, layer: LoraLayer, adapter: str, config: LoraConfig) -> None:
         """Keep room for a frozen copy of A and B."""
-        if adapter in layer.lora_embedding_A:
-            a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-        else:
-            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        a, b = factor_parameters(layer, adapter)
         keep_state(layer, START, adapter, FrozenPair(a.detach().clone(), b.detach().clone(), config))
+
+    def check(self, layer: LoraLayer, adapter: str, config: LoraConfig) -> None:
+        """Refuse a rank above the smaller side of the weight, where its spectrum is asked for."""
+        b, a = factor_matrices(layer, adapter)
+        if config.init_lora_weights is not False and len(a) > min(len(b), a.shape[1]):
+            shape = len(b), a.shape[1]
+            raise UserError(f"rank {len(a)} of a weight of shape {shape}: 1 to its smaller side is possible")
 
     def start(self, layer: LoraLayer, adapter: str, config: LoraConfig) -> int:
         """Set A and B to the chosen triplets, and the frozen pair with them.
 
         With ``init_lora_weights=False`` A and B stay as they are, since their values come from a file. Where another
-        adapter of the layer has the same start, it is copied instead of computed again; a trainer that adds a second
-        adapter of the same config as the reference of the first so gets the same function once A and B are copied.
+        adapter of the layer has the same start, it is copied instead of computed again.
         """
         b, a = factor_matrices(layer, adapter)
         weight = getattr(layer.get_base_layer(), "weight", None)
@@ -131,7 +142,14 @@ def find_twin(layer: LoraLayer, adapter: str, config: LoraConfig) -> FrozenPair 
 def _same_start(one: LoraConfig, other: LoraConfig) -> bool:
     computed = (one.init_lora_weights is not False, other.init_lora_weights is not False)
     same_part = (one.part, one.part_seed) == (other.part, other.part_seed)
-    return one is other or (same_part and computed[0] == computed[1])
+    return same_part and computed[0] == computed[1]
+
+
+def check_start_device(device: str | None) -> None:
+    """Raise a ``UserError`` for a device on which nothing can be decomposed."""
+    if device is not None and str(device).partition(":")[0] == "meta":
+        raise UserError("start_device 'meta' holds no values to decompose: give 'cpu' or 'cuda', or leave it out")
+    check_device(device)
 
 
 def start_from_spectrum(layer: LoraLayer, adapter: str, config: LoraConfig) -> int:
@@ -144,7 +162,7 @@ def start_from_spectrum(layer: LoraLayer, adapter: str, config: LoraConfig) -> i
     if layer.merged:
         raise UserError("another adapter is merged into its weight: unmerge it before adding this one")
     device, cache = getattr(config, "start_device", None), getattr(config, "cache", None)
-    check_device(device)
+    check_start_device(device)
     weight = as_matrix(layer, dense_weight(layer.get_base_layer())).to(device)
     rank, scaling = layer.r[adapter], layer.scaling[adapter]
     b, a, zero = spectral_start(weight, rank, config.part, config.part_seed, scaling, cache)

@@ -16,9 +16,11 @@ from rankwise.directions.variants import SpectralVariant, embedded
 from rankwise.errors import UserError
 from rankwise.matrices import along, expand, factor_matrices, project
 from rankwise.peft_bridge import (
+    Kind,
     LowRankVariant,
     active_adapter,
     adapted_layers,
+    check_alphas,
     check_config,
     keep_state,
     register,
@@ -50,7 +52,8 @@ class SoraConfig(LoraConfig):
         lora_alpha: with a ``part`` it defaults to ``r``, else to PEFT's 8.
 
     Raises:
-        UserError: a value out of its range, or a setting of another LoRA variant (``use_dora``, say).
+        UserError: a value out of its range, or a setting of another LoRA variant (``use_dora``, say). When the model is
+            adapted: as for :class:`rankwise.MiloraConfig`.
 
     Source: SoRA (arXiv 2311.11696), section 3.
     """
@@ -74,9 +77,9 @@ class SoraConfig(LoraConfig):
         for name, known in {"gate_init": ("normal", "ones"), "mode": ("proximal", "reference")}.items():
             if getattr(self, name) not in known:
                 raise UserError(f"SoraConfig({name}={getattr(self, name)!r}) is unknown: {' or '.join(known)}")
-        check_config(self)
+        check_config(self, starts=(True, False, "gaussian") if self.part is None else (True, False))
         self._check_part()
-        self.peft_type = "SORA"
+        self.peft_type = Kind.SORA
 
     def _check_part(self) -> None:
         """Check the part and fill in alpha."""
@@ -84,8 +87,7 @@ class SoraConfig(LoraConfig):
             check_part(self.part)
         if self.lora_alpha is None:
             self.lora_alpha = self.r if self.part is not None else LoraConfig.lora_alpha
-        if self.part is not None and not self.lora_alpha > 0:
-            raise UserError(f"SoraConfig(lora_alpha={self.lora_alpha}) is not possible with a part: it must be above 0")
+        check_alphas(self)
 
 
 class GateVariant(LowRankVariant):
@@ -200,4 +202,4 @@ def gate_counts(model: nn.Module) -> dict[str, int]:
     return {"gates_left": sum(left.values()), "gates": total, "parameters_left": parameters}
 
 
-register("SORA", SoraConfig, SoraModel)
+register(Kind.SORA, SoraConfig, SoraModel)

@@ -25,19 +25,19 @@ from transformers import PreTrainedModel
 from rankwise.directions.basehash import weight_hash
 from rankwise.directions.cache import check_device, start_cache
 from rankwise.directions.checkpoint import SIDE_FILE, stack_pair
-from rankwise.directions.checkpoint_files import CheckpointFiles, checkpoint_folder, meta_model
+from rankwise.directions.dora import MAGNITUDE
 from rankwise.directions.milora import MiloraConfig
+from rankwise.directions.model_files import ModelFiles, meta_model, model_folder
 from rankwise.directions.saving import live_pair
 from rankwise.directions.tensor_file import DTYPES, TensorFile
 from rankwise.errors import UserError
-from rankwise.files import new_folder
+from rankwise.files import check_writable, new_folder
 from rankwise.matrices import factor_matrices
 from rankwise.peft_bridge import adapted_layers
 
 ADAPTER = "default"
 LINEAR = ("lora_A.weight", "lora_B.weight")
 EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
-MAGNITUDE = "lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def initialise(
         folder: new, empty or an earlier start, which is replaced in one step when all is written.
         config: of the adapter. Where it names a ``cache``, finished weights are kept there, so that interrupted work
             goes on where it stopped.
-        dtype: of the written A and B: float32 or another floating-point type.
+        dtype: of the written A and B: float32 or another floating-point type, no narrower one with DoRA.
         console: where progress is shown; nowhere where it is not given.
 
     Returns:
@@ -90,17 +90,20 @@ def initialise(
     Raises:
         UserError: no such model, no safetensors, a quantised checkpoint, an architecture that transformers does not
             have, targets that match nothing, a rank above a weight's smaller side, a weight that is missing or not
-            finite, or a folder that holds something else.
+            finite, a folder that holds something else, folder or cache that cannot be written to, or a setting for
+            which there is no start (``init_lora_weights=False``, ``layer_replication``).
     """
     started = time.perf_counter()
     _check(Path(folder), config, dtype)
-    source = checkpoint_folder(model)
+    source = model_folder(model)
     empty = meta_model(source)
-    files = CheckpointFiles(source, empty)
+    files = ModelFiles(source, empty)
     adapted = _adapted(empty, config)
+    adapted.peft_config[ADAPTER].base_model_name_or_path = config.base_model_name_or_path or model
     layers = dict(adapted_layers(adapted, ADAPTER))
     _check_ranks(layers)
     files.check([f"{name}.weight" for name in layers])
+    _check_writable(Path(folder))
     cache = start_cache(config.cache) if config.cache else None
     before = (cache.reused, cache.broken) if cache else (0, 0)
     with new_folder(Path(folder)) as made:
@@ -129,7 +132,7 @@ def _write(
     folder: Path,
     adapted: PeftModel,
     layers: Mapping[str, LoraLayer],
-    files: CheckpointFiles,
+    files: ModelFiles,
     config: MiloraConfig,
     dtype: torch.dtype,
     console: Console | None,
@@ -177,9 +180,26 @@ def _check(folder: Path, config: MiloraConfig, dtype: torch.dtype) -> None:
     check_device(config.start_device)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype} is not possible for A and B: take one of {', '.join(map(str, DTYPES))}")
+    if config.use_dora and dtype.itemsize < 4:
+        raise UserError(f"dtype {dtype} would round DoRA's magnitude, and with it the base: take torch.float32")
+    if config.init_lora_weights is False:
+        raise UserError("init_lora_weights=False asks for no start, and that is what is written here: leave it out")
+    if config.layer_replication:
+        raise UserError(
+            "layer_replication repeats layers that the model's files hold once: load the model and use get_peft_model"
+        )
+    if (rank := min([config.r, *(config.rank_pattern or {}).values()])) < 1:
+        raise UserError(f"rank {rank} is not possible: it must be 1 or more")
     held = folder.is_dir() and any(folder.iterdir()) and not (folder / SIDE_FILE).is_file()
     if folder.is_file() or held:
         raise UserError(f"{folder} holds something other than an earlier start: give a new folder")
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        check_writable(folder.absolute().parent)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error}): give another folder") from error
 
 
 def _adapted(model: PreTrainedModel, config: MiloraConfig) -> PeftModel:

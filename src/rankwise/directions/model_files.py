@@ -12,7 +12,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -23,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
-def checkpoint_folder(model: str) -> Path:
+def model_folder(model: str) -> Path:
     """The folder of a model: as given, the shipped one's for ``embedded``, or a hub id's in the local cache.
 
     Raises:
@@ -55,16 +55,25 @@ def meta_model(folder: Path) -> PreTrainedModel:
             f"{folder} is a quantised checkpoint, whose weights are packed: give the checkpoint as it was before "
             "quantisation; the start then loads on the quantised model"
         )
-    names = config.architectures or []
-    kind = getattr(transformers, names[0], None) if names else None
-    if kind is None:
-        raise UserError(f"architectures {names} in {folder / 'config.json'}: transformers has no such model")
+    kind = model_class(config, folder / "config.json")
     with torch.device("meta"):
-        made: PreTrainedModel = kind(config)
-    return made
+        return kind(config)
 
 
-class CheckpointFiles:
+def model_class(config: PretrainedConfig, where: str | Path) -> type[PreTrainedModel]:
+    """The class that a model's config names.
+
+    Raises:
+        UserError: it names none that transformers has; ``where`` says where it was read.
+    """
+    names = config.architectures or []
+    kind: type[PreTrainedModel] | None = getattr(transformers, names[0], None) if names else None
+    if kind is None:
+        raise UserError(f"architectures {names} in {where}: transformers has no such model")
+    return kind
+
+
+class ModelFiles:
     """The weights of a checkpoint by their names in the model, read one at a time.
 
     Names may differ between the two as they do for ``from_pretrained``: by the prefix of the base model, by

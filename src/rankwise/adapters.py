@@ -1,0 +1,90 @@
+"""An adapter from its own folder, on the base that it names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+import rankwise.ranks  # noqa: F401  # so that PEFT knows SoRA's adapters
+from rankwise.analysis.ranks import CONFIG, WEIGHTS
+from rankwise.directions import load_checkpoint
+from rankwise.directions.checkpoint import SIDE_FILE
+from rankwise.directions.model_files import model_class
+from rankwise.errors import UserError
+from rankwise.models import quiet_libraries, resolve
+
+
+def load_adapter_folder(folder: Path, model: str | None = None) -> PeftModel:
+    """The base with a saved adapter: plain LoRA, SoRA, or a checkpoint or start of MiLoRA.
+
+    Args:
+        folder: that ``save_pretrained``, a trainer or ``rankwise init`` wrote.
+        model: the base: a folder, a hub id or ``embedded``; the one that the adapter names where it is not given.
+
+    Raises:
+        UserError: the folder holds no adapter, names no base, or the base cannot be loaded or is another.
+    """
+    quiet_libraries()
+    settings = _settings(folder)
+    place = model or settings.get("base_model_name_or_path")
+    if not place:
+        raise UserError(f"{folder / CONFIG} names no base model: give it with --model")
+    base = _base(place, settings.get("task_type"), folder)
+    if (folder / SIDE_FILE).is_file():
+        return load_checkpoint(base, folder)
+    try:
+        return PeftModel.from_pretrained(base, folder)
+    except UserError:
+        raise
+    except (RuntimeError, ValueError) as error:  # PEFT's and torch's words for tensors and targets that do not fit
+        raise UserError(f"{folder} does not fit {place}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{folder} holds no {WEIGHTS}: give the folder of a whole adapter")
+    try:
+        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder / CONFIG} is not JSON ({error}): save the adapter again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{folder / CONFIG} holds no JSON object: save the adapter again")
+    return found
+
+
+def _base(place: str, task: str | None, folder: Path) -> PreTrainedModel:
+    """The base in the dtype of its files, as the adapter's task has it, else as its own config has it."""
+    options: dict[str, Any] = {}
+    if task == "SEQ_CLS":  # the base's own head, of other classes, gives way to the adapter's
+        options = {"num_labels": _labels(folder), "ignore_mismatched_sizes": True}
+    try:
+        where = resolve(place)
+        kinds = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_CLS": AutoModelForSequenceClassification}
+        kind = kinds.get(task or "") or model_class(AutoConfig.from_pretrained(where), place)
+        base: PreTrainedModel = kind.from_pretrained(where, dtype="auto", use_safetensors=True, **options)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model {place} cannot be loaded: {reason}; give the base with --model") from error
+    return base.eval()
+
+
+def _labels(folder: Path) -> int:
+    """Classes of a trained head: the fewest rows of its matrices, where it has several layers."""
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            shapes = [file.get_slice(key).get_shape() for key in file.keys() if ".lora_" not in key]
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder / WEIGHTS} cannot be read ({error}): save the adapter again") from error
+    rows = [shape[0] for shape in shapes if len(shape) == 2]
+    if not rows:
+        raise UserError(
+            f"{folder} is a classifier's and holds no trained head: load it yourself and use rankwise.export"
+        )
+    return int(min(rows))
