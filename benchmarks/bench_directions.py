@@ -20,8 +20,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rankwise.directions import Part, triplets
-from rankwise.directions.inverses import gram_matrix
 from rankwise.directions.solvers import decompose
+from rankwise.directions.solvers.inverses import gram_matrix
 from rankwise.models import EMBEDDED_FOLDER
 from timing import interleaved, machine, ratio, seconds, spread, table
 

@@ -38,7 +38,7 @@ def test_a_crash_while_writing_leaves_the_earlier_one(tmp_path, monkeypatch):
     def crash(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("rankwise.plain_lora.save_file", crash)
+    monkeypatch.setattr("rankwise.exporting.plain_lora.save_file", crash)
     for folder in ("adapter", "other"):
         with pytest.raises(OSError, match="no space left"):
             rw.export(model, tmp_path / folder, rank=1)

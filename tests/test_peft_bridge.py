@@ -1,4 +1,4 @@
-"""What we rely on in PEFT's insides, and our one place that knows them. A failure here means: mend `peft_bridge.py`."""
+"""What we rely on in PEFT's insides, and our one place that knows them. A failure here means: mend `peft_bridge/`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from rankwise.directions.dora import SpectralDoraVariant
 from rankwise.directions.milora import MiloraModel
 from rankwise.directions.variants import SpectralVariant
 from rankwise.errors import UserError
-from rankwise.matrices import factor_matrices, factor_parameters
 from rankwise.peft_bridge import (
     Kind,
     LowRankVariant,
@@ -32,8 +31,9 @@ from rankwise.peft_bridge import (
     pattern_keys,
     target_modules,
 )
+from rankwise.peft_bridge.matrices import factor_matrices, factor_parameters
+from rankwise.peft_bridge.tuner import VariantModel
 from rankwise.ranks.sora import GateVariant, SoraModel, SpectralGateVariant
-from rankwise.tuner import VariantModel
 from tiny_modules import KINDS, adapt
 
 

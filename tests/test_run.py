@@ -254,7 +254,7 @@ def test_an_earlier_stage_can_be_exported_smaller(finished: dict[str, Finished],
 
 def test_slow_starts_say_how_far_they_are(tmp_path: Path, model_folder: Path) -> None:
     console = Console(record=True, width=100, file=io.StringIO())
-    logger, base = logging.getLogger("rankwise.tuner"), logging.getLogger("rankwise").level
+    logger, base = logging.getLogger("rankwise.peft_bridge.tuner"), logging.getLogger("rankwise").level
     with logs_shown(console, seconds=0.0):
         logger.info("adapter default: 3 of 9 modules started")
     with logs_shown(console, seconds=60.0):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rankwise.directions.dequantise import dense_weight
 from rankwise.directions.difference import add_difference
 from rankwise.directions.variants import SpectralVariant
-from rankwise.matrices import as_matrix, as_weight
+from rankwise.peft_bridge.matrices import as_matrix, as_weight
 
 MAGNITUDE = "lora_magnitude_vector"
 

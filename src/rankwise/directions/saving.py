@@ -30,9 +30,9 @@ from rankwise.directions.checkpoint import (
 )
 from rankwise.directions.variants import START, find_twin
 from rankwise.errors import UserError
-from rankwise.matrices import factor_parameters
 from rankwise.peft_bridge import adapted_layers
-from rankwise.tuner import VariantModel
+from rankwise.peft_bridge.matrices import factor_parameters
+from rankwise.peft_bridge.tuner import VariantModel
 
 # Two computations of one start on one base differ by their solvers' rounding, far below this.
 SAME_START = 1e-2

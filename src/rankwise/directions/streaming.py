@@ -32,8 +32,8 @@ from rankwise.directions.saving import live_pair
 from rankwise.directions.tensor_file import DTYPES, TensorFile
 from rankwise.errors import UserError
 from rankwise.files import check_writable, new_folder
-from rankwise.matrices import factor_matrices
 from rankwise.peft_bridge import adapted_layers
+from rankwise.peft_bridge.matrices import factor_matrices
 
 ADAPTER = "default"
 LINEAR = ("lora_A.weight", "lora_B.weight")

@@ -55,8 +55,8 @@ def triplets(weight: Float[Tensor, "m n"], rank: int, part: Part, seed: int = 0,
 
     Returns:
         U (m, rank), S (rank,), Vh (rank, n) on the weight's device, in float32, or float64 for a float64 weight. U and
-        V are orthonormal to that type's rounding; ``W V = U S`` and ``W^T U = V S`` to the leak, the one of the longer
-        side to rounding.
+        V are orthonormal to that type's rounding; ``W V = U S`` and ``W^T U = V S`` to the leak, and where the
+        weight is not square the one of its longer side to rounding.
 
     Raises:
         UserError: an unknown part or solver, a rank out of range, a weight that is no finite matrix of real numbers, or

@@ -15,7 +15,8 @@ from rankwise.directions.dequantise import dense_weight
 from rankwise.directions.difference import Pairs, add_difference
 from rankwise.directions.start import spectral_start
 from rankwise.errors import UserError
-from rankwise.matrices import (
+from rankwise.peft_bridge import LowRankVariant, keep_state
+from rankwise.peft_bridge.matrices import (
     as_matrix,
     direction_axis,
     expand,
@@ -24,7 +25,6 @@ from rankwise.matrices import (
     project,
     set_factors,
 )
-from rankwise.peft_bridge import LowRankVariant, keep_state
 
 START = "lora_start"
 

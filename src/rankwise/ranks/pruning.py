@@ -12,8 +12,8 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from rankwise.directions.variants import START
-from rankwise.matrices import factor_matrices, set_factors
 from rankwise.peft_bridge import active_adapter, adapted_layers, pattern_keys, target_modules
+from rankwise.peft_bridge.matrices import factor_matrices, set_factors
 from rankwise.ranks.sora import GATE, SoraConfig, gates
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from rankwise.directions.triplets import Part, check_part
 from rankwise.directions.variants import SpectralVariant, embedded
 from rankwise.errors import UserError
-from rankwise.matrices import along, expand, factor_matrices, project
 from rankwise.peft_bridge import (
     Kind,
     LowRankVariant,
@@ -25,7 +24,8 @@ from rankwise.peft_bridge import (
     keep_state,
     register,
 )
-from rankwise.tuner import VariantModel
+from rankwise.peft_bridge.matrices import along, expand, factor_matrices, project
+from rankwise.peft_bridge.tuner import VariantModel
 
 GATE = "lora_gate"
 

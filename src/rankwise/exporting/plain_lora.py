@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rankwise.files import new_folder
 from rankwise.low_rank import Factors
-from rankwise.matrices import factor_parameters, in_embedding
 from rankwise.peft_bridge import adapted_layers, base_modules, pattern_keys, target_modules
+from rankwise.peft_bridge.matrices import factor_parameters, in_embedding
 
 
 def write_plain_lora(model: PeftModel, adapter: str, factors: Mapping[str, Factors], folder: Path) -> None:

@@ -1,8 +1,5 @@
 """How an adapter computes its update, how PEFT is told of it, and where it lies in a model.
 
-What rankwise knows of PEFT's insides is in three places, which are to be mended when PEFT changes: here the variants
-and their registration, in ``rankwise.tuner`` the tuner, in ``rankwise.matrices`` the kinds of modules.
-
 A method is a :class:`LowRankVariant` (how an adapter computes its update) and a config. :func:`register` makes the
 config known to PEFT under a name of its own, so that ``get_peft_model``, saving and loading take their usual way.
 """
@@ -31,7 +28,7 @@ from peft.tuners.lora.model import LoraModel
 from torch import Tensor, nn
 
 from rankwise.errors import UserError
-from rankwise.matrices import as_weight, factor_matrices, set_factors
+from rankwise.peft_bridge.matrices import as_weight, factor_matrices, set_factors
 
 
 class Kind(str, Enum):  # noqa: UP042 - PEFT reads the name of a kind from str(), as its own PeftType gives it
@@ -46,7 +43,7 @@ class LowRankVariant(LoraVariant):
 
     A subclass says what it keeps in a layer (:meth:`attach`), its first values (:meth:`start`), what its factors are
     (:meth:`factors`) and how it adds the update to a layer's output (``forward``, PEFT's hook). Merging and export
-    follow from the factors. ``rankwise.matrices`` says what they are for each kind of module.
+    follow from the factors. ``matrices.py`` says what they are for each kind of module.
     """
 
     is_low_rank: ClassVar[bool] = True
@@ -214,7 +211,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def matrix_factors(layer: LoraLayer, adapter: str, name: str) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
-    """B' and A' of any trained LoRA layer in the matrix view of ``rankwise.matrices``, without its scaling.
+    """B' and A' of any trained LoRA layer in the matrix view of ``matrices.py``, without its scaling.
 
     Raises:
         UserError: the layer's update is not of low rank (DoRA's magnitude, say).

@@ -31,8 +31,9 @@ def dominant_subspace(
     Args:
         linear: A, from ``columns`` to ``rows``.
         start: an orthonormal block, at least ``rank`` wide, so that no copy of a repeated singular value is missed.
-        rank: how many leading directions must converge.
-        tolerance: residual of a converged direction, relative to its singular value.
+        rank: how many leading singular values must converge.
+        tolerance: relative change of a value in a step, below which it counts as converged. An error e of a direction
+            is one of e^2 in its value, and a step makes both much smaller.
         most: steps to take at most; ``most * block`` is at most ``rows`` and ``columns``.
 
     Source: Golub, Luk and Overton, A block Lanczos method for computing the singular values and corresponding singular
@@ -41,22 +42,21 @@ def dominant_subspace(
     block = start.shape[1]
     right, left = start, start[:, :0]
     projected = start.new_zeros(block * most, block * most)
+    before = None
     for step in range(most):
         done, size = step * block, (step + 1) * block
         image = linear.apply(right[:, done:])
         new, above, projected[done:size, done:size] = _outside(image, left if step else image[:, :0])
         projected[:done, done:size] = above
         left = torch.cat([left, new], dim=1) if step else new
-        if size + block > most * block:
+        values = torch.linalg.svdvals(projected[:size, :size])[:rank]
+        if before is not None and bool(((values - before) <= tolerance * values).all()):
             break
-        following, _, coupling = _outside(linear.apply_transposed(new), right)
-        if step > 1:
-            dominant, residual = _dominant(projected[:size, :size], coupling, rank)
-            if residual <= tolerance:
-                return left @ dominant[:, :block]
-        right = torch.cat([right, following], dim=1)
-    last: Tensor = left @ torch.linalg.svd(projected[:size, :size])[0][:, :block]
-    return last
+        before = values
+        if step + 1 < most:
+            right = torch.cat([right, _outside(linear.apply_transposed(new), right)[0]], dim=1)
+    dominant: Tensor = left @ torch.linalg.svd(projected[:size, :size])[0][:, :block]
+    return dominant
 
 
 def _outside(
@@ -68,12 +68,3 @@ def _outside(
     second = basis.T @ x
     new, r = torch.linalg.qr(x - basis @ second)
     return new, first + second, r
-
-
-def _dominant(
-    projected: Float[Tensor, "size size"], coupling: Float[Tensor, "block block"], rank: int
-) -> tuple[Float[Tensor, "size size"], float]:
-    """Left singular vectors of the projected map, and the largest relative residual of the first ``rank``."""
-    u, s, _ = torch.linalg.svd(projected)
-    residual = torch.linalg.vector_norm(coupling @ u[-coupling.shape[0] :, :rank], dim=0)
-    return u, float((residual / s[:rank]).max())

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rankwise.directions.krylov import Map
+from rankwise.directions.solvers.krylov import Map
 
 # Products that find an end of a Gram matrix's spectrum, and how far beyond what they find a shift is put.
 PROBES = 30
@@ -18,12 +18,13 @@ BEYOND = 0.93
 
 
 class Inverse(NamedTuple):
-    """``F^-1`` for a factor with ``F^T F = sign (W^T W - shift)``, in ``dtype``."""
+    """``F^-1`` for a factor with ``F^T F = sign (W^T W - shift)``, in ``dtype``; ``own`` where F is W itself."""
 
     map: Map
     shift: float
     sign: int
     dtype: torch.dtype
+    own: bool
 
 
 def lu_inverse(weight: Float[Tensor, "n n"]) -> Inverse:
@@ -33,7 +34,7 @@ def lu_inverse(weight: Float[Tensor, "n n"]) -> Inverse:
     least = torch.finfo(weight.dtype).eps * diagonal.abs().max()
     diagonal.copy_(torch.where(diagonal.abs() < least, least, diagonal))
     solve = functools.partial(torch.linalg.lu_solve, factors, pivots)
-    return Inverse(Map(functools.partial(solve, adjoint=True), solve), 0.0, 1, weight.dtype)
+    return Inverse(Map(functools.partial(solve, adjoint=True), solve), 0.0, 1, weight.dtype, own=True)
 
 
 def gram_inverse(weight: Float[Tensor, "m n"], dtype: torch.dtype, smallest: bool) -> Inverse | None:
@@ -52,7 +53,7 @@ def gram_inverse(weight: Float[Tensor, "m n"], dtype: torch.dtype, smallest: boo
         if not failed:
             solve = functools.partial(torch.linalg.solve_triangular, lower.T, upper=True)
             transposed = functools.partial(torch.linalg.solve_triangular, lower, upper=False)
-            return Inverse(Map(solve, transposed), shift, sign, dtype)
+            return Inverse(Map(solve, transposed), shift, sign, dtype, own=False)
     return None
 
 

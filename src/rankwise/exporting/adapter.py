@@ -13,11 +13,11 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from rankwise.errors import UserError, nearest
+from rankwise.exporting.merged import check_mergeable, write_merged
+from rankwise.exporting.plain_lora import write_plain_lora
 from rankwise.files import new_folder
 from rankwise.low_rank import Factors, Loss, balanced_svd, distance, halves, kept_rank, padded
-from rankwise.merging import check_mergeable, write_merged
 from rankwise.peft_bridge import active_adapter, adapted_layers, matrix_factors
-from rankwise.plain_lora import write_plain_lora
 
 Layout = Literal["uniform", "compact", "merged"]
 

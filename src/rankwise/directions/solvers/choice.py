@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from rankwise.directions.edges import Edge, block_of, by_inverse, by_products, rotated
-from rankwise.directions.inverses import gram_inverse, gram_matrix, lu_inverse
+from rankwise.directions.solvers.edges import Edge, block_of, by_inverse, by_products, rotated
+from rankwise.directions.solvers.inverses import gram_inverse, gram_matrix, lu_inverse
 
 Solver = Literal["auto", "dense"]
 Attempt = Callable[[], Edge | None]

@@ -15,10 +15,10 @@ from peft.tuners.lora.model import LoraModel
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
-from rankwise.combining import add_combined
 from rankwise.errors import UserError
 from rankwise.peft_bridge import LowRankVariant, adapted_layers
-from rankwise.targets import check_module, check_targets, naming
+from rankwise.peft_bridge.combining import add_combined
+from rankwise.peft_bridge.targets import check_module, check_targets, naming
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class VariantModel(LoraModel):
         svd_rank: int | None = None,
         **others: Any,
     ) -> None:
-        """Add an adapter of the same kind whose update is ``sum_i weights_i update_i``; see ``rankwise.combining``.
+        """Add an adapter of the same kind whose update is ``sum_i weights_i update_i``: see ``combining.py``.
 
         Args:
             adapters: names of adapters of this model.

@@ -9,13 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rankwise.directions.inverses import Inverse
-from rankwise.directions.krylov import Map, dominant_subspace
+from rankwise.directions.solvers.inverses import Inverse
+from rankwise.directions.solvers.krylov import Map, dominant_subspace
 
 # Bytes of a weight's rows that are held in float64 at a time: they stay in a processor's cache.
 CHUNK = 8 << 20
 STEPS = 14
 CORRECTIONS = 4
+LEFT_CORRECTIONS = 2
 
 # Values closer than this, relative and squared, count as one; room below this is rounding.
 TIED = {torch.float32: 1e-7, torch.float64: 1e-12}
@@ -27,7 +28,7 @@ class Edge(NamedTuple):
 
     Attributes:
         U: (m, rank) orthonormal.
-        S: (rank,) with ``W V = U S``.
+        S: (rank,).
         V: (n, rank) orthonormal.
         leak: sine between the vectors found and the wanted subspace, root mean square over the vectors, of U or of V,
             whichever is more; estimated from above.
@@ -67,7 +68,7 @@ def by_inverse(weight: Float[Tensor, "m n"], rank: int, inverse: Inverse, tolera
 
     smallest = inverse.sign > 0
     ritz, off, leak = _edge(weight, rank, inverse.map, weight.shape[1], inverse.dtype, error, tolerance, smallest)
-    return _finished(weight, ritz, off, leak, left_error)
+    return _finished(weight, ritz, off, leak, left_error, tolerance if inverse.own else None)
 
 
 def by_products(weight: Float[Tensor, "m n"], rank: int, tolerance: float) -> Edge:
@@ -78,12 +79,12 @@ def by_products(weight: Float[Tensor, "m n"], rank: int, tolerance: float) -> Ed
 
     linear = Map(lambda x: weight.T @ x, lambda x: weight @ x)
     ritz, off, leak = _edge(weight, rank, linear, weight.shape[0], weight.dtype, error, tolerance, smallest=False)
-    return _finished(weight, ritz, off, leak, lambda residual, values: residual / values)
+    return _finished(weight, ritz, off, leak, lambda residual, values: residual / values, None)
 
 
 def block_of(rank: int) -> int:
     """Vectors that are iterated for ``rank`` wanted ones."""
-    return rank + max(8, rank // 8)
+    return rank + max(8, rank // 16)
 
 
 def _edge(
@@ -101,7 +102,8 @@ def _edge(
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(size, block, generator=generator, dtype=dtype).to(weight.device)
     most = min(STEPS, weight.shape[1] // block)
-    found = dominant_subspace(linear, torch.linalg.qr(start)[0], rank, tolerance, most)
+    settled = 1e3 * tolerance**2
+    found = dominant_subspace(linear, torch.linalg.qr(start)[0], rank, settled, most)
     v = torch.linalg.qr(found.double())[0]
     ritz = _ritz(v, *_products(weight, v), block, smallest)
     for correction in range(CORRECTIONS + 1):
@@ -163,17 +165,29 @@ def _finished(
     off: Float[Tensor, "n rank"],
     leak: float,
     left_error: Callable[[Tensor, Tensor], Tensor],
+    tolerance: float | None,
 ) -> Edge:
     """Subtract the error that was measured, orthonormalise, and measure the left side too.
 
     An error e_j of v towards the direction j is one of ``e_j s_j / s_i`` in u: of the smallest triplets the left
-    vectors may be wrong where the right ones are not. Their error follows from the residual ``W^T u - s v``.
+    vectors may be wrong where the right ones are not. Their error follows from the residual ``W^T u - s v``. Where a
+    tolerance is given ``left_error`` leads to the left vectors themselves: they are made so, as ``s W^-T v``, in which
+    such errors shrink instead, and corrected until they are within the tolerance.
     """
-    v, r = torch.linalg.qr(ritz.V[:, : off.shape[1]] - off)
-    wv = ritz.WV[:, : off.shape[1]] - (weight @ off.to(weight.dtype)).double()
-    u, s, v = rotated(v, torch.linalg.solve_triangular(r, wv, upper=True, left=False))
-    left = left_error(_transposed_product(weight, u) - v * s, s)
-    return Edge(u, s, v, max(leak, float(left.square().sum(dim=0).mean().sqrt())))
+    rank = off.shape[1]
+    v, r = torch.linalg.qr(ritz.V[:, :rank] - off)
+    wv = ritz.WV[:, :rank] - (weight @ off.to(weight.dtype)).double()
+    wv = torch.linalg.solve_triangular(r, wv, upper=True, left=False)
+    basis = torch.linalg.qr(wv if tolerance is None else left_error(v, torch.ones_like(v[0])))[0]
+    for correction in range(LEFT_CORRECTIONS + 1):
+        inner, s, turn = torch.linalg.svd(basis.T @ wv)
+        u, v, wv = basis @ inner, v @ turn.T, wv @ turn.T
+        off = left_error(_transposed_product(weight, u) - v * s, s)
+        left = float(off.square().sum(dim=0).mean().sqrt())
+        if tolerance is None or not left > tolerance or correction == LEFT_CORRECTIONS:
+            break
+        basis = torch.linalg.qr(u - off)[0]
+    return Edge(u, s, v, max(leak, left))
 
 
 def rotated(

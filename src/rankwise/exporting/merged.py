@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from rankwise.errors import UserError
 from rankwise.low_rank import Loss
-from rankwise.matrices import refusal
 from rankwise.peft_bridge import adapted_layers
+from rankwise.peft_bridge.matrices import refusal
 
 
 def check_mergeable(model: PeftModel, adapter: str) -> None:

@@ -10,8 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from rankwise.errors import UserError, nearest
-from rankwise.matrices import refusal
 from rankwise.peft_bridge import base_modules
+from rankwise.peft_bridge.matrices import refusal
 
 
 @contextmanager

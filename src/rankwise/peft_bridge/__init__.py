@@ -1,0 +1,31 @@
+"""All that rankwise knows of PEFT's insides: variants and their tuner, the kinds of modules, sums of adapters."""
+
+from rankwise.peft_bridge.variant import (
+    Kind,
+    LowRankVariant,
+    active_adapter,
+    adapted_layers,
+    base_modules,
+    check_alphas,
+    check_config,
+    keep_state,
+    matrix_factors,
+    pattern_keys,
+    register,
+    target_modules,
+)
+
+__all__ = [
+    "Kind",
+    "LowRankVariant",
+    "active_adapter",
+    "adapted_layers",
+    "base_modules",
+    "check_alphas",
+    "check_config",
+    "keep_state",
+    "matrix_factors",
+    "pattern_keys",
+    "register",
+    "target_modules",
+]
