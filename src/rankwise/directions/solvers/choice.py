@@ -31,7 +31,7 @@ LEAST_GRAM = 256
 
 
 class Solution(NamedTuple):
-    """Singular triplets, how they were found, and an estimate of their leak from above; none of a dense method."""
+    """Singular triplets, how they were found, and an estimate of their leak; none of a dense method."""
 
     U: Float[Tensor, "m rank"]
     S: Float[Tensor, " rank"]
