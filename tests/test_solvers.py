@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankwise.directions.solvers import choice, decompose
+from rankwise.directions.solvers import choice, decompose, square
 from rankwise.directions.solvers.edges import block_of, by_inverse
 from rankwise.directions.solvers.inverses import gram_inverse, gram_matrix, lu_inverse
 from rankwise.directions.solvers.krylov import Map, dominant_subspace
@@ -95,7 +95,7 @@ def test_random_weights_of_deficient_rank(shape, change, kind, rank):
     found = decompose(weight, list(range(399, 399 - rank, -1)))
     if found.leak is not None:
         true = max(leak_of(found.V.T, weight, "minor"), leak_of(found.U.T, weight.T, "minor"))
-        assert true <= 3 * found.leak + 1e-9
+        assert true <= 1.5 * found.leak + 1e-6
 
 
 def check(weight: torch.Tensor, rank: int, part: Part, tolerance: float) -> None:
@@ -180,6 +180,26 @@ def test_the_gram_matrix_serves_the_middle(part, monkeypatch):
     torch.testing.assert_close((by_gram.Vh * by_svd.Vh).sum(1).abs(), torch.ones(10), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(400, 400), (520, 400)], ids=str)
+def test_tiny_values_that_differ_little_are_told_apart(shape):
+    """Squared, those of 3e-7 that differ by a thousandth would drown in the rounding of the larger ones' squares."""
+    weight = make(shape, SPECTRA["small jump"], torch.float32)
+    found = decompose(weight, list(range(399, 395, -1)))
+    assert found.method.startswith(("LU", "Gram"))
+    assert max(leak_of(found.V.T, weight, "minor"), leak_of(found.U.T, weight.T, "minor")) < 3e-6
+
+
+@pytest.mark.parametrize("rank", [12, 40])
+def test_rounding_of_the_factors_is_seen(rank):
+    """Left vectors that are astray where the right ones are exact: measured singly or on mixtures."""
+    weight = torch.randn(400, 400, generator=torch.Generator().manual_seed(14))
+    u, _, vh = np.linalg.svd(weight.double().numpy())
+    left, right = (torch.tensor(side[:, -rank:].copy()) for side in (u, vh.T))
+    astray = torch.linalg.qr(left + 0.01 * torch.tensor(u[:, :rank].copy()))[0]
+    _, _, _, _, seen = square.pairs(weight, astray, right, lu_inverse(weight))
+    assert 0.008 < seen < 0.012
+
+
 def test_scale_does_not_matter():
     weight = torch.randn(400, 400, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     base = decompose(weight, list(range(399, 389, -1)))
@@ -252,9 +272,10 @@ def test_lu_takes_a_singular_weight():
 def test_dominant_subspace_against_numpy():
     matrix = make((80, 50), 0.8 ** np.arange(50), torch.float64)
     start = torch.linalg.qr(torch.randn(50, 8, generator=torch.Generator().manual_seed(11), dtype=torch.float64))[0]
-    found = dominant_subspace(Map(lambda x: matrix @ x, lambda x: matrix.T @ x), start, 3, 1e-9, most=6)
-    u = np.linalg.svd(matrix.numpy())[0][:, :3]
-    np.testing.assert_allclose(np.linalg.norm(u.T @ found[:, :3].numpy(), axis=0), 1, atol=1e-9)
+    found, values = dominant_subspace(Map(lambda x: matrix @ x, lambda x: matrix.T @ x), start, 3, 1e-9, most=6)
+    u, s, _ = np.linalg.svd(matrix.numpy())
+    np.testing.assert_allclose(np.linalg.norm(u.T[:3] @ found[:, :3].numpy(), axis=0), 1, atol=1e-9)
+    np.testing.assert_allclose(values[:3].numpy(), s[:3], rtol=1e-9)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -273,4 +294,4 @@ def test_the_fast_way_agrees_with_the_dense_one(data):
 
 
 def test_block_is_wider_than_the_rank():
-    assert [block_of(rank) for rank in (1, 32, 128)] == [9, 40, 136]
+    assert [block_of(rank) for rank in (1, 32, 128)] == [17, 48, 160]

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from rankwise.directions.solvers.edges import Edge, block_of, by_inverse, by_products, rotated
-from rankwise.directions.solvers.inverses import gram_inverse, gram_matrix, lu_inverse
+from rankwise.directions.solvers.inverses import gram_inverse, gram_matrix
+from rankwise.directions.solvers.square import by_lu
 
 Solver = Literal["auto", "dense"]
 Attempt = Callable[[], Edge | None]
@@ -95,14 +96,10 @@ def _attempts(weight: Float[Tensor, "m n"], picked: Sequence[int], tolerance: fl
         yield "products", functools.partial(by_products, weight, rank, tolerance)
         yield "Gram matrix", functools.partial(_by_gram, weight, rank, weight.dtype, tolerance, smallest=False)
     elif list(picked) == list(range(n - 1, n - 1 - rank, -1)):
-        name, method = ("LU", _by_lu) if m == n else ("Gram matrix", _by_gram)
+        name, method = ("LU", by_lu) if m == n else ("Gram matrix", _by_gram)
         for dtype in dict.fromkeys((weight.dtype, torch.float64)):
             exact = f"{name} in {str(dtype).removeprefix('torch.')}"
             yield exact, functools.partial(method, weight, rank, dtype, tolerance)
-
-
-def _by_lu(weight: Float[Tensor, "n n"], rank: int, dtype: torch.dtype, tolerance: float) -> Edge:
-    return by_inverse(weight, rank, lu_inverse(weight.to(dtype)), tolerance)
 
 
 def _by_gram(

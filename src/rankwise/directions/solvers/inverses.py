@@ -18,13 +18,12 @@ BEYOND = 0.93
 
 
 class Inverse(NamedTuple):
-    """``F^-1`` for a factor with ``F^T F = sign (W^T W - shift)``, in ``dtype``; ``own`` where F is W itself."""
+    """``F^-1`` for a factor with ``F^T F = sign (W^T W - shift)``, in ``dtype``."""
 
     map: Map
     shift: float
     sign: int
     dtype: torch.dtype
-    own: bool
 
 
 def lu_inverse(weight: Float[Tensor, "n n"]) -> Inverse:
@@ -34,7 +33,7 @@ def lu_inverse(weight: Float[Tensor, "n n"]) -> Inverse:
     least = torch.finfo(weight.dtype).eps * diagonal.abs().max()
     diagonal.copy_(torch.where(diagonal.abs() < least, least, diagonal))
     solve = functools.partial(torch.linalg.lu_solve, factors, pivots)
-    return Inverse(Map(functools.partial(solve, adjoint=True), solve), 0.0, 1, weight.dtype, own=True)
+    return Inverse(Map(functools.partial(solve, adjoint=True), solve), 0.0, 1, weight.dtype)
 
 
 def gram_inverse(weight: Float[Tensor, "m n"], dtype: torch.dtype, smallest: bool) -> Inverse | None:
@@ -53,7 +52,7 @@ def gram_inverse(weight: Float[Tensor, "m n"], dtype: torch.dtype, smallest: boo
         if not failed:
             solve = functools.partial(torch.linalg.solve_triangular, lower.T, upper=True)
             transposed = functools.partial(torch.linalg.solve_triangular, lower, upper=False)
-            return Inverse(Map(solve, transposed), shift, sign, dtype, own=False)
+            return Inverse(Map(solve, transposed), shift, sign, dtype)
     return None
 
 

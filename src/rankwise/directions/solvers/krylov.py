@@ -9,6 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+# After one Cholesky factorisation the product of a block with itself is as close as this to 1, or reflections are used.
+ORTHONORMAL = 0.1
+
 Product = Callable[[Tensor], Tensor]
 
 
@@ -21,8 +24,8 @@ class Map(NamedTuple):
 
 def dominant_subspace(
     linear: Map, start: Float[Tensor, "columns block"], rank: int, tolerance: float, most: int
-) -> Float[Tensor, "rows block"]:
-    """Nearly orthonormal: the map's ``block`` most dominant left singular vectors, leading ones first.
+) -> tuple[Float[Tensor, "rows block"], Float[Tensor, " block"]]:
+    """The map's ``block`` most dominant left singular vectors, nearly orthonormal, with their values, descending.
 
     Golub-Kahan rather than Lanczos on ``A A^T``: the projected matrix holds singular values, not their squares, so that
     float32 still resolves the last of the wanted directions beside the first. Every block is orthogonalised twice
@@ -49,14 +52,30 @@ def dominant_subspace(
         new, above, projected[done:size, done:size] = _outside(image, left if step else image[:, :0])
         projected[:done, done:size] = above
         left = torch.cat([left, new], dim=1) if step else new
-        values = torch.linalg.svdvals(projected[:size, :size])[:rank]
-        if before is not None and bool(((values - before) <= tolerance * values).all()):
+        inner, values, _ = torch.linalg.svd(projected[:size, :size])
+        wanted = values[:rank]
+        if before is not None and bool((wanted - before <= tolerance * wanted).all()):
             break
-        before = values
+        before = wanted
         if step + 1 < most:
             right = torch.cat([right, _outside(linear.apply_transposed(new), right)[0]], dim=1)
-    dominant: Tensor = left @ torch.linalg.svd(projected[:size, :size])[0][:, :block]
-    return dominant
+    return left @ inner[:, :block], values[:block]
+
+
+def orthonormal(x: Float[Tensor, "n k"]) -> tuple[Float[Tensor, "n k"], Float[Tensor, "k k"]]:
+    """Q and R: by two Cholesky factorisations, which are products nearly all, or by Householder's reflections.
+
+    Source: Yamamoto, Nakatsukasa, Yanagisawa and Fukaya, Roundoff error analysis of the CholeskyQR2 algorithm
+    (Electronic Transactions on Numerical Analysis 44, 2015).
+    """
+    q, r = x, torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    one = r
+    for _ in range(2):
+        lower, failed = torch.linalg.cholesky_ex(q.T @ q)
+        q = torch.linalg.solve_triangular(lower.T, q, upper=True, left=False)
+        r = lower.T @ r
+    settled = not failed and bool(((lower - one).abs() < ORTHONORMAL).all())
+    return (q, r) if settled else torch.linalg.qr(x)
 
 
 def _outside(
@@ -66,5 +85,5 @@ def _outside(
     first = basis.T @ x
     x = x - basis @ first
     second = basis.T @ x
-    new, r = torch.linalg.qr(x - basis @ second)
+    new, r = orthonormal(x - basis @ second)
     return new, first + second, r
