@@ -39,6 +39,15 @@ TYPES = {"float32": (torch.float32, 1e-3), "float64": (torch.float64, 1e-7), "bf
 ENDS: list[Part] = ["minor", "principal"]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def small_weights_take_the_fast_way():
+    """Where it is no faster it is right all the same, and an SVD by numpy takes no time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, "LEAST_SIDE", 384)
+        patch.setitem(choice.LARGEST_SHARE, "tall", 8)
+        yield
+
+
 def orthonormal(rows: int, columns: int, seed: int) -> np.ndarray:
     return np.linalg.qr(np.random.default_rng(seed).standard_normal((rows, columns)))[0]
 
@@ -291,6 +300,14 @@ def test_the_fast_way_agrees_with_the_dense_one(data):
     torch.testing.assert_close(fast.S, dense.S, rtol=1e-4, atol=1e-6 * float(dense.S.max()))
     assert leak_of(fast.Vh, weight, part) < 1e-3
     assert leak_of(fast.U.T, weight.T, part) < 1e-3
+
+
+def test_small_weights_and_large_shares_are_dense(monkeypatch):
+    monkeypatch.setattr(choice, "LEAST_SIDE", 512)
+    monkeypatch.setitem(choice.LARGEST_SHARE, "tall", 16)
+    small, tall, square_one = torch.randn(500, 500), torch.randn(700, 512), torch.randn(512, 512)
+    assert decompose(small, [499]).method == decompose(tall, list(range(511, 479, -1))).method == "dense"
+    assert decompose(square_one, list(range(511, 479, -1))).method == "LU in float32"
 
 
 def test_block_is_wider_than_the_rank():

@@ -22,9 +22,9 @@ Attempt = Callable[[], Edge | None]
 
 logger = logging.getLogger(__name__)
 
-# Below this side, or for a larger share of the spectrum, a dense decomposition is as fast.
-LEAST_SIDE = 384
-LARGEST_SHARE = 8
+# Below this side, or where a block is a larger share (one in so many) of all vectors, a dense decomposition is as fast.
+LEAST_SIDE = 512
+LARGEST_SHARE = {"square": 8, "tall": 16}
 
 # The Gram matrix holds squares: a value below this share of the largest has lost half its digits in it.
 GRAM_FLOOR = 3e-5
@@ -90,7 +90,7 @@ def _dense(weight: Float[Tensor, "m n"], picked: Sequence[int]) -> Solution:
 def _attempts(weight: Float[Tensor, "m n"], picked: Sequence[int], tolerance: float) -> Iterator[tuple[str, Attempt]]:
     """Methods for one end of the spectrum, the fastest first."""
     (m, n), rank = weight.shape, len(picked)
-    if n < LEAST_SIDE or block_of(rank) * LARGEST_SHARE > n:
+    if n < LEAST_SIDE or block_of(rank) * LARGEST_SHARE["square" if m == n else "tall"] > n:
         return
     if list(picked) == list(range(rank)):
         yield "products", functools.partial(by_products, weight, rank, tolerance)
