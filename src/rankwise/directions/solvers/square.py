@@ -13,7 +13,7 @@ from rankwise.directions.solvers.inverses import Inverse, lu_inverse
 from rankwise.directions.solvers.krylov import orthonormal
 from rankwise.directions.solvers.products import product_and_transposed
 
-# As of the other methods: the first pass below does what two more steps would.
+# As in the other methods, but the first pass does what one or two more steps would.
 SETTLED = 1e4
 # Passes of measuring and subtracting the error, the later ones where as many times the tolerance is left.
 PASSES = 3
@@ -77,8 +77,8 @@ def pairs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
     """Singular pairs U, S, V within two spans, descending; W V; and the error of the left span, root mean square.
 
-    That error, ``W^-T (W^T u - s v)``, is measured on random mixtures of the vectors, or on each of a few: these are
-    without it.
+    That error, ``W^-T (W^T u - s v)``, is measured on random mixtures of the vectors. Of a few vectors it is measured
+    on each, and subtracted from U.
     """
     rank = u.shape[1]
     generator = torch.Generator().manual_seed(1)
