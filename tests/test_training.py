@@ -18,10 +18,12 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerContr
 
 import small_runs
 from rankwise.errors import UserError
+from rankwise.optimisation import training_tools
+from rankwise.progress import ProgressBar, StopOnNan
 from rankwise.ranks import SoraConfig, gates
 from rankwise.schema import LoraSettings, SftStage, SoftmaxDpoStage, SoraSettings
 from rankwise.tokenise import AnswerCollator, encode_answers
-from rankwise.training import AnswerTrainer, ProgressBar, StopOnNan, _optimizer, train_stage
+from rankwise.training import AnswerTrainer, train_stage
 
 # Answers of one to seven tokens, so that a mean over rows is not the mean over tokens.
 PAIRS = [{"prompt": "#!" * (1 + number % 3), "completion": "?@%" * (number // 2) + "?"} for number in range(4)]
@@ -313,8 +315,8 @@ def test_a_bar_can_be_shown_before_its_length_is_known() -> None:
 def test_lora_plus_trains_b_faster(adapted: PeftModel) -> None:
     """Every B has the ratio's share of the rate; every trained parameter is in one group."""
     stage = SftStage(kind="sft", learning_rate=1e-3, weight_decay=0.1)
-    assert _optimizer(adapted, stage, LoraSettings()) is None
-    made = _optimizer(adapted, stage, LoraSettings(lora_plus_ratio=8))
+    assert training_tools(adapted, stage, LoraSettings(), 10).optimizer is None
+    made = training_tools(adapted, stage, LoraSettings(lora_plus_ratio=8), 10).optimizer
     rates = {id(p): (group["lr"], group["weight_decay"]) for group in made.param_groups for p in group["params"]}
     trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     assert len(rates) == len(trained)

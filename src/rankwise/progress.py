@@ -1,0 +1,110 @@
+"""How a training is seen: a bar, a file of metrics, and an early end where the loss is no number."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rankwise.errors import UserError
+from rankwise.ranks import SoraConfig, gate_counts
+
+
+class ProgressBar(TrainerCallback):
+    """A bar with the loss, the rate in rows a second, and the time left; off the terminal, a line for every tenth."""
+
+    def __init__(self, title: str, console: Console) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),  # copes with a total that is not known yet
+            TextColumn("steps, loss {task.fields[loss]}"),
+            TextColumn("{task.fields[rate]} rows/s"),
+            TimeRemainingColumn(),
+        )
+        self.console = console
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.progress.add_task(title, total=None, loss="-", rate="-")
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Know the number of steps."""
+        self.rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.progress.reset(self.task, total=state.max_steps, loss="-", rate="-")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Move the bar."""
+        task = self.progress.tasks[self.task]
+        rate = f"{state.global_step * self.rows / max(task.elapsed or 0.0, 1e-9):.0f}"
+        self.progress.update(self.task, completed=state.global_step, rate=rate)
+        tenth = 10 * state.global_step // state.max_steps
+        if not self.console.is_terminal and tenth > 10 * (state.global_step - 1) // state.max_steps:
+            left = (task.elapsed or 0.0) * (state.max_steps / state.global_step - 1)
+            loss = f"loss {task.fields['loss']}, {rate} rows/s, {left:.0f} s left"
+            self.console.print(
+                f"{task.description}: {state.global_step}/{state.max_steps} steps, {loss}", highlight=False
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Show the loss."""
+        if logs and "loss" in logs:
+            self.progress.update(self.task, loss=f"{float(logs['loss']):.3f}")
+
+
+class MetricsFile(TrainerCallback):
+    """Append what is logged to ``metrics.jsonl``, a JSON object a line."""
+
+    def __init__(self, path: Path, stage: str) -> None:
+        self.path, self.stage = path, stage
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        """Write one line."""
+        line = {
+            "stage": self.stage,
+            "step": state.global_step,
+            **{name: float(value) for name, value in (logs or {}).items()},
+        }
+        if isinstance(model, PeftModel) and isinstance(model.peft_config[model.active_adapter], SoraConfig):
+            line |= gate_counts(model)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class StopOnNan(TrainerCallback):
+    """Stop a training whose loss is no number, with the step."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Raise where the logged loss is NaN or infinite; after the last step only the mean of the stage is logged."""
+        found = logs or {}
+        loss = float(found.get("loss", found.get("train_loss", 0.0)))
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {state.global_step}: lower the stage's learning_rate")

@@ -1,0 +1,36 @@
+"""What a recipe can say: every setting, its type, its default and its meaning."""
+
+from rankwise.schema.adapters import Adapter, LoraSettings, MiloraSettings, SoraSettings
+from rankwise.schema.base import EMBEDDED, Section
+from rankwise.schema.data import (
+    ClassificationData,
+    InstructionData,
+    InteractionData,
+    RecommendationSettings,
+    SdpoData,
+    TextData,
+)
+from rankwise.schema.recipe import EvaluationSettings, ExportSettings, ModelSettings, Recipe
+from rankwise.schema.stages import AnyStage, SftStage, SoftmaxDpoStage
+
+__all__ = [
+    "EMBEDDED",
+    "Adapter",
+    "AnyStage",
+    "ClassificationData",
+    "EvaluationSettings",
+    "ExportSettings",
+    "InstructionData",
+    "InteractionData",
+    "LoraSettings",
+    "MiloraSettings",
+    "ModelSettings",
+    "Recipe",
+    "RecommendationSettings",
+    "SdpoData",
+    "Section",
+    "SftStage",
+    "SoftmaxDpoStage",
+    "SoraSettings",
+    "TextData",
+]

@@ -1,0 +1,31 @@
+"""What every section of a recipe is, and the types that they share."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+EMBEDDED = "embedded"
+
+
+def _expand(path: str) -> str:
+    """A path with ``~`` and environment variables filled in."""
+    expanded = os.path.expanduser(os.path.expandvars(path))  # noqa: PTH111 - beside expandvars, which Path has not
+    if "$" in expanded:
+        raise ValueError("an environment variable in it is not set: set it, or write the path out")
+    return expanded
+
+
+File = Annotated[str, AfterValidator(_expand)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Part = Literal["minor", "principal", "middle", "random"]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -1,0 +1,94 @@
+"""The data of a recipe: one section for each kind."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rankwise.schema.base import Count, File, Section, Share
+
+
+class TextData(Section):
+    """Plain text, for language modelling."""
+
+    kind: Literal["text"]
+    train: File = Field(description="A .txt file, or a table with a text column.")
+    validation: File | None = Field(None, description="Held-out text; a share of train where not given.")
+    column: str | None = Field(None, description="The text column of a table; 'text' where not given.")
+    separator: str | None = Field(None, description="Between documents of a .txt file: any text, or 'blank lines'.")
+    holdout: Share = Field(0.1, description="Share of the documents held out where there is no validation file.")
+    rows: Count | None = Field(None, description="Most documents to train on, drawn by the seed.")
+
+
+class InstructionData(Section):
+    """Prompts with answers; the loss is on the answers only."""
+
+    kind: Literal["instructions"]
+    train: File = Field(description="JSON, JSONL, CSV or Parquet: prompt and completion, Alpaca, or chat messages.")
+    validation: File | None = Field(None, description="Held-out rows; a share of train where not given.")
+    form: Literal["auto", "pairs", "alpaca", "chat"] = Field("auto", description="How the rows are written.")
+    prompt: str | None = Field(None, description="Column of the prompt, where it has another name.")
+    completion: str | None = Field(None, description="Column of the answer, where it has another name.")
+    template: str | None = Field(
+        None, description="What surrounds a prompt, such as '{prompt}\\n'; by the form if not given."
+    )
+    holdout: Share = Field(0.1, description="Share of the rows held out where there is no validation file.")
+    rows: Count | None = Field(None, description="Most rows to train on, drawn by the seed.")
+
+
+class ClassificationData(Section):
+    """One or two sentences with a label."""
+
+    kind: Literal["classification"]
+    train: File = Field(description="JSON, JSONL, CSV, TSV or Parquet.")
+    validation: File | None = Field(None, description="Held-out rows; a share of train where not given.")
+    sentence1: str = Field("sentence1", description="Column of the first sentence.")
+    sentence2: str | None = Field(None, description="Column of the second sentence, if there is one.")
+    label: str = Field("label", description="Column of the label.")
+    quoting: bool = Field(True, description="Whether quotes enclose fields; off for the GLUE files.")
+    holdout: Share = Field(0.1, description="Share of the rows held out where there is no validation file.")
+    rows: Count | None = Field(None, description="Most rows to train on, drawn by the seed.")
+
+
+class RecommendationSettings(Section):
+    """What interactions and published files have in common."""
+
+    template: str = Field("films", description="A shipped template's name, or the path of your own.")
+    negatives: Count = Field(3, description="Most rejected answers of a training row.")
+    candidates: int = Field(20, ge=2, description="Candidates of an evaluation case, the true one included.")
+    rows: Count | None = Field(None, description="Most training rows, drawn by the seed.")
+
+
+class InteractionData(RecommendationSettings):
+    """A log of interactions with a table of items."""
+
+    kind: Literal["interactions"]
+    interactions: File = Field(description="CSV, TSV, JSONL or Parquet: who, what, when.")
+    items: File | None = Field(None, description="CSV, TSV, JSONL or Parquet: what, and its title.")
+    user: str | None = Field(None, description="Column of the user; a common name is found.")
+    item: str | None = Field(None, description="Column of the item in the interactions; a common name is found.")
+    time: str | None = Field(None, description="Column of the time, a number or ISO date; a common name is found.")
+    rating: str | None = Field(None, description="Column of the rating; a common name is found.")
+    item_id: str | None = Field(None, description="Column of the item in the items; a common name is found.")
+    title: str | None = Field(None, description="Column of the title; a common name is found.")
+    minimum_rating: float | None = Field(None, description="Interactions rated lower are left out.")
+    minimum_interactions: int = Field(3, ge=3, description="Users with fewer are left out.")
+    history: Count = Field(10, description="Most items of a history.")
+    tidy_titles: bool = Field(False, description="Write 'Matrix, The (1999)' as 'The Matrix (1999)'.")
+
+
+class SdpoData(RecommendationSettings):
+    """The files of the S-DPO and LLaRA authors."""
+
+    kind: Literal["sdpo"]
+    train: File = Field(description="S-DPO's JSON, or LLaRA's JSONL windows.")
+    validation: File = Field(description="S-DPO's JSON, or LLaRA's JSONL windows.")
+    test: File = Field(description="S-DPO's JSON, or LLaRA's JSONL windows.")
+    template: str = Field("artists-candidates", description="A shipped template's name, or the path of your own.")
+    names: File | None = Field(None, description="LLaRA's id2name.txt, where windows are read.")
+
+
+Data = Annotated[
+    TextData | InstructionData | ClassificationData | InteractionData | SdpoData, Field(discriminator="kind")
+]

@@ -1,0 +1,97 @@
+"""A whole recipe, and the checks that need more than one of its sections."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from rankwise.schema.adapters import Adapter, MiloraSettings
+from rankwise.schema.base import EMBEDDED, Count, Section
+from rankwise.schema.data import ClassificationData, Data, RecommendationSettings
+from rankwise.schema.stages import AnyStage
+
+RESERVED = ("random", "popularity", "most frequent", "base model")
+
+
+class ModelSettings(Section):
+    """The base model, which is never changed."""
+
+    path: str = Field(EMBEDDED, description="A folder, a hub id, or 'embedded' for the small model that ships here.")
+    context: Count | None = Field(
+        None, description="Most tokens of a row; the model's limit, at most 2048, if not given."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the frozen weights in memory.")
+
+
+class EvaluationSettings(Section):
+    """What is measured after each stage."""
+
+    split: Literal["validation", "test"] = Field("test", description="Part of the data; validation where no test is.")
+    cases: Count | None = Field(None, description="Most cases, drawn by the seed; all where not given.")
+    generate: bool = Field(True, description="In recommendation, also the papers' protocol: greedy text, substrings.")
+    base: bool = Field(True, description="Also measure the base model.")
+
+
+class ExportSettings(Section):
+    """The finished adapter."""
+
+    rank: Count | None = Field(None, description="Largest rank to keep; all where not given.")
+    energy: float | None = Field(None, gt=0, le=1, description="Share of each update's squared norm to keep.")
+    layout: Literal["uniform", "compact", "merged"] = Field("uniform", description="Form of the adapter.")
+
+
+class Recipe(Section):
+    """Everything a run depends on."""
+
+    name: str = Field("run", description="Shown in the report.")
+    model: ModelSettings = ModelSettings()
+    adapter: Adapter = MiloraSettings()
+    data: Data
+    stages: list[AnyStage] = Field(min_length=1)
+    evaluation: EvaluationSettings = EvaluationSettings()
+    export: ExportSettings = ExportSettings()
+    output: str = Field(description="Folder of the run; must be new or empty.")
+    seed: int = Field(0, ge=0, description="Of the data's draws, the adapter and the training.")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="Arithmetic of the training.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, values: Any) -> Any:
+        """Name each unnamed stage by its kind; an adapter without a kind is the default one."""
+        if isinstance(values, dict) and isinstance(values.get("stages"), list):
+            named = [{"name": s.get("kind", ""), **s} if isinstance(s, dict) else s for s in values["stages"]]
+            values = values | {"stages": named}
+        if isinstance(values, dict) and isinstance(values.get("adapter"), dict):
+            values = values | {"adapter": {"kind": "milora"} | values["adapter"]}
+        return values
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Recipe:
+        """Names are unique, starts are known, and preference training has rows to train on."""
+        names: list[str] = []
+        for number, stage in enumerate(self.stages):
+            if stage.name in RESERVED:
+                raise ValueError(f"stages.{number}.name {stage.name!r} is a name of the result table: choose another")
+            if stage.kind == "sft" and stage.loss == "row" and isinstance(self.data, ClassificationData):
+                raise ValueError(f"stages.{number}.loss row: labels have no prompt to learn; use answer")
+            if stage.name in names:
+                raise ValueError(f"stages.{number}.name {stage.name!r} occurs twice: name each stage differently")
+            if stage.start is not None and stage.start not in names:
+                known = f"one of {', '.join(names)}" if names else "nothing: no stage is before it"
+                raise ValueError(f"stages.{number}.start {stage.start!r} is no earlier stage; possible: {known}")
+            if stage.kind == "softmax_dpo" and not isinstance(self.data, RecommendationSettings):
+                raise ValueError(f"stages.{number}.kind softmax_dpo needs data of kind interactions or sdpo")
+            if stage.kind == "softmax_dpo" and stage.negatives > self.data.negatives:  # type: ignore[union-attr]
+                raise ValueError(f"stages.{number}.negatives {stage.negatives} is more than data.negatives: raise that")
+            names.append(stage.name)
+        return self
+
+    @model_validator(mode="after")
+    def _export_fits(self) -> Recipe:
+        """Merged weights are not cut, and DoRA has no other form without its magnitude."""
+        if self.adapter.use_dora and self.export.layout != "merged":
+            raise ValueError("adapter.use_dora is no plain LoRA when it is finished: set export.layout to merged")
+        if self.export.layout == "merged" and (self.export.rank or self.export.energy):
+            raise ValueError("export.layout merged keeps the whole update: leave out export.rank and export.energy")
+        return self
