@@ -93,25 +93,39 @@ def factor_matrices(layer: LoraLayer, adapter: str) -> tuple[Float[Tensor, "out 
 
 @torch.no_grad()
 def set_factors(layer: LoraLayer, adapter: str, b: Float[Tensor, "out rank"], a: Float[Tensor, "rank in"]) -> None:
-    """Put new values, of any rank, into B and A: in place where the shapes are the same, else as new parameters.
+    """Put new values, of any rank, into B and A; the parameters stay the same objects.
 
     The layer's note of its rank follows; its scaling stays.
     """
-    for name, value in (("B", b), ("A", a)):
-        if in_embedding(layer, adapter):
-            holder, key = getattr(layer, f"lora_embedding_{name}"), adapter
-        else:
-            module = getattr(layer, f"lora_{name}")[adapter]
-            holder, key = module._parameters, "weight"
-            value = value.reshape(*value.shape, *module.weight.shape[2:]) if name == "B" else _kernel(layer, value)
-            _note_rank(module, a.shape[0], narrows=name == "A")
-        old = holder[key]
-        if old.shape == value.shape:
-            old.copy_(value)
-        else:
-            new = value.to(old.device, old.dtype).clone()
-            holder[key] = nn.Parameter(new, requires_grad=old.requires_grad)
-    layer.r[adapter] = a.shape[0]
+    old_a, old_b = factor_parameters(layer, adapter)
+    set_values(old_a, a.reshape(len(a), *old_a.shape[1:]) if old_a.ndim > 2 else a)
+    set_values(old_b, b.reshape(*b.shape, *old_b.shape[2:]))
+    note_rank(layer, adapter, len(a))
+
+
+@torch.no_grad()
+def set_values(parameter: Tensor, values: Tensor) -> None:
+    """Give a parameter new values of any shape, on its own device and in its own dtype; its gradient is dropped.
+
+    It stays the object that optimizers know it by.
+    """
+    if parameter.shape == values.shape:
+        parameter.copy_(values)
+        return
+    new = values.detach().to(parameter.device, parameter.dtype).clone()
+    parameter.grad = None
+    # While an earlier loss is alive, so is the node that takes the parameter's gradients, with the old shape. torch
+    # makes a new one where the dtype changes, not where the shape does: hence a dtype in between.
+    parameter.data = parameter.data.to(torch.float64 if parameter.dtype != torch.float64 else torch.float32)
+    parameter.data = new
+
+
+def note_rank(layer: LoraLayer, adapter: str, rank: int) -> None:
+    """Tell a layer and the modules of its factors a new rank."""
+    if not in_embedding(layer, adapter):
+        _note_rank(layer.lora_A[adapter], rank, narrows=True)
+        _note_rank(layer.lora_B[adapter], rank, narrows=False)
+    layer.r[adapter] = rank
 
 
 def _note_rank(module: nn.Module, rank: int, narrows: bool) -> None:

@@ -2,6 +2,7 @@
 
 from rankwise.ranks.proximal import attach_proximal_step, published_step, soft_threshold, sora_optimizer
 from rankwise.ranks.pruning import PruneReport, prune
+from rankwise.ranks.resizing import resize_adapter
 from rankwise.ranks.sora import SoraConfig, gate_counts, gates
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "gates",
     "prune",
     "published_step",
+    "resize_adapter",
     "soft_threshold",
     "sora_optimizer",
 ]
