@@ -269,6 +269,18 @@ def test_evaluation_uses_the_reference_before_any_training(
     assert found["eval_rewards/margins"] == pytest.approx(0, abs=1e-5)
 
 
+def test_an_evaluation_is_over_its_own_rows_alone(
+    adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """A loss that was computed in evaluation mode before it, of other rows, is not in its means."""
+    made = trainer(adapted, tiny_tokenizer, tmp_path, eval_dataset=ROWS[:1])
+    expected = made.evaluate()
+    adapted.eval()
+    made.compute_loss(adapted, batch_of(made))
+    found = made.evaluate()
+    assert [found[f"eval_{name}"] for name in METRICS] == [expected[f"eval_{name}"] for name in METRICS]
+
+
 def test_an_evaluation_between_two_logs_keeps_the_training_apart(
     adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

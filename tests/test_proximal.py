@@ -187,9 +187,10 @@ def test_settings_may_change_between_steps():
     optimizer.step()
     for name, gate in gate_values(model).items():
         torch.testing.assert_close(gate, before[name])
-    model.peft_config["default"].threshold = 100.0
+    model.peft_config["default"].threshold = 1.0
     optimizer.step()
-    assert all((gate == 0).all() for gate in gates(model).values())
+    for name, gate in gate_values(model).items():
+        torch.testing.assert_close(gate, soft_threshold(before[name], 1.0))
 
 
 def test_only_the_optimizers_own_step_shrinks():
@@ -210,9 +211,92 @@ def test_only_the_optimizers_own_step_shrinks():
 
 
 def test_the_step_attaches_to_any_optimizer():
-    model = adapt(threshold=100.0)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model = adapt(threshold=0.5)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-9)
     attach_proximal_step(optimizer, model)
+    before = gate_values(model)
     tiny.loss(model).backward()
     optimizer.step()
-    assert all((gate == 0).all() for gate in gates(model).values())
+    for name, gate in gate_values(model).items():
+        torch.testing.assert_close(gate, soft_threshold(before[name], 0.5))
+
+
+def test_a_threshold_times_the_learning_rate_of_the_gates():
+    """The paper's lambda: eta_t lambda, where eta_t is the current rate of the gates."""
+    model = adapt(threshold=40.0, threshold_scaling="learning_rate")
+    optimizer = rw.sora_optimizer(model, torch.optim.SGD, lr=0.1, gate_lr=0.01)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.grad = torch.zeros_like(parameter)
+    expected = gate_values(model)
+    for rate in (0.01, 0.005):
+        optimizer.param_groups[1]["lr"] = rate
+        optimizer.step()
+        expected = {name: soft_threshold(gate, 40 * rate) for name, gate in expected.items()}
+    for name, gate in gate_values(model).items():
+        torch.testing.assert_close(gate, expected[name])
+
+
+def test_a_threshold_that_closes_every_gate_stops_with_the_gates_as_they_were():
+    model = adapt(threshold=100.0)
+    optimizer = rw.sora_optimizer(model, lr=1e-3)
+    before = gate_values(model)
+    tiny.loss(model).backward()
+    with pytest.raises(
+        UserError, match=r"a threshold of 100 closed every one of 24 gates at step 1 .* lower the thres"
+    ):
+        optimizer.step()
+    assert all(torch.equal(gate, before[name]) for name, gate in gate_values(model).items())
+
+
+def test_two_steps_of_adamw_worked_by_hand():
+    """One gate, g0 = 0.5, gradient of the loss 0.2 then -0.1, l1 = 0.3 over one gate, rate 0.1, threshold 0.05.
+
+    Step 1: G = 0.2 + 0.3 = 0.5; m = 0.05, v = 0.00025; m^ = 0.5, v^ = 0.25; g = 0.5 - 0.1 (0.5 / 0.5) = 0.4, then 0.35.
+    Step 2: G = -0.1 + 0.3 = 0.2; m = 0.9 (0.05) + 0.1 (0.2) = 0.065, v = 0.999 (0.00025) + 0.001 (0.04) = 0.00028975;
+    m^ = 0.065 / 0.19 = 0.34210526, v^ = 0.00028975 / 0.001999 = 0.14494747; sqrt v^ = 0.38072;
+    g = 0.35 - 0.1 (0.34210526 / 0.38072) = 0.260142, then 0.210142.
+    """
+    torch.manual_seed(0)
+    config = rw.SoraConfig(r=1, target_modules=["0"], l1=0.3, threshold=0.05)
+    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), config)
+    [gate] = gates(model).values()
+    gate.data.fill_(0.5)
+    optimizer = rw.sora_optimizer(model, lr=1.0, gate_lr=0.1, weight_decay=0.7)
+    for gradient, expected in ((0.2, 0.35), (-0.1, 0.210142)):
+        gate.grad = torch.tensor([gradient])
+        optimizer.step()
+        assert float(gate) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("way", ["accumulated", "scaled", "clipped", "bfloat16"])
+def test_the_step_comes_last(way):
+    """Gradients are summed, unscaled and clipped as ever; then come the L1 term, the step, and the shrinking."""
+    model, reference = adapt(l1=2.0, threshold=0.1), adapt()
+    optimizer = rw.sora_optimizer(model, torch.optim.SGD, lr=0.5, weight_decay=0.3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=way == "scaled")
+    for one in (model, reference):
+        for batch in range(2 if way == "accumulated" else 1):
+            with torch.autocast("cpu", torch.bfloat16, enabled=way == "bfloat16"):
+                loss = tiny.loss(one) * (1 + batch)
+            (scaler.scale(loss) if one is model else loss).backward()
+        if way == "clipped":
+            torch.nn.utils.clip_grad_norm_(one.parameters(), 0.05)
+    before = gate_values(model)
+    scaler.step(optimizer)
+    for name, gate in gates(reference).items():
+        moved = before[name] - 0.5 * (gate.grad + 2.0 * before[name].sign() / 24)
+        torch.testing.assert_close(gate_values(model)[name], soft_threshold(moved, 0.1), atol=1e-6, rtol=1e-5)
+
+
+def test_the_published_rule_by_its_published_values():
+    x = torch.tensor([1.2, 1.9, 2.1, 3.0])
+    torch.testing.assert_close(published_step(x, 1.0), torch.tensor([0.0, 0.0, 1.1, 2.0]))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(numbers, min_size=1, max_size=20), thresholds)
+def test_soft_threshold_equals_numpy(values, threshold):
+    x = np.array(values)
+    expected = np.sign(x) * np.maximum(np.abs(x) - threshold, 0)
+    found = soft_threshold(torch.tensor(values, dtype=torch.float64), threshold).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-12)

@@ -8,12 +8,12 @@ from pathlib import Path
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankwise.files import new_folder
 from rankwise.low_rank import Factors
 from rankwise.peft_bridge import adapted_layers, base_modules, pattern_keys, target_modules
-from rankwise.peft_bridge.matrices import factor_parameters, in_embedding
+from rankwise.peft_bridge.matrices import in_embedding
 
 
 def write_plain_lora(model: PeftModel, adapter: str, factors: Mapping[str, Factors], folder: Path) -> None:
@@ -42,9 +42,10 @@ def _named(prefix: str, layer: LoraLayer, adapter: str, b: Tensor, a: Tensor) ->
     """The two tensors of a layer as PEFT names and shapes them."""
     if in_embedding(layer, adapter):
         return {f"{prefix}.lora_embedding_A": a, f"{prefix}.lora_embedding_B": b}
-    trained, _ = factor_parameters(layer, adapter)
-    if trained.ndim > 2:  # a convolution: A is one of its kernel, B one of 1 x 1
-        a, b = a.reshape(-1, *trained.shape[1:]), b.reshape(*b.shape, *[1] * (trained.ndim - 2))
+    base = layer.get_base_layer()
+    if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):  # A is a convolution of its kernel, B one of 1 x 1
+        kernel = base.weight.shape[2:]
+        a, b = a.reshape(len(a), -1, *kernel), b.reshape(*b.shape, *[1] * len(kernel))
     return {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
 
 

@@ -27,6 +27,9 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # PEFT takes the masks and the layers of rank 0 of an AdaLoRA adapter for mistakes.
+    warnings.filterwarnings("ignore", message=r"The following rank_pattern keys did not match .*\.lora_E'")
+    warnings.filterwarnings("ignore", message=r"Adapter '.*': \d+ LoRA tensor\(s\) have invalid shape")
 
 
 def resolve(path: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Num
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, _ConvNd
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -89,6 +90,18 @@ def factor_matrices(layer: LoraLayer, adapter: str) -> tuple[Float[Tensor, "out 
     """B and A of an adapter, views of its parameters."""
     a, b = factor_parameters(layer, adapter)
     return b.flatten(1), a.flatten(1)
+
+
+@torch.no_grad()
+def svd_factors(layer: AdaLoraLayer, adapter: str) -> tuple[Float[Tensor, "out live"], Float[Tensor, "live in"]]:
+    """B' = B E / (n + 1e-5) and A of AdaLoRA's directions that are alive, in float64; n is the rank it began with.
+
+    PEFT keeps A and B of a convolution as matrices already.
+    """
+    a, e, b = (getattr(layer, part)[adapter].double() for part in ("lora_A", "lora_E", "lora_B"))
+    live = e.flatten() != 0
+    begun = (layer.ranknum[adapter] + 1e-5).double()  # the sum in float32, as PEFT's forward has it
+    return b[:, live] * e[live].T / begun, a[live]
 
 
 @torch.no_grad()

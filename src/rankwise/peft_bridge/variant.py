@@ -28,7 +28,7 @@ from peft.tuners.lora.model import LoraModel
 from torch import Tensor, nn
 
 from rankwise.errors import UserError
-from rankwise.peft_bridge.matrices import as_weight, factor_matrices, set_factors
+from rankwise.peft_bridge.matrices import as_weight, factor_matrices, refusal, set_factors, svd_factors
 
 
 class Kind(str, Enum):  # noqa: UP042 - PEFT reads the name of a kind from str(), as its own PeftType gives it
@@ -223,7 +223,11 @@ def matrix_factors(layer: LoraLayer, adapter: str, name: str) -> tuple[Float[Ten
         raise UserError(
             f"{name}: an update of {type(variant).__name__} is no product of two small matrices; merge it instead"
         )
-    if isinstance(layer, AdaLoraLayer | MultiheadAttention | ParamWrapper):
+    if isinstance(layer, AdaLoraLayer):
+        if reason := refusal(layer.get_base_layer()):
+            raise UserError(f"{name}: {reason}: leave the module out of target_modules")
+        return svd_factors(layer, adapter)
+    if isinstance(layer, MultiheadAttention | ParamWrapper):
         raise UserError(f"{name}: an adapter of {type(layer).__name__} has no plain LoRA form; merge it instead")
     if layer.lora_bias.get(adapter):
         raise UserError(f"{name}: an adapter with lora_bias has no plain LoRA form; merge it instead")

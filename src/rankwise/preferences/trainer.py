@@ -18,6 +18,7 @@ from rankwise.errors import UserError
 from rankwise.likelihood import answer_log_probabilities
 from rankwise.preferences.loss import softmax_dpo_loss
 from rankwise.preferences.rows import PreferenceCollator, PreferenceRow, encode_preferences
+from rankwise.ranks.orthogonality import orthogonality_loss
 from rankwise.tokenise import padding_token
 
 
@@ -131,6 +132,8 @@ class SoftmaxDPOTrainer(Trainer):
                 "evaluate takes no rows: give eval_dataset to the trainer, before training changes the model"
             )
         self.compute_reference()
+        self._sums["eval_"].clear()  # of losses computed since the last one, by what scores directions, say
+        self._steps["eval_"] = 0
         return super().evaluate(None, *args, **kwargs)
 
     def compute_reference(self) -> None:
@@ -169,14 +172,15 @@ class SoftmaxDPOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Trainer's hook: the mean softmax-DPO loss of the batch."""
+        """Trainer's hook: the mean softmax-DPO loss of the batch, and AdaLoRA's orthogonality term while it trains."""
         policy = answer_totals(model, inputs)
         reference, mask = inputs["reference"], inputs["exists"]
         losses = softmax_dpo_loss(
             policy[:, 0], policy[:, 1:], reference[:, 0], reference[:, 1:], self.args.beta, mask[:, 1:]
         )
         self._record(policy.detach(), reference, mask)
-        return (losses.mean(), {}) if return_outputs else losses.mean()
+        loss = losses.mean() + orthogonality_loss(self.model)
+        return (loss, {}) if return_outputs else loss
 
     def _record(self, policy: Tensor, reference: Tensor, mask: Tensor) -> None:
         rewards = self.args.beta * (policy - reference)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool
 from peft import LoraConfig
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankwise.peft_bridge import active_adapter, adapted_layers
 from rankwise.ranks.resizing import kept_parameters, resize_adapter
 from rankwise.ranks.sora import gates
+
+Choice = dict[str, Bool[Tensor, " _"]]
 
 
 @dataclass(frozen=True)
@@ -49,17 +52,22 @@ def prune(model: nn.Module, optimizer: Optimizer | None = None) -> PruneReport:
     """
     adapter = active_adapter(model)
     before = kept_parameters(dict(adapted_layers(model, adapter)).values(), adapter)
-    live = live_directions(model)
+    live = keep_least(model, adapter, {name: gate.detach() != 0 for name, gate in gates(model).items()})
     removed = resize_adapter(model, live, optimizer=optimizer)
     ranks = {name: int(mask.sum()) for name, mask in live.items()}
     return PruneReport(ranks, removed, before, kept_parameters(dict(adapted_layers(model, adapter)).values(), adapter))
 
 
-def live_directions(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Which directions of each layer are to stay: those with an open gate, and one where a layer has to keep one."""
-    live = {name: gate.detach() != 0 for name, gate in gates(model).items()}
-    config: LoraConfig = model.peft_config[active_adapter(model)]  # type: ignore[index]
-    if config.bias != "none" or not any(mask.any() for mask in live.values()):
-        for mask in list(live.values()) if config.bias != "none" else [next(iter(live.values()))]:
-            mask[0] |= not mask.any()
-    return live
+def keep_least(
+    model: nn.Module, adapter: str, live: dict[str, Bool[Tensor, " rank"]]
+) -> dict[str, Bool[Tensor, " rank"]]:
+    """The same choice of directions with one more in each layer that has none and must not lose its adapter.
+
+    That is every layer where biases are trained beside it, and the first one where no layer has any.
+    """
+    config: LoraConfig = model.peft_config[adapter]  # type: ignore[index]
+    bound = list(live)
+    if config.bias == "none":
+        bound = [] if any(mask.any() for mask in live.values()) else bound[:1]
+    first = {name: torch.arange(len(mask), device=mask.device) == 0 for name, mask in live.items()}
+    return {name: first[name] if name in bound and not mask.any() else mask for name, mask in live.items()}

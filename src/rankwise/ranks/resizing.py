@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankwise.directions.variants import START
-from rankwise.errors import UserError
+from rankwise.errors import UserError, nearest
 from rankwise.peft_bridge import active_adapter, adapted_layers, pattern_keys, target_modules
-from rankwise.peft_bridge.matrices import factor_parameters, note_rank, set_values
-from rankwise.ranks.sora import GATE
+from rankwise.peft_bridge.matrices import factor_parameters, in_embedding, note_rank, refusal, set_values
+
+GATE = "lora_gate"
 
 
 class Held(NamedTuple):
@@ -34,11 +35,13 @@ def resize_adapter(
     kept: Mapping[str, Bool[Tensor, " rank"]],
     added: Mapping[str, int] | None = None,
     optimizer: Optimizer | None = None,
+    adapter: str | None = None,
 ) -> tuple[str, ...]:
-    """Cut directions out of the active adapter, and add new ones, which change nothing yet.
+    """Cut directions out of an adapter, and add new ones, which change nothing yet.
 
-    A new direction has a row of A as LoRA starts it, uniform with variance 1 / (3 in), a column of zeros in B, and a
-    gate of one where there are gates. Each layer keeps its scaling. A layer left without a direction loses its adapter
+    A new direction is as LoRA starts it, and has a gate of one where there are gates: a row of A that is uniform with
+    variance 1 / (3 in) and a column of zeros in B; of an embedding, a row of zeros in A and a column of B that is
+    standard normal. Each layer keeps its scaling. A layer left without a direction loses its adapter
     and computes its base again. The config's ``rank_pattern``, ``alpha_pattern`` and ``target_modules`` follow, so that
     the adapter saves and loads as usual. Parameters stay the same objects, so an optimizer goes on with them.
 
@@ -46,20 +49,25 @@ def resize_adapter(
         model: a PEFT model with one active adapter of LoRA or SoRA.
         kept: for each layer to change, by its name in the base model, which directions stay.
         added: how many directions a layer gets; it need not be in ``kept``.
-        optimizer: whose state is cut with the parameters (new entries are zero); left alone where it is not given.
+        optimizer: whose state is cut with the parameters; left alone where it is not given. New entries are zero, while
+            a count of steps stays that of the whole parameter: Adam's first steps of a new direction are larger than
+            its learning rate, by up to 6.6 times at the usual betas.
+        adapter: its name; the active one where it is not given.
 
     Returns:
         Names of the layers whose adapter was removed.
 
     Raises:
-        UserError: a layer is merged, has no way to grow, is the last one and would be removed, or the optimizer keeps
-            a state that cannot be cut. Nothing was changed then.
+        UserError: there is no such layer, or not of as many directions; a layer is merged, is of a kind whose
+            directions cannot be told apart, has no way to grow, or is the last one and would be removed; or the
+            optimizer keeps a state that cannot be cut. Nothing was changed then.
     """
-    adapter = active_adapter(model)
+    adapter = active_adapter(model) if adapter is None else adapter
     layers = dict(adapted_layers(model, adapter))
     more = dict(added or {})
     masks = {name: torch.ones(layer.r[adapter], dtype=torch.bool) for name, layer in layers.items() if name in more}
     masks |= {name: mask.detach().cpu() for name, mask in kept.items()}
+    _check_names(layers, adapter, masks, more)
     left = {name: int(mask.sum()) + more.get(name, 0) for name, mask in masks.items()}
     _check(layers, adapter, masks, more, optimizer)
     removed = tuple(name for name, rank in left.items() if not rank)
@@ -68,7 +76,7 @@ def resize_adapter(
     for name, mask in masks.items():
         _resize_layer(layers[name], adapter, mask, more.get(name, 0), optimizer)
     for name in removed:
-        _remove(model, name, adapter)
+        remove_from_layer(model, name, adapter)
     forget_empty(optimizer)
     update_config(model, adapter)
     return removed
@@ -86,6 +94,22 @@ def directions(layer: LoraLayer, adapter: str) -> list[Held]:
     return found
 
 
+def _check_names(
+    layers: Mapping[str, LoraLayer], adapter: str, masks: Mapping[str, Tensor], more: Mapping[str, int]
+) -> None:
+    for name in (*masks, *more):
+        if name not in layers:
+            raise UserError(f"layer {name!r} has no adapter {adapter!r}: {nearest(name, layers)}")
+    for name, mask in masks.items():
+        if len(mask) != layers[name].r[adapter]:
+            raise UserError(
+                f"{name}: {len(mask)} values say which directions stay, and there are {layers[name].r[adapter]}: give "
+                "one for each"
+            )
+        if more.get(name, 0) < 0:
+            raise UserError(f"{name}: {more[name]} directions cannot be added: give 0 or more")
+
+
 def _check(
     layers: Mapping[str, LoraLayer],
     adapter: str,
@@ -95,6 +119,8 @@ def _check(
 ) -> None:
     for name, mask in masks.items():
         layer = layers[name]
+        if (reason := refusal(layer)) is not None:
+            raise UserError(f"{name}: its directions cannot be cut or added: {reason}")
         if layer.merged:
             raise UserError(
                 f"{name}: {', '.join(layer.merged_adapters)} is merged into its weight, and directions cannot be cut "
@@ -102,7 +128,7 @@ def _check(
             )
         if more.get(name) and adapter in getattr(layer, START, {}):
             raise UserError(f"{name}: an adapter that starts from a part of the spectrum has no further directions")
-        if optimizer is not None and not mask.all():
+        if optimizer is not None and (more.get(name) or (mask.any() and not mask.all())):
             for tensor, axis in directions(layer, adapter):
                 check_state(optimizer, tensor, axis, name)
 
@@ -113,38 +139,46 @@ def check_state(optimizer: Optimizer, parameter: Tensor, axis: int, name: str) -
         if isinstance(value, Tensor) and value.ndim and not _follows(value, parameter, axis):
             raise UserError(
                 f"{name}: {type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for a parameter of "
-                f"shape {tuple(parameter.shape)}, which cannot be cut by direction: train without shrinking, or with "
-                "an optimizer such as torch.optim.AdamW"
+                f"shape {tuple(parameter.shape)}, which cannot be cut by direction: leave the ranks as they are "
+                "while training, or take an optimizer such as torch.optim.AdamW"
             )
 
 
 def _follows(value: Tensor, parameter: Tensor, axis: int) -> bool:
-    """Whether a tensor of the optimizer's state has an entry for each direction, or one for all of them."""
+    """Whether a tensor of the optimizer's state has an entry for each direction, or one for all of them.
+
+    Of a single direction the two look alike; there only what has the parameter's own shape is known to follow, and of
+    an optimizer that keeps other shapes (Adafactor's sums of rows) not even that.
+    """
+    if parameter.shape[axis] == 1:
+        return value.shape == parameter.shape
     return value.ndim == parameter.ndim and value.shape[axis] in (1, parameter.shape[axis])
 
 
 def _resize_layer(layer: LoraLayer, adapter: str, mask: Tensor, more: int, optimizer: Optimizer | None) -> None:
+    rank = int(mask.sum()) + more
     for number, (tensor, axis) in enumerate(directions(layer, adapter)):
         index = mask.nonzero().flatten().to(tensor.device)
-        values = _extended(tensor.index_select(axis, index), axis, more, kind=("A", "B", "gate")[min(number, 2)])
+        kept = tensor.index_select(axis, index)
+        part = ("A", "B", "gate")[min(number, 2)]
+        values = torch.cat([kept, _new(kept, axis, more, part, in_embedding(layer, adapter))], dim=axis)
         if isinstance(tensor, nn.Parameter):
-            _resize_state(optimizer, tensor, axis, index, more)
+            if rank:  # a state that is not cut by direction goes with its parameter
+                _resize_state(optimizer, tensor, axis, index, more)
             set_values(tensor, values)
         else:
             tensor.data = values
-    rank = int(mask.sum()) + more
     note_rank(layer, adapter, rank)
 
 
-def _extended(kept: Tensor, axis: int, more: int, kind: str) -> Tensor:
-    """What is kept with ``more`` new directions behind it."""
-    if not more:
-        return kept
-    shape = [more if at == axis else size for at, size in enumerate(kept.shape)]
-    new = kept.new_zeros(shape) if kind == "B" else kept.new_ones(shape)
-    if kind == "A":
-        new.uniform_(-1, 1).mul_(new[0].numel() ** -0.5)
-    return torch.cat([kept, new], dim=axis)
+def _new(kept: Tensor, axis: int, more: int, part: str, embedding: bool) -> Tensor:
+    """New directions of A, B or the gate, in the shape of what is kept."""
+    new = kept.new_zeros([more if at == axis else size for at, size in enumerate(kept.shape)])
+    if part == "gate":
+        return new.fill_(1)
+    if embedding:
+        return new.normal_() if part == "B" else new
+    return new.uniform_(-1, 1).mul_(math.prod(kept.shape[1:]) ** -0.5) if part == "A" else new
 
 
 def _resize_state(optimizer: Optimizer | None, parameter: nn.Parameter, axis: int, index: Tensor, more: int) -> None:
@@ -168,7 +202,7 @@ def forget_empty(optimizer: Optimizer | None) -> None:
         group["params"] = [parameter for parameter in group["params"] if parameter.numel()]
 
 
-def _remove(model: nn.Module, name: str, adapter: str) -> None:
+def remove_from_layer(model: nn.Module, name: str, adapter: str) -> None:
     """Delete the adapter from its layer; a layer without any adapter becomes its base layer again."""
     assert isinstance(model, PeftModel)
     parent_name, _, child = name.rpartition(".")
@@ -206,3 +240,13 @@ def kept_parameters(layers: Iterable[LoraLayer], adapter: str) -> int:
         for held in directions(layer, adapter)
         if isinstance(held.tensor, nn.Parameter)
     )
+
+
+def check_one_process(what: str) -> None:
+    """Raise a ``UserError`` for ``what`` in a training of several processes, whose wrappers hold the first shapes."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise UserError(
+            f"{what} in a training of {distributed.get_world_size()} processes is not possible, since their wrappers "
+            "hold the shapes they began with: leave it out, or train in one process"
+        )

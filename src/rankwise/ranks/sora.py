@@ -2,92 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from peft import LoraConfig
-from peft.tuners.lora.layer import Embedding, LoraLayer
+from peft.tuners.lora.layer import Embedding, LoraLayer, _ConvNd
 from torch import Tensor, nn
 
-from rankwise.directions.triplets import Part, check_part
 from rankwise.directions.variants import SpectralVariant, embedded
 from rankwise.errors import UserError
-from rankwise.peft_bridge import (
-    Kind,
-    LowRankVariant,
-    active_adapter,
-    adapted_layers,
-    check_alphas,
-    check_config,
-    keep_state,
-    register,
-)
+from rankwise.peft_bridge import Kind, LowRankVariant, active_adapter, adapted_layers, keep_state, register
 from rankwise.peft_bridge.matrices import along, expand, factor_matrices, project
 from rankwise.peft_bridge.tuner import VariantModel
-
-GATE = "lora_gate"
-
-
-@dataclass
-class SoraConfig(LoraConfig):
-    """A ``peft.LoraConfig`` with a gate g on the r directions: ``h = W x + s B (g * (A x))``.
-
-    Train with :func:`rankwise.sora_optimizer`, then :func:`rankwise.prune`. With a ``part`` the directions are those of
-    a part of the weight's spectrum, as in :class:`rankwise.MiloraConfig`, and the layer computes ``W x + s (B diag(g) A
-    - B0 diag(g) A0) x``: the base at the start, and again where g is zero.
-
-    Args:
-        r: the largest rank.
-        threshold: of the proximal step after each optimizer step; 0 or more, in units of the gate, not multiplied by
-            the learning rate (as in the paper's code; the paper's lambda is threshold / learning rate).
-        l1: weight of the mean of |g| in the loss; 0 or more.
-        gate_init: ``normal`` (standard normal, as in the paper's code) or ``ones``.
-            With a ``part``, ``ones`` lets every direction count as in MiLoRA.
-        mode: ``proximal`` (the exact step) or ``reference`` (the paper's code; see ``published_step``).
-        part: ``minor``, ``principal``, ``middle`` or ``random``: start from these directions of each weight; ``None``
-            (default) for LoRA's own start.
-        part_seed: of the draw where part is ``random``.
-        lora_alpha: with a ``part`` it defaults to ``r``, else to PEFT's 8.
-
-    Raises:
-        UserError: a value out of its range, or a setting of another LoRA variant (``use_dora``, say). When the model is
-            adapted: as for :class:`rankwise.MiloraConfig`.
-
-    Source: SoRA (arXiv 2311.11696), section 3.
-    """
-
-    threshold: float = field(default=3e-4, metadata={"help": "Threshold of the proximal step, in units of the gate."})
-    l1: float = field(default=10.0, metadata={"help": "Weight of mean |g| in the loss."})
-    gate_init: Literal["normal", "ones"] = field(default="normal", metadata={"help": "normal or ones."})
-    mode: Literal["proximal", "reference"] = field(default="proximal", metadata={"help": "proximal or reference."})
-    lora_alpha: int | float | None = field(
-        default=None, metadata={"help": "Scaling numerator; where it is not given, r with a part, else 8."}
-    )
-    part: Part | None = field(default=None, metadata={"help": "Part of the spectrum to start from; none for LoRA's."})
-    part_seed: int = field(default=0, metadata={"help": "Seed of the draw where part is random."})
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        super().__post_init__()
-        for name in ("threshold", "l1"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"SoraConfig({name}={getattr(self, name)}) is not possible: it must be 0 or more")
-        for name, known in {"gate_init": ("normal", "ones"), "mode": ("proximal", "reference")}.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"SoraConfig({name}={getattr(self, name)!r}) is unknown: {' or '.join(known)}")
-        check_config(self, starts=(True, False, "gaussian") if self.part is None else (True, False))
-        self._check_part()
-        self.peft_type = Kind.SORA
-
-    def _check_part(self) -> None:
-        """Check the part and fill in alpha."""
-        if self.part is not None:
-            check_part(self.part)
-        if self.lora_alpha is None:
-            self.lora_alpha = self.r if self.part is not None else LoraConfig.lora_alpha
-        check_alphas(self)
+from rankwise.ranks.gated import add_gated
+from rankwise.ranks.resizing import GATE, resize_adapter
+from rankwise.ranks.sora_config import SoraConfig
 
 
 class GateVariant(LowRankVariant):
@@ -116,9 +49,11 @@ class GateVariant(LowRankVariant):
     def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """PEFT's hook: the layer's output with the update added."""
         b, a = factor_matrices(module, active_adapter)
+        gate, scaling = getattr(module, GATE)[active_adapter], module.scaling[active_adapter]
         dropped = x if isinstance(module, Embedding) else module.lora_dropout[active_adapter](x)
-        gated = along(module, project(module, dropped, a), getattr(module, GATE)[active_adapter])
-        update: Tensor = expand(module, gated, b) * module.scaling[active_adapter]
+        if not isinstance(module, Embedding | _ConvNd):
+            return add_gated(result, dropped, a, b, gate, scaling)
+        update: Tensor = expand(module, along(module, project(module, dropped, a), gate), b) * scaling
         return result + update
 
 
@@ -167,14 +102,77 @@ class SoraModel(VariantModel):
         assert isinstance(config, SoraConfig)
         return GateVariant() if config.part is None else SpectralGateVariant()
 
+    def _start(self, model: nn.Module, adapter: str) -> None:
+        """Note how large the adapter is at first, and check its budget, before any first value is computed."""
+        config = self.peft_config[adapter]
+        if not config.knows_first_state:
+            note_first_state(config, dict(adapted_layers(model, adapter)), adapter)
+        super()._start(model, adapter)
 
-def gates(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The gates of the active adapter, (rank,) each, by the name of their layer in the base model.
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's hook: a checkpoint of an adapter that was cut while it trained has smaller ranks."""
+        fit_ranks(model, adapter_name, state_dict)
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        return remapped
+
+
+def fit_ranks(model: nn.Module, adapter: str, state: Mapping[str, Tensor]) -> None:
+    """Cut an adapter down to the ranks of a checkpoint whose closed directions were cut while it trained.
 
     Raises:
-        UserError: the active adapter is not SoRA.
+        UserError: the checkpoint has more directions than the adapter.
     """
-    adapter = active_adapter(model)
+    layers = dict(adapted_layers(model, adapter))
+    saved = {
+        re.sub(rf"^base_model\.model\.|\.{GATE}$", "", key): len(gate) for key, gate in state.items() if GATE in key
+    }
+    if not saved.keys() & layers.keys():
+        return
+    kept = {name: torch.arange(layer.r[adapter]) < saved.get(name, 0) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        if saved.get(name, 0) > layer.r[adapter]:
+            raise UserError(
+                f"{name}: the checkpoint has {saved[name]} directions, this adapter {layer.r[adapter]}: resume with "
+                "the r that it was begun with"
+            )
+    cut = {name: mask for name, mask in kept.items() if not mask.all()}
+    if cut:
+        count = sum(int((~mask).sum()) for mask in cut.values())
+        warnings.warn(f"{count} directions in {len(cut)} layers are not in the checkpoint: they are cut", stacklevel=2)
+        resize_adapter(model, cut, adapter=adapter)
+
+
+def note_first_state(config: SoraConfig, layers: Mapping[str, LoraLayer], adapter: str) -> None:
+    """Fill in the gates and parameters that an adapter begins with, and the target of its budget.
+
+    Raises:
+        UserError: a budget above that, or below the least that can be left.
+    """
+    sizes = {name: direction_size(layer, adapter) for name, layer in layers.items()}
+    config.initial_gates = sum(layer.r[adapter] for layer in layers.values())
+    first = config.initial_parameters = sum(size * layers[name].r[adapter] for name, size in sizes.items())
+    if config.target_ratio is not None:
+        config.budget = int(config.target_ratio * first)
+    least = min(sizes.values()) if config.bias == "none" else sum(sizes.values())
+    if config.budget is not None and not least <= config.budget <= first:
+        raise UserError(
+            f"a budget of {config.budget:,} parameters is not possible: {least:,} (the smallest that an "
+            f"adapter can be here) to {first:,} (all at r={config.r}) are"
+        )
+
+
+def gates(model: nn.Module, adapter: str | None = None) -> dict[str, nn.Parameter]:
+    """The gates of an adapter, the active one by default, (rank,) each, by the name of their layer in the base model.
+
+    Raises:
+        UserError: the adapter is not SoRA.
+    """
+    adapter = active_adapter(model) if adapter is None else adapter
     found = {
         name: getattr(layer, GATE)[adapter]
         for name, layer in adapted_layers(model, adapter)
@@ -193,11 +191,12 @@ def direction_size(layer: LoraLayer, adapter: str) -> int:
 
 
 def gate_counts(model: nn.Module) -> dict[str, int]:
-    """What the gates of the active adapter leave: open gates, all gates, and parameters once the rest is pruned."""
+    """What the gates of the active adapter leave: open gates, all that there were at first, and parameters left."""
     adapter = active_adapter(model)
+    config: SoraConfig = model.peft_config[adapter]  # type: ignore[index, assignment]
     layers = dict(adapted_layers(model, adapter))
     left = {name: int((gate != 0).sum()) for name, gate in gates(model).items()}
-    total = sum(gate.numel() for gate in gates(model).values())
+    total = config.initial_gates or sum(gate.numel() for gate in gates(model).values())
     parameters = sum(count * direction_size(layers[name], adapter) for name, count in left.items())
     return {"gates_left": sum(left.values()), "gates": total, "parameters_left": parameters}
 

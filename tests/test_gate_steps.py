@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import rankwise as rw
+import tiny
+import tiny_families
+import tiny_modules
+from rankwise.errors import UserError
+from rankwise.ranks import attached_steps, gates
+from tiny_gates import adapt, step
+
+
+def states(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Everything that the optimizer keeps, of open directions alone, by parameter and by name."""
+    open_by_layer = {name: gate.detach() != 0 for name, gate in gates(model).items()}
+    found = {}
+    for name, layer in tiny.layers(model).items():
+        if name not in open_by_layer or not open_by_layer[name].any():
+            continue
+        mask = open_by_layer[name]
+        parts = {"A": (layer.lora_A["default"].weight, 0), "B": (layer.lora_B["default"].weight, 1)}
+        parts["gate"] = (layer.lora_gate["default"], 0)
+        for part, (parameter, axis) in parts.items():
+            values = {"value": parameter.detach()} | optimizer.state[parameter]
+            for key, value in values.items():
+                if value.ndim:
+                    value = value[mask] if axis == 0 else value[:, mask]
+                found[f"{name}.{part}.{key}"] = value.clone()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (torch.optim.AdamW, {"weight_decay": 0.0}),
+        (torch.optim.AdamW, {"amsgrad": True, "weight_decay": 0.0}),
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.RMSprop, {"eps": 1e-3}),
+        (torch.optim.Adagrad, {}),
+    ],
+    ids=lambda value: getattr(value, "__name__", "+".join(value) if isinstance(value, dict) else None),
+)
+def test_cutting_changes_nothing_while_cut_gates_would_have_stayed_closed(kind, settings):
+    """Losses, values and the optimizer's state are those of a training without cuts, at every step.
+
+    In float64 (but for the model's norms), so that the order in which numbers are added makes no difference.
+    """
+    ours, plain = adapt(0.03, torch.float64, shrink_after=2), adapt(0.03, torch.float64)
+    rate = 1e-2 if kind is torch.optim.SGD else 1e-3
+    one = rw.sora_optimizer(ours, kind, lr=rate, gate_lr=1e-4, **settings)
+    other = rw.sora_optimizer(plain, kind, lr=rate, gate_lr=1e-4, **settings)
+    sizes = []
+    for _ in range(10):
+        assert step(ours, one) == pytest.approx(step(plain, other), abs=1e-6)
+        expected, found = states(other, plain), states(one, ours)
+        assert expected.keys() == found.keys() and expected
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=1e-7, rtol=1e-6)
+        sizes.append(sum(gate.numel() for gate in gates(ours).values()))
+    assert sizes[0] == 24 and sizes[-1] < sizes[4] < 24
+    assert sum(gate.numel() for gate in gates(plain).values()) == 24
+    torch.testing.assert_close(tiny.logits(ours), tiny.logits(plain), atol=1e-6, rtol=1e-6)
+
+
+def test_an_optimizer_that_keeps_rows_and_columns_goes_on():
+    """Adafactor's statistics are means over a matrix, dead directions too: they are cut, but a step is not the same."""
+    model = adapt(small=0.03, shrink_after=1)
+    optimizer = rw.sora_optimizer(model, torch.optim.Adafactor, lr=1.0, gate_lr=1e-4)
+    losses = [step(model, optimizer) for _ in range(9)]
+    assert sum(gate.numel() for gate in gates(model).values()) < 20
+    layer = next(iter(tiny.layers(model).values()))
+    assert optimizer.state[layer.lora_A["default"].weight]["row_var"].shape == (layer.r["default"], 1)
+    assert losses[-1] < losses[0]
+
+
+def test_a_gate_is_cut_when_it_was_closed_for_so_many_steps():
+    model = adapt(shrink_after=3, threshold=0.0)
+    optimizer = rw.sora_optimizer(model, torch.optim.SGD, lr=1e-9)
+    name, gate = next(iter(gates(model).items()))
+    gate.data[1] = 0
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.grad = torch.zeros_like(parameter)
+    lengths = []
+    for _ in range(4):
+        optimizer.step()
+        lengths.append(gates(model)[name].numel())
+    assert lengths == [4, 4, 3, 3]
+
+
+def test_a_gate_that_opens_again_starts_its_wait_anew():
+    model = adapt(shrink_after=3, threshold=0.0)
+    optimizer = rw.sora_optimizer(model, torch.optim.SGD, lr=1.0)
+    gate = next(iter(gates(model).values()))
+    gate.data[1] = 0
+    for opens in (False, False, True, False, False, False):
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.grad = torch.zeros_like(parameter)
+        gate.grad[1] = -1.0 if opens else gate.detach()[1].clone()  # opens the gate, or closes it again
+        optimizer.step()
+        assert gate.numel() == 4 or gate.numel() == 3
+    assert gate.numel() == 3
+
+
+def test_a_layer_without_an_open_gate_loses_its_adapter_while_training_goes_on():
+    model = adapt(shrink_after=1, threshold=0.0)
+    optimizer = rw.sora_optimizer(model, lr=1e-3)
+    name, gate = next(iter(gates(model).items()))
+    step(model, optimizer)
+    attached_steps(optimizer).config.threshold = 1.0
+    gate.data.zero_()
+    step(model, optimizer)
+    assert name not in gates(model)
+    assert type(model.get_base_model().get_submodule(name)) is nn.Linear
+    left = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert left == {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in optimizer.state}
+    attached_steps(optimizer).config.threshold = 0.0
+    before = tiny.logits(model)
+    step(model, optimizer)
+    assert not torch.equal(tiny.logits(model), before)
+
+
+@pytest.mark.parametrize("kind", tiny_modules.KINDS)
+@pytest.mark.parametrize("part", [None, "minor"])
+def test_every_kind_of_module_is_cut(kind, part):
+    torch.manual_seed(0)
+    settings = {"gate_init": "ones", "threshold": 0.0, "shrink_after": 1, "part": part, "l1": 0.0}
+    model, x = tiny_modules.adapt(kind, rw.SoraConfig, **settings)
+    tiny_modules.train(model, x)
+    optimizer = rw.sora_optimizer(model, lr=0.0)
+    [gate] = gates(model).values()
+    gate.data[1] = 0
+    expected = model(x).detach()
+    (model(x) - 1).square().mean().backward()
+    gate.grad.zero_()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert gate.shape == (2,)
+    torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=1e-6)
+    optimizer.param_groups[0]["lr"] = 1e-2
+    (model(x) - 1).square().mean().backward()
+    optimizer.step()
+    assert not torch.allclose(model(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", list(tiny_families.FAMILIES))
+def test_pruned_and_unpruned_agree_on_every_family_and_load_in_plain_peft(family, tmp_path):
+    base = tiny_families.make(family)
+    torch.manual_seed(1)
+    model = peft.get_peft_model(base, rw.SoraConfig(r=4, target_modules=tiny_families.targets(family, base)))
+    tiny_families.train(model.eval(), family)
+    generator = torch.Generator().manual_seed(2)
+    for number, gate in enumerate(gates(model).values()):
+        gate.data[torch.rand(4, generator=generator) < (0.5 if number % 3 else 1.0)] = 0
+    expected = tiny_families.logits(model, family)
+    report = rw.prune(model)
+    assert report.removed and report.parameters < report.parameters_before
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(tiny_families.logits(model, family), expected, atol=1e-6 * scale, rtol=1e-6)
+    rw.export(model, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(tiny_families.make(family), tmp_path).eval()
+    assert loaded.peft_config["default"].peft_type == "LORA"
+    torch.testing.assert_close(tiny_families.logits(loaded, family), expected, atol=2e-6 * scale, rtol=1e-5)
+
+
+def test_merging_while_gates_are_cut_is_refused():
+    model = adapt(small=0.03, shrink_after=1)
+    optimizer = rw.sora_optimizer(model, lr=1e-3)
+    tiny.loss(model).backward()
+    model.merge_adapter()
+    with pytest.raises(UserError, match=r"q_proj: default is merged into its weight.*unmerge_adapter"):
+        for _ in range(6):
+            optimizer.step()
+
+
+def test_a_state_that_cannot_be_cut_is_refused_and_nothing_is_changed():
+    model = adapt(shrink_after=1, threshold=0.0)
+    optimizer = rw.sora_optimizer(model, lr=1e-3)
+    step(model, optimizer)
+    name, layer = next(iter(tiny.layers(model).items()))
+    optimizer.state[layer.lora_A["default"].weight]["absmax"] = torch.ones(7)
+    gates(model)[name].data[0] = 0
+    attached_steps(optimizer).config.threshold = 1e-2
+    with pytest.raises(UserError, match=rf"{name}: AdamW keeps 'absmax' of shape \(7,\).*cannot be cut by direction"):
+        step(model, optimizer)
+    assert layer.lora_A["default"].weight.shape == (4, 16) and gates(model)[name].shape == (4,)
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(UserError, match="shrink_after in a training of 2 processes is not possible"):
+        rw.sora_optimizer(adapt(shrink_after=2), lr=1e-3)
+    rw.sora_optimizer(adapt(), lr=1e-3)
