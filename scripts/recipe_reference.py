@@ -18,7 +18,13 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
 SECTIONS: dict[str, tuple[type[schema.Section], ...]] = {
     "Recipe": (schema.Recipe,),
     "model": (schema.ModelSettings,),
-    "adapter": (schema.LoraSettings, schema.MiloraSettings, schema.SoraSettings),
+    "adapter": (
+        schema.LoraSettings,
+        schema.MiloraSettings,
+        schema.SoraSettings,
+        schema.AllocatingLoraSettings,
+        schema.AdaloraSettings,
+    ),
     "data": (
         schema.InteractionData,
         schema.SdpoData,
@@ -27,6 +33,7 @@ SECTIONS: dict[str, tuple[type[schema.Section], ...]] = {
         schema.TextData,
     ),
     "stages": (schema.SftStage, schema.SoftmaxDpoStage),
+    "stages.thresholds": (schema.RisingThresholds,),
     "evaluation": (schema.EvaluationSettings,),
     "export": (schema.ExportSettings,),
 }

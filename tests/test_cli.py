@@ -179,7 +179,9 @@ def test_export_and_inspect(runs: list[Path], tmp_path: Path, capsys: pytest.Cap
     shown, err = said(capsys)
     assert {row["module"]: row["rank"] for row in shown["modules"]} == dict.fromkeys(report["ranks"], 2)
     assert sum(row["parameters"] for row in shown["modules"]) == report["parameters"]
-    assert "14 modules" in err
+    assert sum(kind["parameters"] for kind in shown["kinds"]) == report["parameters"]
+    assert [len(row) for row in shown["grid"]["ranks"]] == [7, 7] and shown["grid"]["layers"] == ["layer 0", "layer 1"]
+    assert "14 modules" in err and "Live directions by layer and kind of module" in err
 
 
 def test_report_of_one_run_and_of_several(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rankwise as rw
-from rankwise.analysis import rank_grid, rank_table, read_adapter, read_ranks, split_module
-from rankwise.analysis.ranks import update_spectrum
+from rankwise.analysis import grid_table, rank_grid, rank_table, read_adapter, read_ranks, split_module
+from rankwise.analysis.inspection import inspection
+from rankwise.analysis.ranks import live_directions, update_spectrum
 from rankwise.errors import UserError
 
 
@@ -40,10 +41,14 @@ def rewrite(folder: Path, change) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
-def printed(*table) -> str:
+def render(table) -> str:
     console = Console(file=io.StringIO(), width=140)
-    console.print(rank_table(*table))
+    console.print(table)
     return console.file.getvalue()
+
+
+def printed(*table) -> str:
+    return render(rank_table(*table))
 
 
 def key(layer: int, kind: str, part: str) -> str:
@@ -108,7 +113,7 @@ def test_gates_close_directions_and_other_tensors_are_counted(adapter, shape, en
 
 
 def test_the_update_is_counted_from_the_start_that_an_adapter_keeps(adapter):
-    """A = A0 but for one row, B = B0: the update has one direction, though four are stored."""
+    """A = A0 but for one row, B = B0: one direction is live, though four are stored."""
     stem = "base_model.model.model.layers.0.self_attn.q_proj"
 
     def start(tensors):
@@ -122,13 +127,13 @@ def test_the_update_is_counted_from_the_start_that_an_adapter_keeps(adapter):
     at_start = next(row for row in read_ranks(adapter) if row["module"].endswith("0.self_attn.q_proj"))
     rewrite(adapter, step)
     after = next(row for row in read_ranks(adapter) if row["module"].endswith("0.self_attn.q_proj"))
-    assert (at_start["live"], at_start["effective_rank"]) == (4, 0.0)
-    assert after["effective_rank"] == pytest.approx(1.0, abs=1e-5)
+    assert (at_start["live"], at_start["effective_rank"]) == (0, 0.0)
+    assert (after["live"], after["effective_rank"]) == (1, pytest.approx(1.0, abs=1e-5))
     assert (after["rank"], after["parameters"], after["bytes"]) == (4, 4 * 32, 2 * 4 * 32 * 4)
 
 
 def test_the_update_of_milora_is_counted_from_its_start(tmp_path):
-    """A = A0 but for one row, B = B0: the update has one direction, though eight are stored for a rank of four."""
+    """A = A0 but for one row, B = B0: one direction is live, though eight are stored for a rank of four."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
@@ -140,9 +145,43 @@ def test_the_update_of_milora_is_counted_from_its_start(tmp_path):
     adapted.save_pretrained(tmp_path / "step")
     (at_start,), (after,) = read_ranks(tmp_path / "start"), read_ranks(tmp_path / "step")
     assert (at_start["effective_rank"], after["effective_rank"]) == (0.0, pytest.approx(1.0, abs=1e-5))
-    assert (after["rank"], after["live"], after["configured_rank"]) == (8, 8, 4)
+    assert (at_start["rank"], at_start["live"]) == (8, 0)
+    assert (after["rank"], after["live"], after["configured_rank"]) == (8, 1, 4)
     assert (after["parameters"], after["bytes"], after["stacked_start"]) == (4 * 32, 2 * 4 * 32 * 4, True)
     assert "MiLoRA: rank r is stored as 2 r" in printed([after])
+
+
+def test_a_trained_direction_of_milora_has_two_live_halves(tmp_path):
+    """Both of its factors moved: b a - b0 a0 has rank two. All four moved: eight are live, as eight are stored."""
+    a0, b0 = torch.randn(4, 6), torch.randn(5, 4)
+    for moved, live, effective in (([1], 2, 2), ([0, 1, 2, 3], 8, 5)):
+        a, b = a0.clone(), b0.clone()
+        a[moved] += torch.randn(len(moved), 6)
+        b[:, moved] += torch.randn(5, len(moved))
+        assert live_directions(torch.cat([a, a0]), torch.cat([b, -b0], dim=1), torch.ones(8), (a0, b0)) == live
+        assert int(np.linalg.matrix_rank((b @ a - b0 @ a0).double().numpy(), tol=1e-4)) == effective
+
+
+def test_a_gate_closes_the_change_of_a_direction(tmp_path):
+    """SoRA over a part of the spectrum: the gate multiplies b a - b0 a0, so it is on the start as well."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    sora = rw.SoraConfig(r=4, target_modules=["q_proj"], part="minor")
+    adapted = peft.get_peft_model(LlamaForCausalLM(config), sora)
+    layer = adapted.get_base_model().model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        layer.lora_A["default"].weight[:3] += 0.1
+        layer.lora_gate["default"].copy_(torch.tensor([2.0, 0.0, -0.5, 1.0]))
+        identity = torch.eye(16)
+        update = (layer(identity) - layer.get_base_layer()(identity)).double()
+    adapted.save_pretrained(tmp_path)
+    (row,) = read_ranks(tmp_path)
+    values = np.linalg.svd(update.numpy(), compute_uv=False)[:2]
+    shares = values / values.sum()
+    assert (row["rank"], row["live"]) == (4, 2)
+    assert row["effective_rank"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-4)
 
 
 @pytest.mark.parametrize(("name", "stored"), [("SoraConfig", 4), ("MiloraConfig", 8)])
@@ -157,6 +196,40 @@ def test_our_own_adapters_are_read_as_they_are_trained(tmp_path, name, stored):
     assert (row["rank"], row["effective_rank"], counts) == (stored, 0.0, {})
     assert row["configured_rank"] == 4
     assert row["parameters"] == sum(one.numel() for one in adapted.parameters() if one.requires_grad)
+
+
+def test_the_grid_shows_live_directions_and_totals_by_kind(adapter):
+    def close(tensors):
+        tensors[key(1, "self_attn.q_proj", "B")][:, 1] = 0
+
+    rewrite(adapter, close)
+    rows, counts = read_adapter(adapter)
+    shown = inspection(rows, counts)
+    assert shown["grid"] == {
+        "layers": ["layer 0", "layer 1"],
+        "kinds": ["down_proj", "q_proj"],
+        "ranks": [[4, 4], [3, 3]],
+    }
+    assert shown["kinds"] == [
+        {"kind": "down_proj", "modules": 2, "live": 7, "parameters": 7 * 40, "bytes": 4 * 7 * 40},
+        {"kind": "q_proj", "modules": 2, "live": 7, "parameters": 8 * 32, "bytes": 4 * 8 * 32},
+    ]
+    assert shown["modules"] == rows and shown["counts"] == {}
+    text = render(grid_table(rows))
+    lines = [line.replace("│", " ").replace("┃", " ").split() for line in text.splitlines()]
+    assert ["layer", "0", "4", "4", "8"] in lines and ["layer", "1", "3", "3", "6"] in lines
+    assert ["all", "layers", "7", "7", "14"] in lines
+    assert ["parameters", "280", "256", "536"] in lines
+    assert ["bytes", "1,120", "1,024", "2,144"] in lines
+
+
+def test_a_module_that_a_layer_lacks_is_left_blank():
+    rows = [
+        {"module": name, "live": 2, "parameters": 8, "bytes": 32}
+        for name in ("layers.0.q", "layers.0.v", "layers.1.q", "head")
+    ]
+    lines = [line.replace("│", " ").split() for line in render(grid_table(rows)).splitlines()]
+    assert ["layer", "1", "2", "2"] in lines and ["outside", "layers", "2", "2"] in lines
 
 
 def test_a_damaged_side_file_is_named(adapter):

@@ -156,6 +156,88 @@ def test_a_mistake_is_one_clear_line(place, value, message):
     assert f"recipe: {message}" in mistake(changed(TEXT, place, value))
 
 
+SORA = TEXT | {"adapter": {"kind": "sora"}}
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "expected"),
+    [
+        ([1e-4, 1e-4, 3e-4], [1e-4, 1e-4, 3e-4]),
+        ([0], [0.0]),
+        ({"largest": 6e-4, "stages": 4}, [0.0, 2e-4, 4e-4, 6e-4]),
+        ({"largest": 8e-4, "stages": 4, "spacing": "exp-linear", "smallest": 1e-4}, [1e-4, 2e-4, 4e-4, 8e-4]),
+    ],
+)
+def test_thresholds_are_written_out_as_stages(thresholds, expected):
+    """Each has its threshold and starts from the one before; all else is the stage's; what follows may name them."""
+    own = {"kind": "sft", "name": "sparse", "start": "dense", "epochs": 3, "thresholds": thresholds}
+    last = f"sparse-{len(expected)}"
+    more = {"kind": "sft", "name": "more", "start": last, "threshold": 0.5}
+    recipe = make_recipe(SORA | {"stages": [{"kind": "sft", "name": "dense"}, own, more]})
+    dense, *sparse, after = recipe.stages
+    assert (dense.name, dense.threshold, after.start, after.threshold) == ("dense", None, last, 0.5)
+    assert [stage.threshold for stage in sparse] == pytest.approx(expected)
+    assert [stage.name for stage in sparse] == [f"sparse-{at + 1}" for at in range(len(expected))]
+    assert [stage.start for stage in sparse] == ["dense", *(stage.name for stage in sparse[:-1])]
+    assert {(stage.epochs, stage.thresholds) for stage in sparse} == {(3.0, None)}
+    assert make_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"thresholds": []}, "stages.0.thresholds []: there is no threshold in it: give one or more"),
+        ({"thresholds": [2, 1]}, "stages.0.thresholds [2, 1]: 1.0 stands after 2.0: thresholds must not fall"),
+        ({"thresholds": [1, -1]}, "stages.0.thresholds.1 -1: Input should be greater than or equal to 0"),
+        ({"thresholds": ["a"]}, "stages.0.thresholds.0 'a': Input should be a valid number"),
+        ({"thresholds": 3}, "stages.0.thresholds 3: Input should be a valid list"),
+        ({"thresholds": {"largest": 1}}, "stages.0.thresholds.stages is missing"),
+        ({"thresholds": {"largest": -1, "stages": 2}}, "stages.0.thresholds.largest -1: Input should be greater"),
+        ({"thresholds": {"largest": 1, "stages": 2, "list": 3}}, "stages.0.thresholds.list is unknown: known: largest"),
+        ({"thresholds": {"largest": 1, "stags": 2}}, "stages.0.thresholds.stages is missing"),
+        (
+            {"thresholds": {"largest": 1, "stages": 2, "spacing": "cubic"}},
+            "stages.0.thresholds.spacing 'cubic': Input should be 'linear', 'log-linear' or 'exp-linear'",
+        ),
+        (
+            {"thresholds": {"largest": 1, "stages": 2, "spacing": "exp-linear"}},
+            "smallest 0 has no exp-linear spacing, which rises by a constant ratio: give one above 0",
+        ),
+        (
+            {"thresholds": {"largest": 1, "stages": 2, "smallest": 3}},
+            "largest 1.0 is below smallest 3.0: thresholds rise from stage to stage",
+        ),
+        ({"threshold": -1}, "stages.0.threshold -1: Input should be greater than or equal to 0"),
+        ({"threshold": 1, "thresholds": [1]}, "threshold and thresholds are both given: leave one of them out"),
+    ],
+)
+def test_mistakes_in_thresholds(stage, message):
+    assert message in mistake(SORA | {"stages": [{"kind": "sft"} | stage]})
+
+
+def test_thresholds_that_do_not_fit_the_rest():
+    for name, value in (("threshold", 0.1), ("thresholds", [0.1, 0.2]), ("thresholds", {"largest": 1, "stages": 2})):
+        stages = {"stages": [{"kind": "sft", name: value}]}
+        assert f"stages.0.{name} is for adapters of kind sora, not milora: leave it out" in mistake(TEXT | stages)
+        for budget in ({"target_ratio": 0.5}, {"target_parameters": 100}):
+            found = mistake(SORA | stages | {"adapter": {"kind": "sora"} | budget})
+            assert f"stages.0.{name}: the adapter has a budget instead: leave out one of them" in found
+    several = {"kind": "sft", "thresholds": [0.1, 0.2]}
+    twice = [several, {"kind": "sft", "name": "sft-2"}]
+    assert "stages.1.name 'sft-2' occurs twice" in mistake(SORA | {"stages": twice})
+    lost = [several, {"kind": "sft", "name": "b", "start": "sft"}]
+    expected = "stages.1.start 'sft' is no earlier stage; possible: one of sft-1, sft-2"
+    assert expected in mistake(SORA | {"stages": lost})
+    assert "stages.0.thresholds is unknown" in mistake(changed(RANKING, "stages.0", several | RANKING["stages"][1]))
+
+
+def test_training_rows_are_measured_where_they_compare():
+    assert make_recipe(TEXT | {"evaluation": {"training_cases": 7}}).evaluation.training_cases == 7
+    found = mistake(RANKING | {"evaluation": {"training_cases": 7}})
+    assert "evaluation.training_cases is not for data of kind interactions, whose training rows have other" in found
+    assert "evaluation.training_cases 0: " in mistake(TEXT | {"evaluation": {"training_cases": 0}})
+
+
 def test_more_negatives_than_the_data_gives():
     assert "recipe: stages.1.negatives 6 is more than data.negatives" in mistake(
         changed(RANKING, "stages.1.negatives", 6)

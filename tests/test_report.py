@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from rankwise.analysis import write_report
-from rankwise.analysis.figures import COLORS, RANK_SCALE, curves, learning_curve, rank_heatmap, summary
+from rankwise.analysis.drawing import COLORS, RANK_SCALE, summary
+from rankwise.analysis.figures import curves, learning_curve, rank_heatmap
 from rankwise.analysis.runfolder import read_run
 from rankwise.analysis.sections import bar_share
 from rankwise.errors import UserError
@@ -105,7 +106,16 @@ def page_of(folder: Path) -> Page:
 
 def test_page_holds_every_part(run):
     page = page_of(run)
-    titles = ["Results", "Learning curves", "Ranks", "Rows and cases", "Cost", "Settings", "Versions"]
+    titles = [
+        "Results",
+        "Learning curves",
+        "Ranks",
+        "History of ranks",
+        "Rows and cases",
+        "Cost",
+        "Settings",
+        "Versions",
+    ]
     assert [page.text.index(f"\n{title}\n") for title in titles] == sorted(
         page.text.index(f"\n{title}\n") for title in titles
     )
@@ -123,7 +133,7 @@ def test_page_holds_every_part(run):
     ):
         assert part in page.text
     assert "Not in this folder" not in page.text
-    assert set(page.figures) == {"curve-0", "curve-1", "curve-2", "rank-map"}
+    assert set(page.figures) == {"curve-0", "curve-1", "history-0", "rank-map"}
 
 
 def test_page_loads_nothing(run):

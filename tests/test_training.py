@@ -250,6 +250,24 @@ def test_a_preference_stage_takes_only_its_negatives(
         assert "rewards/margins" in first
 
 
+@pytest.mark.parametrize("kind", ["sft", "softmax_dpo"])
+def test_after_training_in_bfloat16_the_model_computes_in_float32(
+    adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, rows: Any, tmp_path: Path, kind: str
+) -> None:
+    """What is measured after a stage, and between stages, is not computed under the trainer's autocast."""
+    stage: Any = SftStage(name="one", kind="sft", epochs=1, batch_size=4, learning_rate=1e-3)
+    if kind == "softmax_dpo":
+        stage = SoftmaxDpoStage(name="one", kind="softmax_dpo", epochs=1, batch_size=4, learning_rate=1e-3)
+        rows = [{"prompt": "The", "chosen": " fox", "rejected": [" dog"]}] * 4
+    for _ in range(2):
+        train(adapted, tiny_tokenizer, tmp_path, stage, rows, bfloat16=True)
+    ids = torch.tensor([[5, 9, 40, 7]])
+    with torch.no_grad():
+        found = adapted.eval()(input_ids=ids).logits
+        expected = adapted.base_model(input_ids=ids).logits
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
 def test_bfloat16_trains_and_leaves_float32_parameters(
     adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, list[int]]], tmp_path: Path
 ) -> None:

@@ -122,12 +122,14 @@ def export(arguments: Arguments, console: Console) -> Any:
 
 
 def inspect(arguments: Arguments, console: Console) -> Any:
-    """Show an adapter's ranks, parameters and bytes, module by module."""
-    from rankwise.analysis.ranks import rank_table, read_adapter
+    """Show an adapter's ranks, parameters and bytes: module by module, and layers by kinds of module."""
+    from rankwise.analysis.inspection import grid_table, inspection, rank_table
+    from rankwise.analysis.ranks import read_adapter
 
     rows, counts = read_adapter(Path(arguments.adapter))
     console.print(rank_table(rows, counts))
-    return {"modules": rows, "counts": counts}
+    console.print(grid_table(rows))
+    return inspection(rows, counts)
 
 
 def report(arguments: Arguments, console: Console) -> Any:

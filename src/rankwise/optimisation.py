@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import torch
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from torch.optim import Optimizer
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
-from rankwise.ranks import sora_optimizer
-from rankwise.schema import LoraSettings, SftStage, SoftmaxDpoStage, SoraSettings
+from rankwise.errors import UserError
+from rankwise.ranks import AdaloraCallback, AllocationCallback, SoraCallback, sora_optimizer
+from rankwise.ranks.adalora import set_schedule
+from rankwise.ranks.allocation import allocation_steps
+from rankwise.sampling import sample
+from rankwise.schema import (
+    AdaloraSettings,
+    AllocatingLoraSettings,
+    LoraSettings,
+    SftStage,
+    SoftmaxDpoStage,
+    SoraSettings,
+)
+
+ALLOCATIONS = "allocations.jsonl"
+Row = TypeVar("Row")
 
 
 class Tools(NamedTuple):
@@ -29,13 +47,62 @@ def training_tools(model: PeftModel, stage: SftStage | SoftmaxDpoStage, adapter:
         stage: the stage's settings.
         adapter: the recipe's adapter settings.
         steps: optimizer steps of the stage.
+
+    Raises:
+        UserError: the stage is too short for the schedule of AdaLoRA or of allocating LoRA.
     """
     if isinstance(adapter, SoraSettings):
-        made = sora_optimizer(model, lr=stage.learning_rate, gate_lr=adapter.gate_lr, weight_decay=stage.weight_decay)
-        return Tools(made, [])
+        rate, decay = stage.learning_rate, stage.weight_decay
+        made = sora_optimizer(model, lr=rate, gate_lr=adapter.gate_lr, total_steps=steps, weight_decay=decay)
+        return Tools(made, [SoraCallback()])
+    if isinstance(adapter, AllocatingLoraSettings):
+        allocation_steps(steps, adapter.events, adapter.first, adapter.last)  # refuses a stage that is too short
+    if isinstance(adapter, AdaloraSettings):
+        set_schedule(model, steps, adapter.warmup_share, adapter.final_share)
+        return Tools(None, [AdaloraCallback()])
     if adapter.lora_plus_ratio is not None:
         return Tools(_lora_plus(model, stage, adapter.lora_plus_ratio), [])
     return Tools(None, [])
+
+
+def hold_out(rows: Sequence[Row], adapter: LoraSettings, seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows to train on, and rows that allocating LoRA scores directions on: drawn by ``seed``, none for other adapters.
+
+    Raises:
+        UserError: no row would be left to train on.
+    """
+    if not isinstance(adapter, AllocatingLoraSettings):
+        return list(rows), []
+    if adapter.validation_rows >= len(rows):
+        wanted = f"adapter.validation_rows {adapter.validation_rows}"
+        raise UserError(f"{wanted} leaves nothing to train on, of {len(rows)} training rows: lower it")
+    held = set(sample(range(len(rows)), adapter.validation_rows, seed)[0])
+    parts: tuple[list[Row], list[Row]] = ([], [])
+    for number, row in enumerate(rows):
+        parts[number in held].append(row)
+    return parts
+
+
+def add_allocation(trainer: Trainer, adapter: LoraSettings) -> AllocationCallback | None:
+    """Give the trainer of allocating LoRA, whose ``eval_dataset`` are the rows held out, what moves directions."""
+    if not isinstance(adapter, AllocatingLoraSettings):
+        return None
+    settings = adapter.model_dump(include={"events", "share", "first", "last"})
+    made = AllocationCallback(trainer, **settings)
+    trainer.add_callback(made)
+    return made
+
+
+def record_allocation(callback: AllocationCallback, folder: Path, stage: str, held: int) -> dict[str, int]:
+    """Append what was moved in a stage to a run's ``allocations.jsonl``; returns counts of it."""
+    with (folder / ALLOCATIONS).open("a", encoding="utf-8") as file:
+        for event in callback.history:
+            file.write(json.dumps({"stage": stage, **asdict(event)}) + "\n")
+    return {
+        "rows held out to score directions": held,
+        "directions moved": sum(event.moved for event in callback.history),
+        "layers whose adapter was removed": sum(len(event.removed) for event in callback.history),
+    }
 
 
 def _lora_plus(model: PeftModel, stage: SftStage | SoftmaxDpoStage, ratio: float) -> Optimizer:

@@ -1,10 +1,13 @@
-"""How a training is seen: a bar, a file of metrics, and an early end where the loss is no number."""
+"""How a run is seen: a bar, a file of metrics, an early end where the loss is no number, and logs on the console."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.errors import UserError
-from rankwise.ranks import SoraConfig, gate_counts
+from rankwise.ranks import SoraConfig, gate_counts, gates
 
 
 class ProgressBar(TrainerCallback):
@@ -66,10 +69,15 @@ class ProgressBar(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Append what is logged to ``metrics.jsonl``, a JSON object a line."""
+    """Append what is logged to ``metrics.jsonl``, a JSON object a line.
+
+    With SoRA a line has what the gates leave, and the threshold. The first line, the last and one for each tenth of the
+    training have ``ranks`` too: the open gates of each layer.
+    """
 
     def __init__(self, path: Path, stage: str) -> None:
         self.path, self.stage = path, stage
+        self.tenth = -1
 
     def on_log(
         self,
@@ -81,13 +89,14 @@ class MetricsFile(TrainerCallback):
         **_: Any,
     ) -> None:
         """Write one line."""
-        line = {
-            "stage": self.stage,
-            "step": state.global_step,
-            **{name: float(value) for name, value in (logs or {}).items()},
-        }
-        if isinstance(model, PeftModel) and isinstance(model.peft_config[model.active_adapter], SoraConfig):
-            line |= gate_counts(model)
+        line: dict[str, Any] = {"stage": self.stage, "step": state.global_step}
+        if isinstance(model, PeftModel) and isinstance(config := model.peft_config[model.active_adapter], SoraConfig):
+            line |= {"threshold": config.threshold, **gate_counts(model)}
+            tenth = 10 * state.global_step // max(state.max_steps, 1)
+            if tenth > self.tenth:
+                self.tenth = tenth
+                line["ranks"] = {name: int((gate != 0).sum()) for name, gate in gates(model).items()}
+        line |= {name: value if isinstance(value, int) else float(value) for name, value in (logs or {}).items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -108,3 +117,37 @@ class StopOnNan(TrainerCallback):
         loss = float(found.get("loss", found.get("train_loss", 0.0)))
         if not math.isfinite(loss):
             raise UserError(f"the loss is {loss} at step {state.global_step}: lower the stage's learning_rate")
+
+
+class ConsoleLog(logging.Handler):
+    """Prints log records on a console, one every few seconds at most: work that is soon done says nothing.
+
+    Args:
+        console: where to.
+        seconds: between two of them, and before the first.
+    """
+
+    def __init__(self, console: Console, seconds: float = 5.0) -> None:
+        super().__init__(logging.INFO)
+        self.console, self.seconds = console, seconds
+        self.last = time.monotonic()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """The handler's hook."""
+        if time.monotonic() - self.last >= self.seconds:
+            self.last = time.monotonic()
+            self.console.print(f"  {record.getMessage()}", style="dim", highlight=False)
+
+
+@contextlib.contextmanager
+def logs_shown(console: Console, seconds: float = 5.0) -> Iterator[None]:
+    """Show the progress that rankwise logs, while the block runs."""
+    logger = logging.getLogger("rankwise")
+    handler, level = ConsoleLog(console, seconds), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 
 from rankwise.errors import UserError, nearest
 from rankwise.schema import Recipe, Section
@@ -128,15 +128,23 @@ def _walk(location: Sequence[Any]) -> tuple[list[Any], type[BaseModel]]:
         place.append(part)
         if isinstance(part, int) or part not in section.model_fields:
             continue
-        found = _sections(section.model_fields[part].annotation)
+        annotation = section.model_fields[part].annotation
+        found = _sections(annotation)
         tagged = {
             get_args(each.model_fields["kind"].annotation)[0]: each for each in found if "kind" in each.model_fields
-        }
+        } or {form: found[0] for form in _forms(annotation)}
         if tagged:
             kinds = tagged
         elif found:
             section = found[0]
     return place, section
+
+
+def _forms(annotation: Any) -> list[str]:
+    """The tags by which a field that can be written in several forms tells them apart."""
+    if isinstance(annotation, Tag):
+        return [annotation.tag]
+    return [found for inner in get_args(annotation) for found in _forms(inner)]
 
 
 def _sections(annotation: Any) -> list[type[Section]]:

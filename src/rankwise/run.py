@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import platform
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import Any
 
 import peft
 import torch
-from peft import LoraConfig, PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftModel
 from peft.utils import set_peft_model_state_dict
 from rich.console import Console
 from safetensors.torch import load_file
@@ -32,11 +31,14 @@ from rankwise.directions.saving import live_hashes
 from rankwise.errors import UserError
 from rankwise.exporting import export
 from rankwise.files import new_folder, write_json, write_jsonl, write_text
+from rankwise.measuring import measured, row_line
 from rankwise.models import context_limit, load_tokenizer, quiet_libraries
+from rankwise.optimisation import ALLOCATIONS
 from rankwise.peft_bridge import active_adapter, adapted_layers
-from rankwise.ranks import SoraConfig, prune
+from rankwise.progress import logs_shown
+from rankwise.ranks import SoraConfig, match_ranks, prune
 from rankwise.recipes import dump_recipe
-from rankwise.schema import AnyStage, LoraSettings, MiloraSettings, Recipe, SoraSettings
+from rankwise.schema import AdaloraSettings, AnyStage, LoraSettings, MiloraSettings, Recipe, SoraSettings
 from rankwise.tasks.load import check_files, load_task
 from rankwise.tasks.task import Task
 from rankwise.training import Rows, train_stage
@@ -84,9 +86,10 @@ class Run:
         base = task.load_model()
         with logs_shown(self.console):
             model = with_adapter(base, self.recipe, task.task_type, self._saved(done))
+        self._adapted = [name for name, _ in adapted_layers(model, active_adapter(model))]
         for name, metrics in task.baselines().items():
             if name not in done:
-                self._row(task, name, metrics)
+                self._row({"name": name, "metrics": metrics, "cases": task.cases})
         if self.recipe.evaluation.base and BASE not in done:
             with model.disable_adapter():
                 self._measure(task, model, BASE)
@@ -115,7 +118,8 @@ class Run:
 
     def _stage(self, task: Task, model: PeftModel, stage: AnyStage) -> None:
         """Train, save and measure one stage."""
-        _forget(self.folder / "metrics.jsonl", stage.name)
+        for name in ("metrics.jsonl", ALLOCATIONS):
+            _forget(self.folder / name, stage.name)
         with self._timed(stage.name):
             counts = self._train(task, model, stage)
         self.results["counts"] |= {f"{stage.name}: {name}": count for name, count in counts.items()}
@@ -143,7 +147,6 @@ class Run:
 
     def _finish(self, model: PeftModel) -> None:
         """Prune, export, and write the ranks and the report."""
-        self._adapted = [name for name, _ in adapted_layers(model, active_adapter(model))]
         with self._timed("export"):
             if isinstance(self.recipe.adapter, SoraSettings):
                 pruned = prune(model)
@@ -157,10 +160,10 @@ class Run:
             "parameters": report.parameters,
             "layout": wanted.layout,
         }
+        adapter = self.recipe.adapter
+        initial = adapter.first_rank if isinstance(adapter, AdaloraSettings) else adapter.r
         if wanted.layout != "merged":
-            write_json(
-                self.folder / "ranks.json", _ranks(self.folder / "adapter", self._adapted, self.recipe.adapter.r)
-            )
+            write_json(self.folder / "ranks.json", _ranks(self.folder / "adapter", self._adapted, initial))
         write_json(self.folder / "results.json", self.results)
         self.console.print(result_table(self.results))
         self.console.print(f"report: {write_report(self.folder)}", highlight=False)
@@ -176,15 +179,15 @@ class Run:
             if count:
                 self.console.print(f"  {name}: {count}", style="dim", highlight=False)
 
-    def _measure(self, task: Task, model: torch.nn.Module, name: str) -> None:
+    def _measure(self, task: Task, model: PeftModel, name: str) -> None:
         with self._timed("evaluation"):
-            self._row(task, name, task.evaluate(model))
+            row = measured(task, model, name, self.recipe, base=name == BASE)
+        self._row(row)
 
-    def _row(self, task: Task, name: str, metrics: dict[str, float]) -> None:
-        self.results["rows"].append({"name": name, "metrics": metrics, "cases": task.cases})
+    def _row(self, row: dict[str, Any]) -> None:
+        self.results["rows"].append(row)
         write_json(self.folder / "results.json", self.results)
-        shown = "  ".join(f"{column} {value:.4f}" for column, value in metrics.items())
-        self.console.print(f"{name}: {shown}", highlight=False)
+        self.console.print(row_line(row), highlight=False)
 
     @contextlib.contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -192,40 +195,6 @@ class Run:
         yield
         seconds = self.results.setdefault("seconds", {})
         seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - started, 2)
-
-
-class ConsoleLog(logging.Handler):
-    """Prints log records on a console, one every few seconds at most: work that is soon done says nothing.
-
-    Args:
-        console: where to.
-        seconds: between two of them, and before the first.
-    """
-
-    def __init__(self, console: Console, seconds: float = 5.0) -> None:
-        super().__init__(logging.INFO)
-        self.console, self.seconds = console, seconds
-        self.last = time.monotonic()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """The handler's hook."""
-        if time.monotonic() - self.last >= self.seconds:
-            self.last = time.monotonic()
-            self.console.print(f"  {record.getMessage()}", style="dim", highlight=False)
-
-
-@contextlib.contextmanager
-def logs_shown(console: Console, seconds: float = 5.0) -> Iterator[None]:
-    """Show the progress that rankwise logs, while the block runs."""
-    logger = logging.getLogger("rankwise")
-    handler, level = ConsoleLog(console, seconds), logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        logger.removeHandler(handler)
 
 
 def with_adapter(base: PreTrainedModel, recipe: Recipe, task_type: str, stage: Path | None = None) -> PeftModel:
@@ -243,6 +212,8 @@ def with_adapter(base: PreTrainedModel, recipe: Recipe, task_type: str, stage: P
     """
     if stage is not None and (stage / SIDE_FILE).is_file():
         config: LoraConfig = MiloraConfig.from_pretrained(stage)
+    elif stage is not None and isinstance(recipe.adapter, AdaloraSettings):
+        config = AdaLoraConfig.from_pretrained(stage)  # its rank_pattern says what the stage's weights fit
     else:
         config = adapter_config(recipe.adapter, task_type, recipe.seed)
     try:
@@ -256,6 +227,20 @@ def with_adapter(base: PreTrainedModel, recipe: Recipe, task_type: str, stage: P
 def adapter_config(settings: LoraSettings, task_type: str, seed: int) -> LoraConfig:
     """PEFT's config for a recipe's adapter settings."""
     targets = settings.target_modules
+    if isinstance(settings, AdaloraSettings):
+        return AdaLoraConfig(
+            target_r=settings.r,
+            init_r=settings.first_rank,
+            deltaT=settings.every,
+            beta1=settings.beta1,
+            beta2=settings.beta2,
+            orth_reg_weight=settings.orthogonality,
+            total_step=1,  # not known yet: the stage lays its schedule over its steps
+            lora_alpha=settings.alpha or 2 * settings.first_rank,
+            lora_dropout=settings.dropout,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            task_type=task_type,
+        )
     common: dict[str, Any] = {
         "r": settings.r,
         "target_modules": targets if isinstance(targets, str) else list(targets),
@@ -264,7 +249,7 @@ def adapter_config(settings: LoraSettings, task_type: str, seed: int) -> LoraCon
         "task_type": task_type,
     }
     if isinstance(settings, SoraSettings):
-        own = settings.model_dump(include={"threshold", "l1", "gate_init", "mode", "part"})
+        own = settings.model_dump(include=set(SoraSettings.__annotations__) - {"kind", "gate_lr"})
         alpha = settings.alpha or (settings.r if settings.part else 2 * settings.r)
         return SoraConfig(**common, **own, lora_alpha=alpha, part_seed=seed)
     common["use_dora"] = settings.use_dora
@@ -294,6 +279,7 @@ def load_stage(model: PeftModel, folder: Path) -> None:
     adapter = active_adapter(model)
     if (folder / SIDE_FILE).is_file():
         check_base(read_side(folder).base, live_hashes(model, adapter))
+    match_ranks(model, folder)
     set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"), adapter)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from transformers import (
 )
 
 from rankwise.likelihood import answer_log_probabilities
-from rankwise.optimisation import training_tools
+from rankwise.optimisation import add_allocation, hold_out, record_allocation, training_tools
+from rankwise.peft_bridge import active_adapter
 from rankwise.preferences import SoftmaxDPOConfig, SoftmaxDPOTrainer
 from rankwise.progress import MetricsFile, ProgressBar, StopOnNan
+from rankwise.ranks import SoraConfig
+from rankwise.ranks.orthogonality import orthogonality_loss
 from rankwise.schema import LoraSettings, SftStage, SoftmaxDpoStage
 from rankwise.tokenise import AnswerCollator
 
@@ -31,6 +35,7 @@ Rows = Sequence[Mapping[str, Any]]
 class AnswerTrainer(Trainer):
     """``transformers.Trainer`` whose loss is the mean cross-entropy of answer tokens, in nats.
 
+    While it trains AdaLoRA, the loss has its orthogonality term too, once for each optimizer step.
     The output head runs from the batch's earliest answer token on, not over the prompts.
     """
 
@@ -50,6 +55,10 @@ class AnswerTrainer(Trainer):
         loss = -values.sum() / (mask.sum() if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, tokens were added up
+        if self.model.training:
+            # The trainer itself divides by the accumulated batches, where the loss is not divided by all their tokens.
+            batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + orthogonality_loss(self.model) / batches
         return (loss, {}) if return_outputs else loss
 
 
@@ -83,28 +92,60 @@ def train_stage(
         trainer: makes the trainer of an sft stage; :class:`AnswerTrainer` where it is not given.
 
     Returns:
-        Counts of rows that were cut or dropped.
+        Counts of rows that were cut, dropped or held out, and of directions that were moved.
 
     Raises:
-        UserError: the loss became NaN or infinite.
+        UserError: the loss became NaN or infinite, or the stage has too few steps or rows for its adapter.
     """
+    rows, held = hold_out(rows, adapter, seed)
     steps = total_steps(stage, len(rows))
     settings = _arguments(stage, folder, seed, bfloat16, steps)
     bar = ProgressBar(stage.name, console)
     tools = training_tools(model, stage, adapter, steps)
-    callbacks = [bar, StopOnNan(), MetricsFile(folder / "metrics.jsonl", stage.name), *tools.callbacks]
+    # The file is last: it holds what the others add to the log.
+    callbacks = [bar, StopOnNan(), *tools.callbacks, MetricsFile(folder / "metrics.jsonl", stage.name)]
     if isinstance(stage, SoftmaxDpoStage):
         arguments = SoftmaxDPOConfig(**settings, beta=stage.beta, context=context)
-        cut = [{**row, "rejected": row["rejected"][: stage.negatives]} for row in rows]
-        made: Trainer = SoftmaxDPOTrainer(model, arguments, cut, processing_class=tokenizer, callbacks=callbacks)
+        cut, cut_held = (
+            [{**row, "rejected": row["rejected"][: stage.negatives]} for row in part] for part in (rows, held)
+        )
+        made: Trainer = SoftmaxDPOTrainer(
+            model, arguments, cut, cut_held or None, processing_class=tokenizer, callbacks=callbacks
+        )
     else:
         make = trainer or (lambda **kwargs: AnswerTrainer(data_collator=AnswerCollator.of(tokenizer), **kwargs))
-        made = make(model=model, args=TrainingArguments(**settings), train_dataset=list(rows), callbacks=callbacks)
+        made = make(
+            model=model,
+            args=TrainingArguments(**settings),
+            train_dataset=rows,
+            eval_dataset=held or None,
+            callbacks=callbacks,
+        )
     made.remove_callback(PrinterCallback)
     made.optimizer = tools.optimizer
-    with bar.progress:
-        made.train()
-    return dict(getattr(made, "counts", {}))
+    allocation = add_allocation(made, adapter)
+    with bar.progress, _threshold(model, stage):
+        try:
+            made.train()
+        finally:  # accelerate leaves its autocast around the model's forward: what follows would not be float32
+            made.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    counts = dict(getattr(made, "counts", {}))
+    return counts if allocation is None else counts | record_allocation(allocation, folder, stage.name, len(held))
+
+
+@contextlib.contextmanager
+def _threshold(model: PeftModel, stage: SftStage | SoftmaxDpoStage) -> Iterator[None]:
+    """Give SoRA the stage's own threshold, if it has one, while the stage trains."""
+    config, own = model.peft_config[active_adapter(model)], getattr(stage, "threshold", None)
+    if own is None:
+        yield
+        return
+    assert isinstance(config, SoraConfig)  # the recipe was checked
+    before, config.threshold = config.threshold, own
+    try:
+        yield
+    finally:
+        config.threshold = before
 
 
 def total_steps(stage: SftStage | SoftmaxDpoStage, rows: int) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rankwise.analysis.ranks import rank_grid, rank_table, read_adapter, read_ranks, split_module
+from rankwise.analysis.inspection import grid_table, rank_table
+from rankwise.analysis.ranks import rank_grid, read_adapter, read_ranks, split_module
 from rankwise.analysis.report import write_report
 from rankwise.analysis.spectra import UpdateOverlap, effective_rank, subspace_overlap, update_overlap
 from rankwise.analysis.tables import combined, result_markdown, result_table
@@ -11,6 +12,7 @@ __all__ = [
     "UpdateOverlap",
     "combined",
     "effective_rank",
+    "grid_table",
     "rank_grid",
     "rank_table",
     "read_adapter",

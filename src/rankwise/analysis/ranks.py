@@ -5,25 +5,23 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rankwise.analysis.columns import ABSENT
 from rankwise.analysis.spectra import effective_rank
 from rankwise.errors import UserError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SIDE_FILE = "milora.json"  # beside an adapter that stores its start: as directions.checkpoint writes it
 _KEY = re.compile(
-    r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>embedding_A|embedding_B|A|B|gate|start\.A|start\.B)(?:\..+)?$"
+    r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>embedding_A|embedding_B|A|B|E|gate|start\.A|start\.B)(?:\..+)?$"
 )
 _LAYER = re.compile(r"(?P<stack>(?:.*?\.)?)(?P<number>\d+)\.(?P<kind>.+)$")
 
@@ -47,11 +45,11 @@ def read_adapter(adapter_folder: Path) -> tuple[list[dict[str, Any]], dict[str, 
 
     Returns:
         Rows with ``module``; ``rank``, the stored one; ``live``, the number of directions whose row of A,
-        column of B and gate (if it has one) are not zero; ``effective_rank`` of the update, which is B A, or
-        B A - B0 A0 where the start is kept; ``configured_rank``, what the configuration says; ``parameters``,
-        those trained; ``bytes``, all that is stored; and ``stacked_start``, whether half of it is the start of MiLoRA,
-        [A; A0] and [B, -B0], so that rank r is stored as 2 r. Beside them the counts of tensors that belong to no
-        pair A, B.
+        column of B and gate (AdaLoRA: value of E), if it has one, are not zero, and which differ from the start
+        where that is kept; ``effective_rank`` of the update, which is B A, or B A - B0 A0 then; ``configured_rank``,
+        what the configuration says; ``parameters``, those trained; ``bytes``, all that is stored; and
+        ``stacked_start``, whether half of it is the start of MiLoRA, [A; A0] and [B, -B0], so that rank r is stored
+        as 2 r. Beside them the counts of tensors that belong to no pair A, B.
 
     Raises:
         UserError: the folder holds no adapter, one without LoRA matrices, or unreadable files.
@@ -118,14 +116,14 @@ def _row(module: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], st
         raise UserError(
             f"{module}: lora_A has {down.shape[0]} rows, lora_B {up.shape[1]} columns: save the adapter again"
         )
-    gate = parts["gate"].flatten() if "gate" in parts else torch.ones(down.shape[0])
+    gate = parts.get("gate", parts.get("E", torch.ones(down.shape[0]))).flatten()
     gated = up.float() * gate.float()
     trained = [tensor for part, tensor in parts.items() if not part.startswith("start")]
     return {
         "module": module,
         "rank": down.shape[0],
-        "live": int((down.ne(0).any(dim=1) & gated.ne(0).any(dim=0)).sum()),
-        "effective_rank": effective_rank(update_spectrum(*_from_start(gated, down.float(), parts))),
+        "live": live_directions(down, up, gate, _start(module, parts, stacked_start)),
+        "effective_rank": effective_rank(update_spectrum(*_from_start(gated, down.float(), gate, parts))),
         "configured_rank": _configured_rank(module, config),
         "parameters": sum(tensor.numel() for tensor in trained) // (2 if stacked_start else 1),
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in parts.values()),
@@ -133,11 +131,51 @@ def _row(module: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], st
     }
 
 
-def _from_start(up: Tensor, down: Tensor, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Factors of the update B A - B0 A0, for an adapter that keeps the pair it started from under its own name."""
+def _start(module: str, parts: Mapping[str, Tensor], stacked: bool) -> tuple[Tensor, Tensor] | None:
+    """A0 and B0, where they are kept: stacked in the lower half, or under a name of their own."""
+    down, up = parts["A"].flatten(1), parts["B"].flatten(1)
+    if stacked:
+        if len(down) % 2:
+            raise UserError(f"{module}: {len(down)} directions are no adapter with its start: save the adapter again")
+        half = len(down) // 2
+        return down[half:], -up[:, half:]
+    if {"start.A", "start.B"} <= set(parts):
+        return parts["start.A"].flatten(1).to(down.dtype), parts["start.B"].flatten(1).to(up.dtype)
+    return None
+
+
+def live_directions(
+    down: Float[Tensor, "rank in"],
+    up: Float[Tensor, "out rank"],
+    gate: Float[Tensor, " rank"],
+    start: tuple[Float[Tensor, "begun in"], Float[Tensor, "out begun"]] | None,
+) -> int:
+    """How many stored directions change something.
+
+    Without a start, those whose row of A, column of B and gate are not zero. With one, b a - b0 a0 = (b - b0) a +
+    b0 (a - a0): a direction whose two terms are zero changes nothing; where the start is stacked below A, each term
+    stands for one of the two directions that are stored.
+    """
+    if start is None:
+        return int((down.ne(0).any(dim=1) & up.ne(0).any(dim=0) & gate.ne(0)).sum())
+    down0, up0 = start
+    rank = len(down0)
+    trained, other = down[:rank], up[:, :rank]
+    of_b = other.ne(up0).any(dim=0) & trained.ne(0).any(dim=1)
+    of_a = trained.ne(down0).any(dim=1) & up0.ne(0).any(dim=0)
+    if rank < len(down):
+        return int(of_b.sum() + of_a.sum())
+    return int(((of_b | of_a) & gate.ne(0)).sum())
+
+
+def _from_start(up: Tensor, down: Tensor, gate: Tensor, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Factors of the update B A - B0 A0, for an adapter that keeps the pair it started from under its own name.
+
+    ``up`` is gated already; a gate multiplies the change of its direction, so it is on B0 as well.
+    """
     if not {"start.A", "start.B"} <= set(parts):
         return up, down
-    up = torch.cat([up, -parts["start.B"].flatten(1).float()], dim=1)
+    up = torch.cat([up, -parts["start.B"].flatten(1).float() * gate.float()], dim=1)
     return up, torch.cat([down, parts["start.A"].flatten(1).float()])
 
 
@@ -154,7 +192,13 @@ def update_spectrum(up: Float[Tensor, "out rank"], down: Float[Tensor, "rank in"
 
 
 def _configured_rank(module: str, config: Mapping[str, Any]) -> int | None:
-    """The rank that the configuration gives a module: by the first pattern, as peft matches, or ``r``."""
+    """The rank that the configuration gives a module: by the first pattern, as peft matches, or ``r``.
+
+    AdaLoRA's has what was allocated, a mask for each module by its full name, and begins with ``init_r``.
+    """
+    if config.get("peft_type") == "ADALORA":
+        masks = config.get("rank_pattern") or {}
+        return sum(masks[key]) if (key := f"{module}.lora_E") in masks else int(config["init_r"])
     for pattern, rank in (config.get("rank_pattern") or {}).items():
         try:
             found = re.match(rf"(.*\.)?({pattern})$", module)
@@ -185,46 +229,23 @@ def rank_grid(rows: Sequence[Mapping[str, Any]], value: str = "rank") -> RankGri
     Names are as short as they can be without two of them becoming one.
     """
     places = {split_module(row["module"]): int(row[value]) for row in rows}
-    layers = sorted({layer for layer, _ in places}, key=lambda layer: (layer == "", natural_key(layer)))
-    kinds = list(dict.fromkeys(kind for layer in layers for at, kind in places if at == layer))
+    layers, kinds = layer_names(layer for layer, _ in places), kind_names(rows)
     grid = [[places.get((layer, kind)) for kind in kinds] for layer in layers]
-    return RankGrid(_short_layers(layers), _short_kinds(kinds), grid)
+    return RankGrid(list(layers.values()), list(kinds.values()), grid)
 
 
-def _short_layers(layers: Sequence[str]) -> list[str]:
-    stacks = {layer.rpartition(".")[0] for layer in layers if layer}
-    names = [layer if len(stacks) > 1 else f"layer {layer.rpartition('.')[2]}" for layer in layers]
-    return [name if layer else "outside layers" for name, layer in zip(names, layers, strict=True)]
+def layer_names(layers: Iterable[str]) -> dict[str, str]:
+    """A short name of each layer, in the model's order; ``layers`` are those of :func:`split_module`."""
+    ordered = sorted(set(layers), key=lambda layer: (layer == "", natural_key(layer)))
+    stacks = {layer.rpartition(".")[0] for layer in ordered if layer}
+    names = [layer if len(stacks) > 1 else f"layer {layer.rpartition('.')[2]}" for layer in ordered]
+    return {layer: name if layer else "outside layers" for name, layer in zip(names, ordered, strict=True)}
 
 
-def _short_kinds(kinds: Sequence[str]) -> list[str]:
+def kind_names(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """A short name of each kind of module, in the order in which the layers have them."""
+    places = [split_module(row["module"]) for row in rows]
+    layers = layer_names(layer for layer, _ in places)
+    kinds = list(dict.fromkeys(kind for layer in layers for at, kind in places if at == layer))
     tails = Counter(kind.rpartition(".")[2] for kind in kinds)
-    return [tail if tails[tail := kind.rpartition(".")[2]] == 1 else kind for kind in kinds]
-
-
-def rank_table(rows: Sequence[Mapping[str, Any]], counts: Mapping[str, int] | None = None) -> Table:
-    """A console table of :func:`read_adapter`'s rows, totals at its foot, what was passed over below it."""
-    caption = ", ".join(f"{number} {name}" for name, number in (counts or {}).items())
-    stacked = any(row.get("stacked_start") for row in rows)
-    title = "Ranks by module" + (" (MiLoRA: rank r is stored as 2 r, with its start)" if stacked else "")
-    table = Table(title=title, caption=f"passed over: {caption}" if caption else None, show_footer=True)
-    table.add_column("module", footer=f"{len(rows)} modules", overflow="fold")
-    totals = {key: sum(row[key] for row in rows) for key in ("rank", "live", "parameters", "bytes")}
-    for key, title in (
-        ("configured_rank", "configured"),
-        ("rank", "stored"),
-        ("live", "live"),
-        ("effective_rank", "effective"),
-        ("parameters", "parameters"),
-        ("bytes", "bytes"),
-    ):
-        table.add_column(title, justify="right", footer=f"{totals[key]:,}" if key in totals else "")
-    for row in rows:
-        table.add_row(
-            row["module"],
-            *(str(row[key]) if row[key] is not None else ABSENT for key in ("configured_rank", "rank", "live")),
-            f"{row['effective_rank']:.2f}",
-            f"{row['parameters']:,}",
-            f"{row['bytes']:,}",
-        )
-    return table
+    return {kind: tail if tails[tail := kind.rpartition(".")[2]] == 1 else kind for kind in kinds}

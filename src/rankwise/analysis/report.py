@@ -11,6 +11,7 @@ from plotly.offline import get_plotlyjs
 
 from rankwise import __version__
 from rankwise.analysis import sections
+from rankwise.analysis.retention import retention_section
 from rankwise.analysis.runfolder import Run, read_run
 from rankwise.files import write_text
 
@@ -33,7 +34,9 @@ def render(run: Run) -> str:
     body = [
         sections.results_section(run),
         sections.curves_section(run),
+        retention_section(run),
         sections.ranks_section(run),
+        sections.history_section(run),
         f'<div class="pair">\n{sections.counts_section(run)}\n{sections.cost_section(run)}\n</div>',
         sections.settings_section(run),
         sections.versions_section(run),

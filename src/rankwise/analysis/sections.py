@@ -8,8 +8,12 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from plotly.graph_objects import Figure
+
 from rankwise.analysis.columns import UNKNOWN, Number, best_rows, describe, mean_of, write_value
-from rankwise.analysis.figures import by_stage, curves, is_finite, not_finite, rank_heatmap, summary
+from rankwise.analysis.drawing import is_finite, not_finite, summary
+from rankwise.analysis.figures import by_stage, curves, rank_heatmap
+from rankwise.analysis.history import histories
 from rankwise.analysis.markup import Cell, muted, pairs_table, plot, section, table
 from rankwise.analysis.runfolder import Run
 from rankwise.analysis.tables import cells
@@ -64,15 +68,20 @@ def _definition(name: str) -> str:
 
 
 def curves_section(run: Run) -> str:
-    """A figure for each stage's loss and gates; says so where nothing was logged."""
+    """A figure for each stage's loss; says so where nothing was logged."""
     figures = curves(run.metrics, run.results.get("task"), stage_kinds(run))
     stages = by_stage(run.metrics).values()
     lost = sum(not_finite(lines, key) for lines in stages for key in ("loss", "eval_loss"))
     note = muted(f"Losses that are not finite and so are not drawn: {lost}.") if lost else ""
     if not figures:
         return section("Learning curves", muted("No losses were logged.") + note)
-    plots = "\n".join(plot(figure, f"curve-{at}", summary(figure)) for at, figure in enumerate(figures))
-    return section("Learning curves", f'<div class="plots">\n{plots}\n</div>{note}')
+    return section("Learning curves", _plots(figures, "curve") + note)
+
+
+def _plots(figures: Sequence[Figure], name: str) -> str:
+    """Figures side by side."""
+    plots = "\n".join(plot(figure, f"{name}-{at}", summary(figure)) for at, figure in enumerate(figures))
+    return f'<div class="plots">\n{plots}\n</div>'
 
 
 def stage_kinds(run: Run) -> dict[str, str]:
@@ -97,6 +106,12 @@ def ranks_section(run: Run) -> str:
     )
     details = f"<details><summary>All {len(run.ranks)} modules</summary>{modules}</details>"
     return section("Ranks", plot(figure, "rank-map", rank_summary(run.ranks)) + details + _export(run))
+
+
+def history_section(run: Run) -> str:
+    """Gates, parameters, threshold and ranks by step; nothing where the adapter has no gates."""
+    figures = histories(run.metrics)
+    return section("History of ranks", _plots(figures, "history")) if figures else ""
 
 
 def total(rows: Sequence[Mapping[str, Any]], key: str) -> int | None:

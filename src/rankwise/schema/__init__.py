@@ -1,6 +1,13 @@
 """What a recipe can say: every setting, its type, its default and its meaning."""
 
-from rankwise.schema.adapters import Adapter, LoraSettings, MiloraSettings, SoraSettings
+from rankwise.schema.adapters import (
+    AdaloraSettings,
+    Adapter,
+    AllocatingLoraSettings,
+    LoraSettings,
+    MiloraSettings,
+    SoraSettings,
+)
 from rankwise.schema.base import EMBEDDED, Section
 from rankwise.schema.data import (
     ClassificationData,
@@ -11,11 +18,13 @@ from rankwise.schema.data import (
     TextData,
 )
 from rankwise.schema.recipe import EvaluationSettings, ExportSettings, ModelSettings, Recipe
-from rankwise.schema.stages import AnyStage, SftStage, SoftmaxDpoStage
+from rankwise.schema.stages import AnyStage, RisingThresholds, SftStage, SoftmaxDpoStage
 
 __all__ = [
     "EMBEDDED",
+    "AdaloraSettings",
     "Adapter",
+    "AllocatingLoraSettings",
     "AnyStage",
     "ClassificationData",
     "EvaluationSettings",
@@ -27,6 +36,7 @@ __all__ = [
     "ModelSettings",
     "Recipe",
     "RecommendationSettings",
+    "RisingThresholds",
     "SdpoData",
     "Section",
     "SftStage",

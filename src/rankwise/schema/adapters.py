@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rankwise.schema.base import Count, File, Part, Positive, Section
+from rankwise.schema.base import Count, File, Part, Positive, Section, Share
 
 
 class LoraSettings(Section):
@@ -37,7 +37,16 @@ class SoraSettings(LoraSettings):
 
     kind: Literal["sora"] = "sora"  # type: ignore[assignment]
     threshold: float = Field(3e-4, ge=0, description="Threshold of the proximal step, in units of the gate.")
+    threshold_scaling: Literal["none", "learning_rate"] = Field(
+        "none", description="Times the gates' learning rate (the paper's lambda), or as it is (its code's xi)."
+    )
     l1: float = Field(10.0, ge=0, description="Weight of the mean absolute gate in the loss.")
+    target_parameters: Count | None = Field(None, description="Parameters to keep: a budget instead of a threshold.")
+    target_ratio: float | None = Field(None, gt=0, le=1, description="The same as a share of all parameters.")
+    budget_by: float = Field(0.5, gt=0, le=1, description="Share of a stage after which the budget is met.")
+    shrink_after: Count | None = Field(
+        None, description="Steps after which a closed gate is cut out while training; only at the end if not given."
+    )
     gate_lr: Positive | None = Field(None, description="Learning rate of the gates; the stage's where not given.")
     gate_init: Literal["normal", "ones"] = Field("normal", description="Start of the gates.")
     mode: Literal["proximal", "reference"] = Field("proximal", description="Exact step, or the published code's.")
@@ -49,7 +58,71 @@ class SoraSettings(LoraSettings):
         for name in ("use_dora", "lora_plus_ratio"):
             if getattr(self, name):
                 raise ValueError(f"{name} is not for SoRA: leave it out, or take kind lora or milora")
+        if self.target_parameters is not None and self.target_ratio is not None:
+            raise ValueError("target_ratio and target_parameters are two budgets: give one of them")
+        if self.mode == "reference" and (self.target_parameters or self.target_ratio):
+            raise ValueError("mode reference zeroes more than a budget asks for: take mode proximal")
         return self
 
 
-Adapter = Annotated[LoraSettings | MiloraSettings | SoraSettings, Field(discriminator="kind")]
+class AllocatingLoraSettings(LoraSettings):
+    """LoRA whose directions move to the layers that need them (allocating LoRA, arXiv 2403.16187)."""
+
+    kind: Literal["allocating_lora"] = "allocating_lora"  # type: ignore[assignment]
+    events: Count = Field(5, description="How many times directions are moved, in each stage.")
+    share: Share = Field(0.1, description="Share of all directions that is moved each time.")
+    first: float = Field(0.2, ge=0, lt=1, description="Share of the steps after which they are moved first.")
+    last: float = Field(0.7, ge=0, lt=1, description="Share of the steps after which they are moved last.")
+    validation_rows: Count = Field(256, description="Training rows held out to score directions on, drawn by the seed.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> AllocatingLoraSettings:
+        """Directions are those of plain LoRA, and the first move comes before the last."""
+        for name in ("use_dora", "lora_plus_ratio"):
+            if getattr(self, name):
+                raise ValueError(f"{name} is not for allocating LoRA: leave it out, or take kind lora or milora")
+        if self.first > self.last:
+            raise ValueError(f"first {self.first} is after last {self.last}: directions are moved from first to last")
+        return self
+
+
+class AdaloraSettings(LoraSettings):
+    """LoRA whose ranks fall to a mean, each matrix to its own, by importance (AdaLoRA, arXiv 2303.10512)."""
+
+    kind: Literal["adalora"] = "adalora"  # type: ignore[assignment]
+    r: Count = Field(16, description="Mean rank of the adapted matrices at the end.")
+    alpha: Positive | None = Field(
+        None, description="Scaling numerator over the initial rank; twice that rank if not given."
+    )
+    initial_rank: Count | None = Field(None, description="Rank at the start, above r; 1.5 r where it is not given.")
+    warmup_share: float = Field(0.15, ge=0, lt=1, description="Share of the steps before the first direction is cut.")
+    final_share: float = Field(0.5, ge=0, lt=1, description="Share of the steps, at the end, in which the ranks stay.")
+    every: Count = Field(1, description="Steps from one allocation to the next.")
+    orthogonality: float = Field(0.1, ge=0, description="Weight in the loss of how far A and B are from orthonormal.")
+    beta1: Share = Field(0.85, description="Memory of the importance, a share.")
+    beta2: Share = Field(0.85, description="Memory of the importance's uncertainty, a share.")
+
+    @property
+    def first_rank(self) -> int:
+        """The rank of every matrix at the start."""
+        return self.initial_rank or -(-3 * self.r // 2)
+
+    @model_validator(mode="after")
+    def _fits(self) -> AdaloraSettings:
+        """There is something to cut, and steps to do it in; PEFT's AdaLoRA has a scaling of its own and no variants."""
+        for name in ("use_dora", "use_rslora", "lora_plus_ratio"):
+            if getattr(self, name):
+                raise ValueError(f"{name} is not for AdaLoRA: leave it out, or take kind lora or milora")
+        if self.first_rank <= self.r:
+            raise ValueError(f"initial_rank {self.initial_rank} leaves nothing to cut: it must be above r, {self.r}")
+        if self.warmup_share + self.final_share >= 1:
+            raise ValueError(
+                f"warmup_share {self.warmup_share} and final_share {self.final_share} leave no step to cut in: their "
+                "sum must be below 1"
+            )
+        return self
+
+
+Adapter = Annotated[
+    LoraSettings | MiloraSettings | SoraSettings | AllocatingLoraSettings | AdaloraSettings, Field(discriminator="kind")
+]

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from rankwise.schema.adapters import Adapter, MiloraSettings
+from rankwise.schema.adapters import AdaloraSettings, Adapter, MiloraSettings, SoraSettings
 from rankwise.schema.base import EMBEDDED, Count, Section
 from rankwise.schema.data import ClassificationData, Data, RecommendationSettings
 from rankwise.schema.stages import AnyStage
@@ -29,6 +29,9 @@ class EvaluationSettings(Section):
 
     split: Literal["validation", "test"] = Field("test", description="Part of the data; validation where no test is.")
     cases: Count | None = Field(None, description="Most cases, drawn by the seed; all where not given.")
+    training_cases: Count | None = Field(
+        None, description="Also measure on this many training rows, drawn by the seed; not in recommendation."
+    )
     generate: bool = Field(True, description="In recommendation, also the papers' protocol: greedy text, substrings.")
     base: bool = Field(True, description="Also measure the base model.")
 
@@ -75,8 +78,9 @@ class Recipe(Section):
                 raise ValueError(f"stages.{number}.name {stage.name!r} is a name of the result table: choose another")
             if stage.kind == "sft" and stage.loss == "row" and isinstance(self.data, ClassificationData):
                 raise ValueError(f"stages.{number}.loss row: labels have no prompt to learn; use answer")
-            if stage.name in names:
-                raise ValueError(f"stages.{number}.name {stage.name!r} occurs twice: name each stage differently")
+            made = [one.name for one in stage.written_out()]
+            if twice := next((name for name in made if name in names), None):
+                raise ValueError(f"stages.{number}.name {twice!r} occurs twice: name each stage differently")
             if stage.start is not None and stage.start not in names:
                 known = f"one of {', '.join(names)}" if names else "nothing: no stage is before it"
                 raise ValueError(f"stages.{number}.start {stage.start!r} is no earlier stage; possible: {known}")
@@ -84,7 +88,44 @@ class Recipe(Section):
                 raise ValueError(f"stages.{number}.kind softmax_dpo needs data of kind interactions or sdpo")
             if stage.kind == "softmax_dpo" and stage.negatives > self.data.negatives:  # type: ignore[union-attr]
                 raise ValueError(f"stages.{number}.negatives {stage.negatives} is more than data.negatives: raise that")
-            names.append(stage.name)
+            names += made
+        return self
+
+    @model_validator(mode="after")
+    def _thresholds_fit(self) -> Recipe:
+        """Only SoRA has thresholds, where it has no budget; a stage with several stands for one stage each."""
+        sora = self.adapter if isinstance(self.adapter, SoraSettings) else None
+        for number, stage in enumerate(self.stages):
+            for name in ("threshold", "thresholds"):
+                if getattr(stage, name, None) is None:
+                    continue
+                if sora is None:
+                    kind = self.adapter.kind
+                    raise ValueError(f"stages.{number}.{name} is for adapters of kind sora, not {kind}: leave it out")
+                if sora.target_parameters is not None or sora.target_ratio is not None:
+                    raise ValueError(f"stages.{number}.{name}: the adapter has a budget instead: leave out one of them")
+        # The recipe is frozen for everyone else; here it is still being made.
+        object.__setattr__(self, "stages", [one for stage in self.stages for one in stage.written_out()])
+        return self
+
+    @model_validator(mode="after")
+    def _training_cases_fit(self) -> Recipe:
+        """In recommendation, training rows have other candidates than the held-out cases: scores would not compare."""
+        if self.evaluation.training_cases is not None and isinstance(self.data, RecommendationSettings):
+            raise ValueError(
+                f"evaluation.training_cases is not for data of kind {self.data.kind}, whose training rows have other "
+                "candidates than its held-out cases: leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_allocation(self) -> Recipe:
+        """AdaLoRA's ranks fall over one training, and stay."""
+        if isinstance(self.adapter, AdaloraSettings) and len(self.stages) > 1:
+            raise ValueError(
+                f"adapter.kind adalora is for one stage, and there are {len(self.stages)}: its ranks fall over the "
+                "steps of one training, and a second one would begin with what the first cut; leave the others out"
+            )
         return self
 
     @model_validator(mode="after")

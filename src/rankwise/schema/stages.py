@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from rankwise.schema.base import Count, Positive, Section
+
+Threshold = Annotated[float, Field(ge=0)]
 
 
 class Stage(Section):
@@ -27,12 +30,83 @@ class Stage(Section):
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW; never on gates.")
     clip: Positive = Field(1.0, description="Largest norm of the gradient.")
 
+    def written_out(self) -> Sequence[Stage]:
+        """The stages that this one stands for."""
+        return [self]
+
+
+class RisingThresholds(Section):
+    """Thresholds from the smallest to the largest, one for each of several stages."""
+
+    largest: Threshold = Field(description="Threshold of the last stage, in units of the gate.")
+    stages: Count = Field(description="How many stages.")
+    spacing: Literal["linear", "log-linear", "exp-linear"] = Field(
+        "linear", description="Even steps, even ones of the exponential (log-linear), or of the logarithm (exp-linear)."
+    )
+    smallest: Threshold = Field(0.0, description="Threshold of the first stage; above 0 for exp-linear.")
+
+    @model_validator(mode="after")
+    def _rise(self) -> RisingThresholds:
+        """The ends fit the spacing."""
+        self.values()
+        return self
+
+    def values(self) -> list[float]:
+        """The threshold of each stage."""
+        from rankwise.ranks.schedule import rising_thresholds  # imports torch, which other recipes are read without
+
+        return rising_thresholds(self.largest, self.stages, self.spacing, self.smallest)
+
+
+Thresholds = Annotated[
+    Annotated[RisingThresholds, Tag("mapping")] | Annotated[list[Threshold], Tag("list")],
+    Discriminator(lambda value: "mapping" if isinstance(value, dict | RisingThresholds) else "list"),
+]
+
 
 class SftStage(Stage):
     """Supervised training."""
 
     kind: Literal["sft"]
     loss: Literal["answer", "row"] = Field("answer", description="Tokens with loss: the answer's, or the prompt's too.")
+    threshold: Threshold | None = Field(None, description="Of SoRA, in this stage; the adapter's where not given.")
+    thresholds: Thresholds | None = Field(
+        None,
+        description="Of SoRA: a list that does not fall, or a mapping (see below). Each makes a stage of its own, "
+        "`<name>-1` and so on, which starts from the one before: with this stage's epochs, and a learning rate whose "
+        "schedule begins anew.",
+    )
+
+    @field_validator("thresholds")
+    @classmethod
+    def _do_not_fall(cls, given: RisingThresholds | list[float] | None) -> RisingThresholds | list[float] | None:
+        """A list has a threshold, and none below the one before it."""
+        if isinstance(given, list):
+            if not given:
+                raise ValueError("there is no threshold in it: give one or more, or leave thresholds out")
+            falls = [at for at in range(1, len(given)) if given[at] < given[at - 1]]
+            if falls:
+                before, after = given[falls[0] - 1], given[falls[0]]
+                raise ValueError(f"{after} stands after {before}: thresholds must not fall from stage to stage")
+        return given
+
+    @model_validator(mode="after")
+    def _one_way(self) -> SftStage:
+        """One threshold or several."""
+        if self.threshold is not None and self.thresholds is not None:
+            raise ValueError("threshold and thresholds are both given: leave one of them out")
+        return self
+
+    def written_out(self) -> Sequence[SftStage]:
+        """This stage, or one for each of its thresholds, each from the one before."""
+        if self.thresholds is None:
+            return [self]
+        values = self.thresholds if isinstance(self.thresholds, list) else self.thresholds.values()
+        names = [f"{self.name}-{number}" for number in range(1, len(values) + 1)]
+        return [
+            self.model_copy(update={"name": name, "start": start, "threshold": value, "thresholds": None})
+            for name, start, value in zip(names, [self.start, *names[:-1]], values, strict=True)
+        ]
 
 
 class SoftmaxDpoStage(Stage):

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, Trainer
 
 from rankwise.errors import UserError
 from rankwise.models import load_language_model
+from rankwise.sampling import sample
 from rankwise.schema import ModelSettings
 from rankwise.tasks.language_loss import answer_loss
 from rankwise.tasks.task import Metrics
@@ -51,5 +52,12 @@ class AnswerTask:
 
     def evaluate(self, model: nn.Module) -> Metrics:
         """Cross-entropy of held-out answers, in nats per token, and its exponential."""
-        found = answer_loss(model, self._held_out)
+        return self._measured(model, self._held_out)
+
+    def evaluate_training(self, model: nn.Module, limit: int, seed: int) -> Metrics:
+        """The same over training rows."""
+        return self._measured(model, sample(self._train, limit, seed)[0])
+
+    def _measured(self, model: nn.Module, rows: Rows) -> Metrics:
+        found = answer_loss(model, rows)
         return {name: found[name] for name in self.columns}

@@ -14,6 +14,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 
 from rankwise.errors import UserError
 from rankwise.models import load_classifier
+from rankwise.sampling import sample
 from rankwise.schema import ModelSettings
 from rankwise.tasks.task import Metrics
 from rankwise.tokenise import padding_token
@@ -59,7 +60,6 @@ class LabelTask:
         }
         self.counts = {**counts, **{name: count for name, count in cut.items() if count}}
         self.trainer: Callable[..., Trainer] | None = partial(LabelTrainer, data_collator=self._collator())
-        self._truth = [row["labels"] for row in self._held_out]
 
     def load_model(self) -> PreTrainedModel:
         """The model with a new head."""
@@ -76,25 +76,32 @@ class LabelTask:
     def baselines(self) -> dict[str, Metrics]:
         """The most frequent label of the training part."""
         most = Counter(row["labels"] for row in self._train).most_common(1)[0][0]
-        return {"most frequent": self._metrics([most] * self.cases)}
+        return {"most frequent": self._metrics(self._held_out, [most] * self.cases)}
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module) -> Metrics:
         """Accuracy, and F1 of the second label where there are two, else the mean F1 over labels."""
+        return self._measured(model, self._held_out)
+
+    def evaluate_training(self, model: nn.Module, limit: int, seed: int) -> Metrics:
+        """The same over training rows."""
+        return self._measured(model, sample(self._train, limit, seed)[0])
+
+    @torch.no_grad()
+    def _measured(self, model: nn.Module, rows: Rows) -> Metrics:
         was_training = model.training
         model.eval()
         device, found = next(model.parameters()).device, []
-        for start in range(0, self.cases, 64):
-            batch = self._collator()([dict(row) for row in self._held_out[start : start + 64]])
+        for start in range(0, len(rows), 64):
+            batch = self._collator()([dict(row) for row in rows[start : start + 64]])
             batch.pop("labels")
             found += model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits.argmax(-1).tolist()
         model.train(was_training)
-        return self._metrics(found)
+        return self._metrics(rows, found)
 
-    def _metrics(self, found: Sequence[int]) -> Metrics:
-        average = "binary" if len(self.labels) == 2 else "macro"
-        f1 = f1_score(self._truth, found, average=average, zero_division=0)
-        return {"accuracy": float(accuracy_score(self._truth, found)), "F1": float(f1)}
+    def _metrics(self, rows: Rows, found: Sequence[int]) -> Metrics:
+        truth, average = [row["labels"] for row in rows], "binary" if len(self.labels) == 2 else "macro"
+        f1 = f1_score(truth, found, average=average, zero_division=0)
+        return {"accuracy": float(accuracy_score(truth, found)), "F1": float(f1)}
 
     def _collator(self) -> DataCollatorWithPadding:
         if self._tokenizer.pad_token_id is None:

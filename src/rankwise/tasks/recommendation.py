@@ -97,5 +97,9 @@ class RecommendationTask:
         model.train(was_training)
         return metrics
 
+    def evaluate_training(self, model: nn.Module, limit: int, seed: int) -> Metrics:
+        """Training rows have few rejected items, no list of candidates, so their metrics would not compare."""
+        raise UserError("recommendation has no measure over its training rows: leave evaluation.training_cases out")
+
     def _candidates(self) -> tuple[list[list[str]], list[str]]:
         return [row["candidates"] for row in self._evaluation], [row["target"] for row in self._evaluation]

@@ -47,3 +47,6 @@ class Task(Protocol):
 
     def evaluate(self, model: nn.Module) -> Metrics:
         """Metrics of a model, one for each column; leaves its mode as it was."""
+
+    def evaluate_training(self, model: nn.Module, limit: int, seed: int) -> Metrics:
+        """The same over at most ``limit`` of the training rows, drawn by ``seed``."""

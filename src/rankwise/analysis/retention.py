@@ -1,0 +1,116 @@
+"""What is kept of the training rows and of the held-out cases as directions are given up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import plotly.graph_objects as go
+
+from rankwise.analysis.columns import ABSENT, write_value
+from rankwise.analysis.drawing import COLORS, axes, is_finite, scatter, short
+from rankwise.analysis.markup import Cell, muted, plot, section, table
+from rankwise.analysis.runfolder import Run
+
+TITLE = "Memorisation and generalisation"
+WIDE = 8  # from this ratio on, sizes are shown on a log scale
+SCORES = {"training": "training (memorisation)", "held_out": "held out (generalisation)"}
+
+
+def retained(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The stages whose row has a training score, a held-out score and the parameters left, by the first metric.
+
+    Returns:
+        For each ``stage``, ``gates_left``, ``gates``, ``parameters``, ``training`` and ``held_out``, in the order of
+        the results.
+    """
+    metric = next(iter(results.get("columns") or []), "")
+    found = []
+    for row in results.get("rows") or []:
+        left, training = row.get("adapter") or {}, row.get("training_metrics") or {}
+        scores = {"training": training.get(metric), "held_out": row["metrics"].get(metric)}
+        if all(map(is_finite, [left.get("parameters_left"), *scores.values()])):
+            counts = {"gates_left": left.get("gates_left"), "gates": left.get("gates")}
+            found.append({"stage": str(row["name"]), "parameters": left["parameters_left"], **counts, **scores})
+    return found
+
+
+def retention_curve(results: Mapping[str, Any]) -> go.Figure | None:
+    """The first metric on training rows and on held-out cases against the parameters left, a marker for each stage.
+
+    ``None`` where fewer than two stages have both scores.
+
+    Source: SoRA (arXiv 2311.11696), whose code divides either score by that of its first stage; these are the scores.
+    """
+    rows = sorted(retained(results), key=lambda row: row["parameters"])
+    if len(rows) < 2:
+        return None
+    metric, sizes = results["columns"][0], [row["parameters"] for row in rows]
+    figure = go.Figure(layout=axes(f"{metric[:1].upper()}{metric[1:]} by parameters left", "parameters left", metric))
+    for (key, name), color in zip(SCORES.items(), (COLORS["training"], COLORS["evaluation"]), strict=True):
+        figure.add_trace(
+            scatter(
+                sizes,
+                [row[key] for row in rows],
+                name,
+                mode="lines+markers+text",
+                text=[row["stage"] for row in rows],
+                textposition="top center",
+                textfont={"size": 11},
+                line={"color": color, "width": 2},
+                marker={"color": color, "size": 8},
+                hovertemplate="%{text}, %{x:,} parameters: %{y:.4~g}",
+                cliponaxis=False,
+            )
+        )
+    figure.update_layout(hovermode="closest")
+    if 0 < WIDE * sizes[0] < sizes[-1]:  # else the small ones would be one spot
+        figure.update_xaxes(type="log", title={"text": "parameters left (log scale)"}, dtick="D2")
+    return figure
+
+
+def retention_section(run: Run) -> str:
+    """The figure and its table; nothing where fewer than two stages were measured on training rows."""
+    figure = retention_curve(run.results)
+    if figure is None:
+        return ""
+    rows, metric = retained(run.results), run.results["columns"][0]
+    number = next((row["training_cases"] for row in run.results["rows"] if row.get("training_cases")), None)
+    drawn = f"{number:,} training rows" if number else "training rows"
+    note = muted(f"The {metric} on {drawn} and on the held-out cases, by what each stage's gates leave of the adapter.")
+    head = ["stage", "threshold", "gates left", "parameters", f"training {metric}", f"held-out {metric}"]
+    thresholds = stage_thresholds(run.recipe)
+    body = table("Every stage, in the order of training.", head, [_cells(row, metric, thresholds) for row in rows])
+    return section(TITLE, note + plot(figure, "retention", _summary(rows)) + body)
+
+
+def stage_thresholds(recipe: Mapping[str, Any]) -> dict[str, float]:
+    """The threshold of each of a recipe's stages, its own or the adapter's; none where there is a budget instead."""
+    adapter, stages = recipe.get("adapter"), recipe.get("stages")
+    if not isinstance(adapter, Mapping) or not isinstance(stages, list):
+        return {}
+    budget = adapter.get("target_parameters") or adapter.get("target_ratio")
+    common = None if budget else adapter.get("threshold")
+    named = [stage for stage in stages if isinstance(stage, Mapping)]
+    own = {str(one.get("name")): one["threshold"] if is_finite(one.get("threshold")) else common for one in named}
+    return {stage: threshold for stage, threshold in own.items() if is_finite(threshold)}
+
+
+def _cells(row: Mapping[str, Any], metric: str, thresholds: Mapping[str, float]) -> list[Cell]:
+    threshold, gates = thresholds.get(row["stage"]), row["gates_left"]
+    texts = [
+        row["stage"],
+        ABSENT if threshold is None else f"{threshold:.3g}",
+        ABSENT if gates is None else f"{gates:,}" + (f" of {row['gates']:,}" if row["gates"] else ""),
+        f"{row['parameters']:,}",
+        *(write_value(metric, row[key]) for key in SCORES),
+    ]
+    return [(text, "") for text in texts]
+
+
+def _summary(rows: list[dict[str, Any]]) -> str:
+    """Where both scores start and end, in the order of training."""
+    first, last = rows[0], rows[-1]
+    at = f"from {first['parameters']:,} parameters ({first['stage']}) to {last['parameters']:,} ({last['stage']})"
+    scores = "; ".join(f"{name} {short(first[key])} to {short(last[key])}" for key, name in SCORES.items())
+    return f"{at}: {scores}"
