@@ -1,0 +1,79 @@
+"""Three tasks of GLUE: their rows, as tokens, and their scores."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import PreTrainedTokenizerBase
+
+from rankwise.tasks.classification import read_classification
+from rankwise.tasks.splits import hold_out
+from rankwise.tasks.tables import read_rows
+
+Rows = list[dict[str, Any]]
+Scores = dict[str, float]
+CONTEXT = 128
+SWEEP_SEED = 100
+
+# RTE and MRPC have two classes; the head of STS-B has one output, the score from 0 to 5.
+CLASSES = {"rte": 2, "mrpc": 2, "stsb": 1}
+FILES = {
+    "rte": ("RTE/train.tsv", "RTE/dev.tsv"),
+    "mrpc": ("MRPC/train.tsv", "MRPC/dev.tsv"),
+    "stsb": ("STS-B/sts-train.csv", "STS-B/sts-dev.csv"),
+}
+COLUMNS = {"rte": ("sentence1", "sentence2", "label"), "mrpc": ("#1 String", "#2 String", "Quality")}
+NAMES = {"rte": ["entailment", "not_entailment"], "mrpc": ["0", "1"]}
+STSB_COLUMNS = ("genre", "file", "year", "id", "score", "sentence1", "sentence2")
+
+
+def read(task: str, dev: bool) -> Rows:
+    """Rows of sentence1, sentence2 and label of a task's train or dev file."""
+    path = Path(os.environ.get("RANKWISE_DATA", "../shared/data")) / "glue" / FILES[task][dev]
+    if task != "stsb":
+        first, second, label = COLUMNS[task]
+        return read_classification(
+            path, sentence1=first, sentence2=second, label=label, label_names=NAMES[task], quoting=False
+        ).rows
+    rows, _ = read_rows(path, delimiter="\t", header=False, columns=STSB_COLUMNS, quoting=False)
+    return [{**row, "label": float(row["score"])} for row in rows]
+
+
+@functools.cache
+def splits(task: str) -> dict[str, Rows]:
+    """Train and dev as GLUE has them; ``rest`` and ``validation`` are train without and with a held-out tenth."""
+    train = read(task, dev=False)
+    rest, validation = hold_out(train, 0.1, SWEEP_SEED)
+    sample = hold_out(train, 500, 0)[1]
+    return {"train": train, "dev": read(task, dev=True), "rest": rest, "validation": validation, "sample": sample}
+
+
+def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """Tokens of each pair of sentences, the longer one cut where both have more than CONTEXT."""
+    pairs = [row["sentence1"] for row in rows], [row["sentence2"] for row in rows]
+    tokens = tokenizer(*pairs, truncation="longest_first", max_length=CONTEXT, return_attention_mask=False)
+    columns = zip(tokens["input_ids"], tokens["token_type_ids"], rows, strict=True)
+    return [{"input_ids": ids, "token_type_ids": types, "labels": row["label"]} for ids, types, row in columns]
+
+
+def scores(task: str, outputs: np.ndarray, labels: np.ndarray) -> Scores:
+    """GLUE's measures of a task; a correlation with outputs that are all the same is 0.
+
+    Args:
+        task: one of CLASSES.
+        outputs: of the head, (rows, classes).
+        labels: (rows,).
+    """
+    if task == "stsb":
+        pair = outputs[:, 0], labels
+        found = {"spearman": spearmanr(*pair).statistic, "pearson": pearsonr(*pair).statistic}
+        return {name: float(np.nan_to_num(value)) for name, value in found.items()}
+    chosen = outputs.argmax(-1)
+    accuracy = {"accuracy": float(accuracy_score(labels, chosen))}
+    return accuracy if task == "rte" else accuracy | {"f1": float(f1_score(labels, chosen))}
