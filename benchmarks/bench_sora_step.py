@@ -56,7 +56,9 @@ def sora(base: nn.Module, share: float = 1.0, cut: bool = False) -> tuple[nn.Mod
 
 
 def adalora(base: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
-    config = peft.AdaLoraConfig(init_r=8, target_r=6, lora_alpha=16, target_modules=TARGETS, total_step=STEPS, tinit=1)
+    schedule = {"init_r": 8, "target_r": 6, "tinit": 1, "total_step": STEPS}
+    # Without a task_type PEFT leaves out the penalty that AdaLoRA has in its loss.
+    config = peft.AdaLoraConfig(**schedule, lora_alpha=16, target_modules=TARGETS, task_type="SEQ_CLS")
     model = peft.get_peft_model(base, config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     taken = iter(range(1, STEPS))

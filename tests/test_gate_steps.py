@@ -171,7 +171,7 @@ def test_merging_while_gates_are_cut_is_refused():
     optimizer = rw.sora_optimizer(model, lr=1e-3)
     tiny.loss(model).backward()
     model.merge_adapter()
-    with pytest.raises(UserError, match=r"q_proj: default is merged into its weight.*unmerge_adapter"):
+    with pytest.raises(UserError, match="default is merged into the weights while gates are trained: call unm"):
         for _ in range(6):
             optimizer.step()
 

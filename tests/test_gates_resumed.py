@@ -1,18 +1,17 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import peft
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 import rankwise as rw
 import tiny
 from rankwise.errors import UserError
-from rankwise.ranks import SoraCallback, attached_steps, gate_counts, gates, optimizer_factory
-from tiny_gates import adapt, step
+from rankwise.ranks import SoraCallback, attached_steps, gate_counts, gates
+from tiny_gates import Data, adapt, arguments, step, trainer
 
 
 def test_an_interrupted_training_goes_on_as_if_it_had_not_been(tmp_path):
@@ -47,36 +46,15 @@ def test_resuming_with_another_r_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"adapter with r=4 and 24 gates, this one began with r=6 and 36"):
         other.load_state_dict(saved)
     model.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"the checkpoint has 4 directions, this adapter 2: resume with the r"):
+    with pytest.raises(UserError, match="the checkpoint has 4 directions, this adapter 2: it was begun with another"):
         adapt(r=2).load_adapter(str(tmp_path), "default")
 
 
-class Data(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 16
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = torch.randint(0, 48, (6,), generator=torch.Generator().manual_seed(index))
-        return {"input_ids": ids, "labels": ids}
-
-
-def arguments(folder: Path, **settings) -> TrainingArguments:
-    common = {"per_device_train_batch_size": 4, "max_steps": 12, "learning_rate": 5e-3, "logging_steps": 1}
-    common |= {"save_steps": 6, "report_to": "none", "disable_tqdm": True, "use_cpu": True, "max_grad_norm": 1e9}
-    return TrainingArguments(output_dir=str(folder), **common | settings)
-
-
-def trainer(folder: Path, model: peft.PeftModel, **settings) -> Trainer:
-    return Trainer(
-        model,
-        arguments(folder, **settings),
-        train_dataset=Data(),
-        callbacks=[SoraCallback()],
-        optimizer_cls_and_kwargs=(optimizer_factory, {"lr": 5e-3, "gate_lr": 1e-2, "weight_decay": 0.1}),
-    )
-
-
-@pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"made_before": True}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}],
+    ids=str,
+)
 def test_through_the_trainer_with_a_resume(tmp_path, more):
     """A run that is stopped and resumed ends as one that is not, cuts and budget included."""
     settings = {"r": 8, "target_ratio": 0.5, "shrink_after": 2, "threshold": 0.0, "budget_by": 0.75}

@@ -146,6 +146,34 @@ def test_a_stopped_run_ends_as_one_that_was_not(
     assert Run(made, small_runs.silent(), resume=True)()["rows"] == finished[1]["rows"]
 
 
+def test_a_threshold_that_closes_every_gate_leaves_what_the_stage_before_it_left(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    """The finished stages are exported and reported; then the run says why it ended."""
+    stages = [small_runs.SFT | {"epochs": 1, "thresholds": [0.0, 50.0, 60.0]}]
+    made = Run(recipe(tmp_path, model_folder, stages=stages), small_runs.silent())
+    with pytest.raises(
+        UserError, match="stage sft-2: a threshold of 50 closed every one of 56 gates at step 1 "
+    ):
+        made()
+    results = json.loads((made.folder / "results.json").read_text())
+    assert [row["name"] for row in results["rows"]][-1] == "sft-1" and "sft-2" in results["stopped"]
+    assert results["counts"]["layers whose adapter was removed"] == 0
+    assert (made.folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert "The run was stopped: stage sft-2" in (made.folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_cuts_while_training_are_counted_as_those_at_the_end(model_folder: Path, tmp_path: Path) -> None:
+    counts = []
+    for wait in (None, 2):
+        adapter = {"kind": "sora", "r": 4, "threshold": 0.08, "gate_lr": 0.01, "shrink_after": wait}
+        stages = [small_runs.SFT | {"epochs": 4}]
+        made = Run(recipe(tmp_path / str(wait), model_folder, stages=stages, adapter=adapter), small_runs.silent())
+        counts.append(made()["counts"])
+    assert counts[0]["layers whose adapter was removed"] > 0
+    assert counts[0] == counts[1]
+
+
 def test_an_adapter_without_gates_has_training_scores_and_no_counts(model_folder: Path, tmp_path: Path) -> None:
     changes = {"evaluation": {"training_cases": 1000, "base": False}, "stages": [small_runs.SFT]}
     made = Run(small_runs.recipe("instructions", tmp_path, model_folder, **changes), small_runs.silent())

@@ -52,8 +52,7 @@ def training_tools(model: PeftModel, stage: SftStage | SoftmaxDpoStage, adapter:
         UserError: the stage is too short for the schedule of AdaLoRA or of allocating LoRA.
     """
     if isinstance(adapter, SoraSettings):
-        rate, decay = stage.learning_rate, stage.weight_decay
-        made = sora_optimizer(model, lr=rate, gate_lr=adapter.gate_lr, total_steps=steps, weight_decay=decay)
+        made = sora_optimizer(model, lr=stage.learning_rate, gate_lr=adapter.gate_lr, weight_decay=stage.weight_decay)
         return Tools(made, [SoraCallback()])
     if isinstance(adapter, AllocatingLoraSettings):
         allocation_steps(steps, adapter.events, adapter.first, adapter.last)  # refuses a stage that is too short

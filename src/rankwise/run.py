@@ -36,7 +36,7 @@ from rankwise.models import context_limit, load_tokenizer, quiet_libraries
 from rankwise.optimisation import ALLOCATIONS
 from rankwise.peft_bridge import active_adapter, adapted_layers
 from rankwise.progress import logs_shown
-from rankwise.ranks import SoraConfig, match_ranks, prune
+from rankwise.ranks import AllGatesClosed, SoraConfig, gate_counts, match_ranks, prune
 from rankwise.recipes import dump_recipe
 from rankwise.schema import AdaloraSettings, AnyStage, LoraSettings, MiloraSettings, Recipe, SoraSettings
 from rankwise.tasks.load import check_files, load_task
@@ -93,8 +93,11 @@ class Run:
         if self.recipe.evaluation.base and BASE not in done:
             with model.disable_adapter():
                 self._measure(task, model, BASE)
+        self.results.pop("stopped", None)
         self._stages(task, model, done)
         self._finish(model)
+        if "stopped" in self.results:
+            raise UserError(f"{self.results['stopped']}; {self.folder} holds what the stage before it left")
         return self.results
 
     def _saved(self, done: set[str]) -> Path | None:
@@ -103,14 +106,23 @@ class Run:
         return self.folder / "stages" / first if first in done else None
 
     def _stages(self, task: Task, model: PeftModel, done: set[str]) -> None:
-        """Train each stage from the one it starts from, and measure it; what is in the model is ``held``."""
+        """Train each stage from the one it starts from, and measure it; what is in the model is ``held``.
+
+        A threshold that closes every gate ends them; what the last finished stage left is then in the model.
+        """
         held = last = None
         for stage in self.recipe.stages:
             if stage.name not in done:
                 start = stage.start or last
                 if start != held:
                     load_stage(model, self.folder / "stages" / str(start))
-                self._stage(task, model, stage)
+                try:
+                    self._stage(task, model, stage)
+                except AllGatesClosed as error:
+                    if last is None:
+                        raise
+                    held, self.results["stopped"] = None, f"stage {stage.name}: {error}"
+                    break
                 held = stage.name
             last = stage.name
         if held != last:
@@ -149,9 +161,12 @@ class Run:
         """Prune, export, and write the ranks and the report."""
         with self._timed("export"):
             if isinstance(self.recipe.adapter, SoraSettings):
-                pruned = prune(model)
-                self.results["counts"]["adapter parameters before pruning"] = pruned.parameters_before
-                self.results["counts"]["layers whose adapter was removed"] = len(pruned.removed)
+                first = model.peft_config[active_adapter(model)].initial_parameters
+                left = prune(model).ranks.values()
+                self.results["counts"]["adapter parameters at first"] = first
+                self.results["counts"]["adapter parameters after pruning"] = gate_counts(model)["parameters_left"]
+                removed = len(self._adapted) - sum(rank > 0 for rank in left)
+                self.results["counts"]["layers whose adapter was removed"] = removed
             wanted = self.recipe.export
             report = export(model, self.folder / "adapter", wanted.rank, wanted.energy, wanted.layout)
             self.tokenizer.save_pretrained(self.folder / "adapter")

@@ -182,10 +182,12 @@ def versions_section(run: Run) -> str:
 
 
 def absent_section(run: Run) -> str:
-    """What the folder lacks; nothing where it is whole."""
-    if not run.absent:
+    """What the folder lacks, and why a run ended early; nothing where it is whole."""
+    stopped = run.results.get("stopped")
+    if not run.absent and not stopped:
         return ""
     items = [f"<li>{escape(name)} is absent: {escape(gap)}.</li>" for name, gap in run.absent.items()]
+    items += [f"<li>The run was stopped: {escape(str(stopped))}.</li>"] if stopped else []
     return section("Not in this folder", f"<ul>{''.join(items)}</ul>", ' class="notice"')
 
 

@@ -5,7 +5,7 @@ from rankwise.ranks.adalora_callback import AdaloraCallback
 from rankwise.ranks.allocation import importance
 from rankwise.ranks.allocation_callback import AllocationCallback
 from rankwise.ranks.budget import Budget, needed_threshold
-from rankwise.ranks.gate_steps import GateSteps
+from rankwise.ranks.gate_steps import AllGatesClosed, GateSteps
 from rankwise.ranks.optimizer import (
     SoraCallback,
     attach_proximal_step,
@@ -25,6 +25,7 @@ from rankwise.ranks.sora_config import SoraConfig
 __all__ = [
     "AdaloraAllocation",
     "AdaloraCallback",
+    "AllGatesClosed",
     "AllocationCallback",
     "Budget",
     "GateSteps",

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from rankwise.ranks.proximal import soft_threshold
 
 
 def needed_threshold(gates: Float[Tensor, " gates"], sizes: Int[Tensor, " gates"], target: int) -> float:
@@ -25,6 +28,21 @@ def needed_threshold(gates: Float[Tensor, " gates"], sizes: Int[Tensor, " gates"
     return float(magnitudes[over.nonzero()[0, 0]]) if over.any() else 0.0
 
 
+def largest_within(gates: Float[Tensor, " gates"], sizes: Int[Tensor, " gates"], target: int) -> Bool[Tensor, " gates"]:
+    """Which gates to keep: from the largest down, each whose direction still fits into ``target`` parameters.
+
+    Of equal gates the one that stands first is taken first; closed gates are not kept.
+    """
+    kept, left = torch.zeros(len(gates), dtype=torch.bool), target
+    costs, order = sizes.tolist(), gates.abs().sort(descending=True, stable=True).indices.tolist()
+    for index in order:
+        if costs[index] <= left:
+            kept[index] = True
+            left -= costs[index]
+    fitting: Tensor = kept.to(gates.device) & (gates != 0)
+    return fitting
+
+
 class PathPoint(NamedTuple):
     """One step on the way to a budget: the optimizer's step, the threshold taken and the parameters left after it."""
 
@@ -38,14 +56,14 @@ class Budget:
     """Thresholds that bring the parameters of all open directions down to a target by a given step.
 
     With n steps left, this one included, the threshold is ``needed_threshold / n``: were there no gradients, gates
-    would meet the target in just these steps. What gradients change is corrected from step to step; the last step takes
-    the rest at once, so the target is met to within one direction, and no gain has to be tuned. From then on the
-    support is kept: closed gates stay closed, open ones are shrunk no more.
+    would meet the target in just these steps. What gradients change is corrected from step to step, and no gain has to
+    be tuned. The last step keeps the largest gates that fit, as they are, and closes the others: the target is met to
+    within one direction. From then on the support is kept: closed gates stay closed, open ones are shrunk no more.
 
     Args:
         target: parameters (A, B and gates) to keep.
         steps: the optimizer step by which the target is met, 1 or more.
-        path: of the thresholds so far.
+        path: of the thresholds so far; the last step's is the size of the largest gate that it closed.
         support: which gates are open, once the target is met.
     """
 
@@ -54,13 +72,18 @@ class Budget:
     path: list[PathPoint] = field(default_factory=list)
     support: Bool[Tensor, " gates"] | None = None
 
-    def threshold(self, gates: Float[Tensor, " gates"], sizes: Int[Tensor, " gates"], step: int) -> float:
-        """The threshold of a step, counted from 1."""
-        return needed_threshold(gates, sizes, self.target) / max(self.steps - step + 1, 1)
-
-    def note(self, gates: Float[Tensor, " gates"], sizes: Int[Tensor, " gates"], step: int, threshold: float) -> None:
-        """Keep a step's outcome; the support of the last one is the one to keep."""
-        left = int(sizes[gates != 0].sum())
-        self.path.append(PathPoint(step, threshold, left))
-        if step >= self.steps:
-            self.support = gates != 0
+    def shrink(
+        self, gates: Float[Tensor, " gates"], sizes: Int[Tensor, " gates"], step: int
+    ) -> tuple[Float[Tensor, " gates"], float]:
+        """The gates after a step, counted from 1, and the threshold that it took."""
+        if self.support is not None:
+            return gates * self.support, 0.0
+        if step < self.steps:
+            threshold = needed_threshold(gates, sizes, self.target) / (self.steps - step + 1)
+            shrunk = soft_threshold(gates, threshold)
+        else:
+            self.support = largest_within(gates, sizes, self.target)
+            shrunk = gates * self.support
+            threshold = float(gates[~self.support].abs().max()) if not self.support.all() else 0.0
+        self.path.append(PathPoint(step, threshold, int(sizes[shrunk != 0].sum())))
+        return shrunk, threshold

@@ -6,17 +6,17 @@ import logging
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankwise.errors import UserError
-from rankwise.peft_bridge import active_adapter, adapted_layers
+from rankwise.peft_bridge import active_adapter
 from rankwise.ranks.budget import Budget, PathPoint
+from rankwise.ranks.flat_gates import FlatGates
 from rankwise.ranks.proximal import published_step, soft_threshold
 from rankwise.ranks.pruning import keep_least
 from rankwise.ranks.resizing import check_one_process, forget_empty, resize_adapter
-from rankwise.ranks.sora import direction_size, gates
 from rankwise.ranks.sora_config import SoraConfig
 
 logger = logging.getLogger(__name__)
@@ -24,133 +24,147 @@ logger = logging.getLogger(__name__)
 STATE = "sora_gates"  # in the optimizer's state dict
 
 
+class AllGatesClosed(UserError):
+    """A threshold closed every gate that was open; the gates are as they were before the step."""
+
+
 class GateSteps:
-    """The gates of one model, around the steps of one optimizer.
+    """The gates of one adapter, around the steps of one optimizer.
 
     Before a step the gradient of ``l1 * mean |g|`` is added to that of the gates. After it the gates are shrunk, by the
     config's threshold or by the one that a budget asks for, and directions whose gate has been zero for
     ``shrink_after`` steps are cut out of the model and of the optimizer's state. A step that a gradient scaler skips
-    is no step here either. ``threshold``, ``l1`` and ``shrink_after`` are read from the config at each step, so that
-    they may change. The state travels in the optimizer's own state dict.
+    is no step here either, nor is one that is taken while another adapter is active. ``threshold``, ``l1`` and
+    ``shrink_after`` are read from the config at each step, so that they may change. The state travels in the
+    optimizer's own state dict.
 
     Args:
         model: whose active adapter is SoRA.
         optimizer: of its gates.
-        total_steps: of the training, where there is a budget.
+        total_steps: of the training, where there is a budget; 1 or more.
+
+    Attributes:
+        step: steps taken.
+        threshold: of the last one.
+        budget: the way to a budget, once the length of the training is known.
+        removed: names of the layers that lost their adapter, in order.
 
     Raises:
-        UserError: a budget without ``total_steps``, or ``shrink_after`` in several processes. In training: every gate
-            was closed (the gates stay as they were before the step), the learning rate of the gates is not known, or
-            a resumed state is of another adapter.
+        UserError: the optimizer does not train the gates or has such steps already, or ``shrink_after`` in several
+            processes. In training: a budget without ``total_steps``, every gate was closed (:class:`AllGatesClosed`),
+            the adapter is merged, the step has a closure, or a resumed state is of another adapter.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int | None = None) -> None:
         self.model, self.optimizer = model, optimizer
         self.adapter = active_adapter(model)
         self.config: SoraConfig = model.peft_config[self.adapter]  # type: ignore[index, assignment]
-        self.step, self.threshold = 0, 0.0
+        self.step, self.threshold, self.skipped = 0, 0.0, False
         self.budget: Budget | None = None
+        self.removed: list[str] = []
         self.resumed: dict[str, Any] = {}
-        self._find_gates()
+        self.gates = FlatGates(model, self.adapter)
+        self.closed_for = torch.zeros_like(self.gates.sizes)
+        if getattr(optimizer, "gate_steps", None) is not None:
+            raise UserError("this optimizer takes a proximal step already: a second one would shrink the gates twice")
+        self.gates.check(optimizer)
         self.set_total_steps(total_steps)
         if self.config.shrink_after is not None:
             check_one_process("shrink_after")
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
+        optimizer.register_state_dict_pre_hook(lambda _: self._synchronise())
         optimizer.register_state_dict_post_hook(self._save)
         optimizer.register_load_state_dict_pre_hook(self._load)
 
     def set_total_steps(self, total_steps: int | None) -> None:
         """Say how many steps the training has, from which a budget's schedule follows; None where it is not known."""
-        target = self.config.budget
+        target = self.config.parameters_to_keep()
         if target is None or total_steps is None:
             return
+        if total_steps < 1:
+            raise UserError(f"total_steps {total_steps} is not possible: a training has 1 step or more")
         self.budget = Budget(target, max(1, round(self.config.budget_by * total_steps)))
         if self.resumed:
             self._resume_budget(self.budget, self.resumed)
-        elif int(self.sizes[self._flat() != 0].sum()) <= target:  # met before, by an earlier training
-            self.budget.support = self._flat() != 0
-
-    def _find_gates(self) -> None:
-        """Look the gates up: at the start, and whenever directions were cut."""
-        layers = dict(adapted_layers(self.model, self.adapter))
-        found = gates(self.model, self.adapter)
-        self.names = list(found)
-        self.parameters = list(found.values())
-        self.lengths = [gate.numel() for gate in self.parameters]
-        self.device = self.parameters[0].device
-        sizes = [direction_size(layers[name], self.adapter) for name in found]
-        counts = torch.tensor(self.lengths, device=self.device)
-        self.sizes: Int[Tensor, " gates"] = torch.tensor(sizes, device=self.device).repeat_interleave(counts)
-        self.closed_for: Int[Tensor, " gates"] = torch.zeros_like(self.sizes)
-
-    def _flat(self) -> Float[Tensor, " gates"]:
-        """All gates as one tensor, in float32 at least."""
-        if [gate.numel() for gate in self.parameters] != self.lengths:  # cut from outside, by prune
-            self._find_gates()
-            if self.budget is not None and self.budget.support is not None:
-                self.budget.support = self._flat() != 0
-        first = self.parameters[0]
-        dtype = torch.promote_types(first.dtype, torch.float32)
-        return torch.cat([gate.detach().to(first.device, dtype) for gate in self.parameters])
+        elif self.gates.parameters_left(self.gates.read()) <= target:  # met before, by an earlier training
+            self.budget.support = self.gates.read() != 0
 
     @torch.no_grad()
-    def _before(self, *_: Any) -> None:
-        if self.config.budget is not None and self.budget is None:
+    def _before(self, _: Optimizer, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        self.skipped = self.adapter not in self.model.active_adapters or self._overflown()  # type: ignore[operator]
+        if self.skipped:
+            return
+        if any(given is not None for given in (*arguments[1:], options.get("closure"))):
+            raise UserError("a step with a closure computes its gradients too late for the L1 term: call step() alone")
+        if merged := next((layer for layer in self.gates.layers if layer.merged), None):
+            raise UserError(
+                f"{', '.join(merged.merged_adapters)} is merged into the weights while gates are trained: call "
+                "unmerge_adapter() first, and merge when training has ended"
+            )
+        if self.budget is None and self.config.parameters_to_keep() is not None:
             raise UserError(
                 "a budget of parameters needs to know how long the training is: give total_steps to sora_optimizer, or "
                 "rankwise.ranks.SoraCallback to the trainer"
             )
-        self.last = self._flat()
-        grads = [gate.grad for gate in self.parameters if gate.grad is not None]
-        if self.config.l1 and grads and not self._supported():
-            signs = torch._foreach_sign([gate.detach() for gate in self.parameters if gate.grad is not None])
-            torch._foreach_add_(grads, signs, alpha=self.config.l1 / (self.config.initial_gates or len(self.last)))
+        self._synchronise()
+        self.gates.check_dtype()
+        self.last = self.gates.read()
+        self._add_l1()
+
+    def _overflown(self) -> bool:
+        """Whether the optimizer itself will skip the step: a scaler tells fused ones, and does not call the others."""
+        found = getattr(self.optimizer, "found_inf", None)
+        return found is not None and bool(found)
+
+    def _add_l1(self) -> None:
+        """Add the gradient of the L1 term, scaled as the gradients are where the optimizer unscales them itself."""
+        trained = [(gate.detach(), gate.grad) for gate in self.gates.parameters if gate.grad is not None]
+        if not self.config.l1 or not trained or self._supported():
+            return
+        weight = self.config.l1 / (self.config.initial_gates or len(self.last))
+        scale = getattr(self.optimizer, "grad_scale", None)
+        weight *= 1.0 if scale is None else float(scale)
+        signs = torch._foreach_sign([gate for gate, _ in trained])
+        torch._foreach_add_([gradient for _, gradient in trained], signs, alpha=weight)
 
     def _supported(self) -> bool:
         return self.budget is not None and self.budget.support is not None
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
+        if self.skipped:
+            return
         self.step += 1
-        flat = self._flat()
+        flat = self.gates.read()
         shrunk = self._shrunk(flat)
         if not shrunk.any() and flat.any():
-            self._write(self.last)
-            raise UserError(
+            self.gates.write(self.last)
+            raise AllGatesClosed(
                 f"a threshold of {self.threshold:.4g} closed every one of {len(flat)} gates at step {self.step} (the "
                 f"largest was {float(flat.abs().max()):.4g}): lower the threshold, or l1; the gates are as they were "
                 "before the step"
             )
-        self._write(shrunk)
+        self.gates.write(shrunk)
         if self.config.shrink_after is not None:
             self._cut(shrunk)
 
     def _shrunk(self, flat: Float[Tensor, " gates"]) -> Float[Tensor, " gates"]:
-        """The gates after the proximal step; on the way to a budget its path grows, and later its support is kept."""
-        if self.budget is not None and self.budget.support is not None:
-            self.threshold = 0.0
-            return flat * self.budget.support
-        self.threshold = self._wanted(flat)
+        """The gates after the proximal step, or as their budget has them."""
+        if self.budget is not None:
+            shrunk, self.threshold = self.budget.shrink(flat, self.gates.sizes, self.step)
+            return shrunk
+        self.threshold = self.config.threshold
+        if self.config.threshold_scaling == "learning_rate":
+            self.threshold *= self._learning_rate()
         step = published_step if self.config.mode == "reference" else soft_threshold
-        shrunk = step(flat, self.threshold)
-        if self.budget is not None:
-            self.budget.note(shrunk, self.sizes, self.step, self.threshold)
-        return shrunk
+        return step(flat, self.threshold)
 
-    def _wanted(self, flat: Float[Tensor, " gates"]) -> float:
-        if self.budget is not None:
-            return self.budget.threshold(flat, self.sizes, self.step)
-        if self.config.threshold_scaling == "none":
-            return self.config.threshold
-        first = id(self.parameters[0])
-        for group in self.optimizer.param_groups:
-            if any(id(parameter) == first for parameter in group["params"]):
-                return self.config.threshold * float(group["lr"])
-        raise UserError("threshold_scaling='learning_rate' needs the gates in the optimizer: use sora_optimizer")
-
-    def _write(self, flat: Float[Tensor, " gates"]) -> None:
-        torch._foreach_copy_([gate.detach() for gate in self.parameters], list(torch.split(flat, self.lengths)))
+    def _learning_rate(self) -> float:
+        """Of the gates, now."""
+        first = id(self.gates.parameters[0])
+        groups = self.optimizer.param_groups
+        return next(float(group["lr"]) for group in groups if any(id(gate) == first for gate in group["params"]))
 
     def _cut(self, flat: Float[Tensor, " gates"]) -> None:
         """Count the steps for which gates were zero, and cut the directions of those that waited long enough."""
@@ -159,27 +173,44 @@ class GateSteps:
         due = self.closed_for >= self.config.shrink_after
         if not due.any():
             return
+        kept = keep_least(self.model, self.adapter, self.gates.by_layer(~due))
+        mask = torch.cat(list(kept.values()))
+        fewer = {name: stays for name, stays in kept.items() if not stays.all()}
+        if not fewer:
+            return
         check_one_process("shrink_after")
-        kept = keep_least(self.model, self.adapter, dict(zip(self.names, torch.split(~due, self.lengths), strict=True)))
-        mask, closed_for = torch.cat(list(kept.values())), self.closed_for
-        gone = resize_adapter(self.model, kept, optimizer=self.optimizer, adapter=self.adapter)
+        gone = resize_adapter(self.model, fewer, optimizer=self.optimizer, adapter=self.adapter)
         for name in gone:
             logger.info("step %d: %s has no open gate left, its adapter is removed", self.step, name)
-        self._find_gates()
-        self.closed_for = closed_for[mask]
+        self.removed += gone
+        self.gates.find()
+        self.closed_for = self.closed_for[mask]
         if self.budget is not None and self.budget.support is not None:
             self.budget.support = self.budget.support[mask]
 
+    def _synchronise(self) -> None:
+        """Follow what was done to the gates from outside: they were cut, by prune or a checkpoint, or moved."""
+        if not self.gates.changed():
+            return
+        before = len(self.closed_for)
+        self.gates.find()
+        forget_empty(self.optimizer)
+        cut = len(self.gates.sizes) != before
+        self.closed_for = torch.zeros_like(self.gates.sizes) if cut else self.closed_for.to(self.gates.device)
+        if self.budget is not None and self.budget.support is not None:
+            self.budget.support = self.gates.read() != 0 if cut else self.budget.support.to(self.gates.device)
+
     def status(self) -> dict[str, int | float]:
         """What to log: open gates, all there were at first, parameters left, the threshold, and a budget's target."""
-        flat = self._flat()
+        self._synchronise()
+        flat = self.gates.read()
         found: dict[str, int | float] = {
             "gates_left": int((flat != 0).sum()),
             "gates": self.config.initial_gates or len(flat),
-            "parameters_left": int(self.sizes[flat != 0].sum()),
+            "parameters_left": self.gates.parameters_left(flat),
             "threshold": self.threshold,
         }
-        target = self.config.budget
+        target = self.config.parameters_to_keep()
         return found if target is None else found | {"parameters_target": target}
 
     def _save(self, _: Optimizer, state: dict[str, Any]) -> None:
@@ -190,11 +221,11 @@ class GateSteps:
             "closed_for": self.closed_for,
             "path": [list(point) for point in self.budget.path] if self.budget else [],
             "support": self.budget.support if self.budget else None,
+            "removed": list(self.removed),
         }
 
     def _load(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        forget_empty(optimizer)
-        self._find_gates()
+        self._synchronise()
         found = state.get(STATE)
         if found is None:
             return
@@ -208,11 +239,12 @@ class GateSteps:
                 f"the optimizer's state is of {len(found['closed_for'])} gates, and {len(self.closed_for)} are here: "
                 "load the adapter of the same checkpoint first"
             )
-        self.step, self.resumed = found["step"], found
-        self.closed_for = found["closed_for"].to(self.device)
-        if self.budget is not None:
+        self.step, self.removed = found["step"], list(found["removed"])
+        self.closed_for = found["closed_for"].to(self.gates.device)
+        self.resumed = found if self.step else {}  # a trainer also loads the state of an optimizer that is new
+        if self.budget is not None and self.resumed:
             self._resume_budget(self.budget, found)
 
     def _resume_budget(self, budget: Budget, found: dict[str, Any]) -> None:
         budget.path = [PathPoint(*point) for point in found["path"]]
-        budget.support = None if found["support"] is None else found["support"].to(self.device)
+        budget.support = None if found["support"] is None else found["support"].to(self.gates.device)

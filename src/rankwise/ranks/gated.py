@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rankwise.low_rank import column_major
+
 
 def add_gated(
     result: Float[Tensor, "*batch out"],
@@ -49,7 +51,7 @@ class _AddGated(torch.autograd.Function):
         scale = (gate * ctx.scaling).to(x.dtype)
         found: list[Tensor | None] = [gradient if of_result else None, None, None, None, None]
         if of_x or of_a or of_gate:
-            back = flat @ b.to(x.dtype)
+            back = flat @ column_major(b.to(x.dtype))
         if of_gate:
             wide = torch.promote_types(x.dtype, torch.float32)
             found[4] = ((back.to(wide) * hidden.to(wide)).sum(0) * ctx.scaling).to(gate.dtype)
@@ -59,6 +61,6 @@ class _AddGated(torch.autograd.Function):
             found[1] = (back @ a.to(x.dtype)).reshape(x.shape)
         if of_a:
             found[2] = (back.T @ x.reshape(-1, x.shape[-1])).to(a.dtype)
-        if of_b:
-            found[3] = (flat.T @ (hidden * scale)).to(b.dtype)
+        if of_b:  # formed transposed, in which order the product is several times as fast on a CPU
+            found[3] = ((hidden * scale).T @ flat).T.to(b.dtype)
         return (*found, None)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -94,9 +96,12 @@ def optimizer_factory() -> Callable[..., Optimizer]:
 class SoraCallback(TrainerCallback):
     """Tells the gates of a ``transformers.Trainer`` how long the training is, and the log how they are.
 
+    The trainer's own number of steps replaces ``total_steps``. Callbacks that stand before this one see a log without
+    the gates; ``state.log_history`` has them.
+
     Raises:
-        UserError: at the start, where the adapter is SoRA and the trainer's optimizer takes no proximal step: no gate
-            would ever close.
+        UserError: at the start, where the adapter is SoRA and the trainer's optimizer takes no proximal step, so that
+            no gate would ever close, or with ``load_best_model_at_end`` beside ``shrink_after``.
     """
 
     def on_train_begin(
@@ -111,9 +116,13 @@ class SoraCallback(TrainerCallback):
         """Trainer's hook."""
         steps = attached_steps(optimizer)
         if steps is not None:
-            if steps.budget is None:
-                steps.set_total_steps(state.max_steps)
-        elif isinstance(model.peft_config[active_adapter(model)], SoraConfig):
+            steps.set_total_steps(state.max_steps)
+            if args.load_best_model_at_end and steps.config.shrink_after is not None:
+                raise UserError(
+                    "load_best_model_at_end would load a checkpoint from before directions were cut: leave it out, or "
+                    "leave shrink_after out"
+                )
+        elif isinstance(model, PeftModel) and isinstance(model.peft_config[active_adapter(model)], SoraConfig):
             raise UserError(
                 "the trainer's optimizer takes no proximal step, so that no gate would close: give it "
                 "optimizers=(rankwise.sora_optimizer(model, lr=...), None)"
@@ -131,4 +140,20 @@ class SoraCallback(TrainerCallback):
         """Trainer's hook: add how many gates are open, the parameters left and the threshold."""
         steps = attached_steps(optimizer)
         if steps is not None and logs is not None:
-            logs |= steps.status()
+            status = steps.status()
+            logs |= status
+            if state.log_history:
+                state.log_history[-1] |= status
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
+    ) -> None:
+        """Trainer's hook: say so where a budget was not met."""
+        steps = attached_steps(optimizer)
+        if steps is not None and steps.budget is not None and steps.budget.support is None:
+            left = steps.status()["parameters_left"]
+            warnings.warn(
+                f"the budget of {steps.budget.target:,} parameters was not met, {left:,} are left: it was to be met at "
+                f"step {steps.budget.steps}, and {steps.step} were taken",
+                stacklevel=2,
+            )

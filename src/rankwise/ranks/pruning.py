@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from rankwise.peft_bridge import active_adapter, adapted_layers
 from rankwise.ranks.resizing import kept_parameters, resize_adapter
 from rankwise.ranks.sora import gates
+from rankwise.ranks.sora_config import SoraConfig
 
 Choice = dict[str, Bool[Tensor, " _"]]
 
@@ -52,10 +54,24 @@ def prune(model: nn.Module, optimizer: Optimizer | None = None) -> PruneReport:
     """
     adapter = active_adapter(model)
     before = kept_parameters(dict(adapted_layers(model, adapter)).values(), adapter)
-    live = keep_least(model, adapter, {name: gate.detach() != 0 for name, gate in gates(model).items()})
+    opened = {name: gate.detach() != 0 for name, gate in gates(model).items()}
+    _warn_of_nothing_closed(model, adapter, opened)
+    live = keep_least(model, adapter, opened)
     removed = resize_adapter(model, live, optimizer=optimizer)
     ranks = {name: int(mask.sum()) for name, mask in live.items()}
     return PruneReport(ranks, removed, before, kept_parameters(dict(adapted_layers(model, adapter)).values(), adapter))
+
+
+def _warn_of_nothing_closed(model: nn.Module, adapter: str, opened: Choice) -> None:
+    """Warn where every gate there ever was is open: nothing will be smaller."""
+    config: SoraConfig = model.peft_config[adapter]  # type: ignore[index, assignment]
+    left = sum(int(mask.sum()) for mask in opened.values())
+    if left == config.initial_gates and config.parameters_to_keep() != config.initial_parameters:
+        warnings.warn(
+            f"none of {left} gates is closed, so nothing is pruned: only steps of rankwise.sora_optimizer close them, "
+            "and a budget or a threshold has to be small enough",
+            stacklevel=3,
+        )
 
 
 def keep_least(

@@ -68,6 +68,10 @@ def resize_adapter(
     masks = {name: torch.ones(layer.r[adapter], dtype=torch.bool) for name, layer in layers.items() if name in more}
     masks |= {name: mask.detach().cpu() for name, mask in kept.items()}
     _check_names(layers, adapter, masks, more)
+    if model.peft_config[adapter].ensure_weight_tying:  # type: ignore[union-attr, index]
+        raise UserError(
+            "ensure_weight_tying=True shares factors between modules, whose ranks cannot differ: leave it out"
+        )
     left = {name: int(mask.sum()) + more.get(name, 0) for name, mask in masks.items()}
     _check(layers, adapter, masks, more, optimizer)
     removed = tuple(name for name, rank in left.items() if not rank)

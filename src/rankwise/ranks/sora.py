@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Mapping
@@ -103,11 +104,17 @@ class SoraModel(VariantModel):
         return GateVariant() if config.part is None else SpectralGateVariant()
 
     def _start(self, model: nn.Module, adapter: str) -> None:
-        """Note how large the adapter is at first, and check its budget, before any first value is computed."""
+        """Note how large the adapter is at first, and check its budget, before any first value is computed.
+
+        An adapter that is given another one's config object gets a copy: what is noted in it differs from then on.
+        """
         config = self.peft_config[adapter]
-        if not config.knows_first_state:
+        shared = any(one is config for name, one in self.peft_config.items() if name != adapter)
+        if not shared and not config.knows_first_state:
             note_first_state(config, dict(adapted_layers(model, adapter)), adapter)
         super()._start(model, adapter)
+        if shared:
+            self.peft_config[adapter] = copy.copy(config)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -137,8 +144,9 @@ def fit_ranks(model: nn.Module, adapter: str, state: Mapping[str, Tensor]) -> No
     for name, layer in layers.items():
         if saved.get(name, 0) > layer.r[adapter]:
             raise UserError(
-                f"{name}: the checkpoint has {saved[name]} directions, this adapter {layer.r[adapter]}: resume with "
-                "the r that it was begun with"
+                f"{name}: the checkpoint has {saved[name]} directions, this adapter {layer.r[adapter]}: it was begun "
+                "with another r, or was cut since; call rankwise.ranks.match_ranks(model, folder) first, or load the "
+                "checkpoint with PeftModel.from_pretrained on the base"
             )
     cut = {name: mask for name, mask in kept.items() if not mask.all()}
     if cut:
@@ -156,8 +164,7 @@ def note_first_state(config: SoraConfig, layers: Mapping[str, LoraLayer], adapte
     sizes = {name: direction_size(layer, adapter) for name, layer in layers.items()}
     config.initial_gates = sum(layer.r[adapter] for layer in layers.values())
     first = config.initial_parameters = sum(size * layers[name].r[adapter] for name, size in sizes.items())
-    if config.target_ratio is not None:
-        config.budget = int(config.target_ratio * first)
+    config.budget = config.parameters_to_keep()
     least = min(sizes.values()) if config.bias == "none" else sum(sizes.values())
     if config.budget is not None and not least <= config.budget <= first:
         raise UserError(

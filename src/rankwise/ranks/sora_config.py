@@ -80,8 +80,9 @@ class SoraConfig(LoraConfig):
         self._take_budget()
         super().__post_init__()
         for name in ("threshold", "l1"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"SoraConfig({name}={getattr(self, name)}) is not possible: it must be 0 or more")
+            value = getattr(self, name)
+            if not is_number(value) or not 0 <= value < math.inf:
+                raise UserError(f"SoraConfig({name}={value!r}) is not possible: it must be 0 or more")
         choices = {"gate_init": ("normal", "ones"), "mode": MODES, "threshold_scaling": ("none", "learning_rate")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -94,19 +95,33 @@ class SoraConfig(LoraConfig):
         self.peft_type = Kind.SORA
 
     def _take_budget(self) -> None:
-        """Move a number of parameters to ``budget``; what a loaded config says of its adapter's first state is kept."""
-        self.knows_first_state = self.initial_gates is not None
+        """Move a number of parameters to ``budget``."""
+        self.knows_first_state = False  # of the adapter; a config that is loaded with one does
         number: Any = self.target_parameters
         if number is not None and not isinstance(number, list | tuple | set):
             if self.target_ratio is not None:
                 raise UserError("SoraConfig(target_ratio=..., target_parameters=...) are two budgets: give one of them")
             self.budget, self.target_parameters = number, None
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> SoraConfig:
+        """As PEFT's; what the config says of its adapter's first state is kept when the adapter is loaded."""
+        config: SoraConfig = super().from_pretrained(*args, **kwargs)
+        config.knows_first_state = config.initial_gates is not None
+        return config
+
+    def parameters_to_keep(self) -> int | None:
+        """The budget, once a model is adapted; None where there is none."""
+        if self.target_ratio is not None and self.initial_parameters is not None:
+            return int(self.target_ratio * self.initial_parameters)
+        return self.budget
+
     def _check_budget(self) -> None:
         """Check the budget and the cut."""
         for name in ("target_ratio", "budget_by"):
-            if (share := getattr(self, name)) is not None and not 0 < share <= 1:
-                raise UserError(f"SoraConfig({name}={share}) is not possible: it is a share, above 0 and at most 1")
+            share = getattr(self, name)
+            if not (name == "target_ratio" and share is None) and not (is_number(share) and 0 < share <= 1):
+                raise UserError(f"SoraConfig({name}={share!r}) is not possible: it is a share, above 0 and at most 1")
         for name, number in {"target_parameters": self.budget, "shrink_after": self.shrink_after}.items():
             if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
                 raise UserError(f"SoraConfig({name}={number!r}) is not possible: it must be a whole number, 1 or more")
@@ -118,3 +133,8 @@ class SoraConfig(LoraConfig):
         if self.lora_alpha is None:
             self.lora_alpha = self.r if self.part is not None else LoraConfig.lora_alpha
         check_alphas(self)
+
+
+def is_number(value: object) -> bool:
+    """Whether a setting is a real number, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
