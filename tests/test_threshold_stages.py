@@ -152,9 +152,7 @@ def test_a_threshold_that_closes_every_gate_leaves_what_the_stage_before_it_left
     """The finished stages are exported and reported; then the run says why it ended."""
     stages = [small_runs.SFT | {"epochs": 1, "thresholds": [0.0, 50.0, 60.0]}]
     made = Run(recipe(tmp_path, model_folder, stages=stages), small_runs.silent())
-    with pytest.raises(
-        UserError, match="stage sft-2: a threshold of 50 closed every one of 56 gates at step 1 "
-    ):
+    with pytest.raises(UserError, match="stage sft-2: a threshold of 50 closed every one of 56 gates at step 1 "):
         made()
     results = json.loads((made.folder / "results.json").read_text())
     assert [row["name"] for row in results["rows"]][-1] == "sft-1" and "sft-2" in results["stopped"]
