@@ -11,7 +11,7 @@ import tiny
 import tiny_adalora
 from rankwise.errors import UserError
 from rankwise.ranks import AdaloraAllocation, adalora_ranks
-from rankwise.ranks.adalora import Allocated, set_schedule
+from rankwise.ranks.adalora.allocation import Allocated, set_schedule
 from tiny_adalora import STEPS, adapt, allocate, live
 
 

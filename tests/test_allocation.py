@@ -16,7 +16,7 @@ import tiny_modules
 from rankwise.errors import UserError
 from rankwise.peft_bridge.matrices import as_weight, factor_matrices
 from rankwise.ranks import importance
-from rankwise.ranks.allocation import allocation_steps, choose
+from rankwise.ranks.allocating.allocation import allocation_steps, choose
 
 # Importance
 

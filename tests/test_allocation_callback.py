@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 import rankwise as rw
 from rankwise.errors import UserError
 from rankwise.ranks import AllocationCallback, importance, match_ranks
-from rankwise.ranks.allocation import choose
+from rankwise.ranks.allocating.allocation import choose
 from rankwise.ranks.resizing import resize_adapter
 
 

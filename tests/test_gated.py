@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankwise.ranks.gated import add_gated
+from rankwise.ranks.sora.gated import add_gated
 
 
 def parts(dtype: torch.dtype = torch.float64) -> list[Tensor]:

@@ -15,7 +15,7 @@ import tiny
 import tiny_adalora
 from rankwise.errors import UserError
 from rankwise.ranks import orthogonality
-from rankwise.ranks.orthogonality import orthogonality_loss
+from rankwise.ranks.adalora.orthogonality import orthogonality_loss
 from rankwise.tasks.labels import LabelTrainer
 from rankwise.tokenise import AnswerCollator, encode_answers
 from rankwise.training import AnswerTrainer

@@ -33,7 +33,7 @@ from rankwise.peft_bridge import (
 )
 from rankwise.peft_bridge.matrices import factor_matrices, factor_parameters
 from rankwise.peft_bridge.tuner import VariantModel
-from rankwise.ranks.sora import GateVariant, SoraModel, SpectralGateVariant
+from rankwise.ranks.sora.layer import GateVariant, SoraModel, SpectralGateVariant
 from tiny_modules import KINDS, adapt
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rankwise.errors import UserError
 from rankwise.ranks import rising_thresholds
-from rankwise.ranks.schedule import Spacing
+from rankwise.ranks.sora.schedule import Spacing
 
 KINDS = list(get_args(Spacing))
 

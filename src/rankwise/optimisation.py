@@ -16,8 +16,8 @@ from transformers import Trainer, TrainerCallback
 
 from rankwise.errors import UserError
 from rankwise.ranks import AdaloraCallback, AllocationCallback, SoraCallback, sora_optimizer
-from rankwise.ranks.adalora import set_schedule
-from rankwise.ranks.allocation import allocation_steps
+from rankwise.ranks.adalora.allocation import set_schedule
+from rankwise.ranks.allocating.allocation import allocation_steps
 from rankwise.sampling import sample
 from rankwise.schema import (
     AdaloraSettings,

@@ -25,7 +25,7 @@ from rankwise.peft_bridge import active_adapter
 from rankwise.preferences import SoftmaxDPOConfig, SoftmaxDPOTrainer
 from rankwise.progress import MetricsFile, ProgressBar, StopOnNan
 from rankwise.ranks import SoraConfig
-from rankwise.ranks.orthogonality import orthogonality_loss
+from rankwise.ranks.adalora.orthogonality import orthogonality_loss
 from rankwise.schema import LoraSettings, SftStage, SoftmaxDpoStage
 from rankwise.tokenise import AnswerCollator
 

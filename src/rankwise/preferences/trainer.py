@@ -18,7 +18,7 @@ from rankwise.errors import UserError
 from rankwise.likelihood import answer_log_probabilities
 from rankwise.preferences.loss import softmax_dpo_loss
 from rankwise.preferences.rows import PreferenceCollator, PreferenceRow, encode_preferences
-from rankwise.ranks.orthogonality import orthogonality_loss
+from rankwise.ranks.adalora.orthogonality import orthogonality_loss
 from rankwise.tokenise import padding_token
 
 

@@ -1,26 +1,26 @@
 """How many directions? Gates that become sparse while training, and the pruning that follows."""
 
-from rankwise.ranks.adalora import AdaloraAllocation, adalora_ranks
-from rankwise.ranks.adalora_callback import AdaloraCallback
-from rankwise.ranks.allocation import importance
-from rankwise.ranks.allocation_callback import AllocationCallback
-from rankwise.ranks.budget import Budget, needed_threshold
-from rankwise.ranks.gate_steps import AllGatesClosed, GateSteps
-from rankwise.ranks.optimizer import (
+from rankwise.ranks.adalora.allocation import AdaloraAllocation, adalora_ranks
+from rankwise.ranks.adalora.callback import AdaloraCallback
+from rankwise.ranks.adalora.orthogonality import orthogonality
+from rankwise.ranks.allocating.allocation import importance
+from rankwise.ranks.allocating.callback import AllocationCallback
+from rankwise.ranks.resizing import resize_adapter
+from rankwise.ranks.restoring import match_ranks
+from rankwise.ranks.sora.budget import Budget, needed_threshold
+from rankwise.ranks.sora.config import SoraConfig
+from rankwise.ranks.sora.gate_steps import AllGatesClosed, GateSteps
+from rankwise.ranks.sora.layer import gate_counts, gates
+from rankwise.ranks.sora.optimizer import (
     SoraCallback,
     attach_proximal_step,
     attached_steps,
     optimizer_factory,
     sora_optimizer,
 )
-from rankwise.ranks.orthogonality import orthogonality
-from rankwise.ranks.proximal import published_step, soft_threshold
-from rankwise.ranks.pruning import PruneReport, prune
-from rankwise.ranks.resizing import resize_adapter
-from rankwise.ranks.restoring import match_ranks
-from rankwise.ranks.schedule import rising_thresholds
-from rankwise.ranks.sora import gate_counts, gates
-from rankwise.ranks.sora_config import SoraConfig
+from rankwise.ranks.sora.proximal import published_step, soft_threshold
+from rankwise.ranks.sora.pruning import PruneReport, prune
+from rankwise.ranks.sora.schedule import rising_thresholds
 
 __all__ = [
     "AdaloraAllocation",

@@ -53,7 +53,9 @@ class RisingThresholds(Section):
 
     def values(self) -> list[float]:
         """The threshold of each stage."""
-        from rankwise.ranks.schedule import rising_thresholds  # imports torch, which other recipes are read without
+        from rankwise.ranks.sora.schedule import (
+            rising_thresholds,  # imports torch, which other recipes are read without
+        )
 
         return rising_thresholds(self.largest, self.stages, self.spacing, self.smallest)
 

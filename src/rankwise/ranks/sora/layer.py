@@ -19,9 +19,9 @@ from rankwise.errors import UserError
 from rankwise.peft_bridge import Kind, LowRankVariant, active_adapter, adapted_layers, keep_state, register
 from rankwise.peft_bridge.matrices import along, expand, factor_matrices, project
 from rankwise.peft_bridge.tuner import VariantModel
-from rankwise.ranks.gated import add_gated
 from rankwise.ranks.resizing import GATE, resize_adapter
-from rankwise.ranks.sora_config import SoraConfig
+from rankwise.ranks.sora.config import SoraConfig
+from rankwise.ranks.sora.gated import add_gated
 
 
 class GateVariant(LowRankVariant):

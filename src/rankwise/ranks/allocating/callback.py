@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from rankwise.errors import UserError
 from rankwise.peft_bridge import active_adapter, adapted_layers
-from rankwise.ranks.allocation import (
+from rankwise.ranks.allocating.allocation import (
     allocation_steps,
     check_adapter,
     check_count,
@@ -62,7 +62,7 @@ class AllocationCallback(TrainerCallback):
 
     At ``events`` steps of the training each direction is scored on a batch of the trainer's ``eval_dataset``, rows that
     are not trained on, by the trainer's own loss. The lowest are cut, as many new ones go to layers that lose none
-    (see :func:`rankwise.ranks.allocation.choose`), and the optimizer goes on. The adapter is plain LoRA throughout.
+    (see ``choose``), and the optimizer goes on. The adapter is plain LoRA throughout.
     Scoring costs two forward passes a direction. ::
 
         trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=held_out)
@@ -83,7 +83,7 @@ class AllocationCallback(TrainerCallback):
 
     Raises:
         UserError: a value out of its range, or a trainer without rows to score on. When training begins: the adapter is
-            not plain LoRA (see :func:`rankwise.ranks.allocation.check_adapter`), the training has several processes or
+            not plain LoRA (see ``check_adapter``), the training has several processes or
             fewer steps than events, or fewer directions than would be moved. While training: the optimizer keeps a
             state that cannot be cut, or a score is not finite.
 

@@ -14,9 +14,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rankwise.errors import UserError
 from rankwise.peft_bridge import active_adapter
-from rankwise.ranks.gate_steps import GateSteps
-from rankwise.ranks.sora import gates
-from rankwise.ranks.sora_config import SoraConfig
+from rankwise.ranks.sora.config import SoraConfig
+from rankwise.ranks.sora.gate_steps import GateSteps
+from rankwise.ranks.sora.layer import gates
 
 
 def sora_optimizer(

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rankwise.ranks.proximal import soft_threshold
+from rankwise.ranks.sora.proximal import soft_threshold
 
 
 def needed_threshold(gates: Float[Tensor, " gates"], sizes: Int[Tensor, " gates"], target: int) -> float:

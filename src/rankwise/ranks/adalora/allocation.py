@@ -19,7 +19,7 @@ from torch.nn.utils import get_total_norm
 from rankwise.errors import UserError
 from rankwise.files import write_bytes
 from rankwise.peft_bridge import adapted_layers
-from rankwise.ranks.adalora_checks import adalora_config, check_adapter, check_schedule
+from rankwise.ranks.adalora.checks import adalora_config, check_adapter, check_schedule
 
 COUNTS = ("step", "skipped", "history")  # in the metadata of a saved allocation
 

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rankwise.ranks.adalora import AdaloraAllocation, Allocated
-from rankwise.ranks.adalora_checks import check_arguments
+from rankwise.ranks.adalora.allocation import AdaloraAllocation, Allocated
+from rankwise.ranks.adalora.checks import check_arguments
 
 ALLOCATOR = "adalora.safetensors"  # beside a trainer's checkpoint: what PEFT's allocator would forget
 

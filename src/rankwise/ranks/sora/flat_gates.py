@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from rankwise.errors import UserError
 from rankwise.peft_bridge import adapted_layers
-from rankwise.ranks.sora import direction_size, gates
+from rankwise.ranks.sora.layer import direction_size, gates
 
 
 class FlatGates:

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from rankwise.peft_bridge import active_adapter, adapted_layers
 from rankwise.ranks.resizing import kept_parameters, resize_adapter
-from rankwise.ranks.sora import gates
-from rankwise.ranks.sora_config import SoraConfig
+from rankwise.ranks.sora.config import SoraConfig
+from rankwise.ranks.sora.layer import gates
 
 Choice = dict[str, Bool[Tensor, " _"]]
 

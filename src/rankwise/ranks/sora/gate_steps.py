@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 
 from rankwise.errors import UserError
 from rankwise.peft_bridge import active_adapter
-from rankwise.ranks.budget import Budget, PathPoint
-from rankwise.ranks.flat_gates import FlatGates
-from rankwise.ranks.proximal import published_step, soft_threshold
-from rankwise.ranks.pruning import keep_least
 from rankwise.ranks.resizing import check_one_process, forget_empty, resize_adapter
-from rankwise.ranks.sora_config import SoraConfig
+from rankwise.ranks.sora.budget import Budget, PathPoint
+from rankwise.ranks.sora.config import SoraConfig
+from rankwise.ranks.sora.flat_gates import FlatGates
+from rankwise.ranks.sora.proximal import published_step, soft_threshold
+from rankwise.ranks.sora.pruning import keep_least
 
 logger = logging.getLogger(__name__)
 

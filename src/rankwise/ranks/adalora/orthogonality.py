@@ -8,7 +8,7 @@ from peft import AdaLoraConfig, PeftModel
 from torch import Tensor, nn
 
 from rankwise.peft_bridge import adapted_layers
-from rankwise.ranks.adalora_checks import adalora_config
+from rankwise.ranks.adalora.checks import adalora_config
 
 
 def orthogonality(model: nn.Module) -> Float[Tensor, ""]:
