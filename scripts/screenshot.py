@@ -2,11 +2,13 @@
 
 Example:
     python scripts/screenshot.py runs/demo/report.html docs/report.png --height 2600
+    python scripts/screenshot.py runs/thresholds/report.html ranks.png --only Ranks --height 500
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import subprocess
 import sys
@@ -53,6 +55,13 @@ def screenshot(page: Path, picture: Path, width: int, height: int, dark: bool, c
         shutil.move(target, picture)
 
 
+def only_sections(page: str, titles: list[str]) -> str:
+    """The page without its header and without the sections of other titles."""
+    page = re.sub(r"<header.*?</header>", "", page, flags=re.DOTALL)
+    kept = "|".join(map(re.escape, titles))
+    return re.sub(rf"<section[^>]*>\s*<h2[^>]*>(?!(?:{kept})</h2>).*?</section>", "", page, flags=re.DOTALL)
+
+
 def main() -> int:
     """Read the command line and take the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -60,6 +69,7 @@ def main() -> int:
     parser.add_argument("picture", type=Path, nargs="?", default=Path("docs/report.png"), help="PNG to write")
     parser.add_argument("--width", type=int, default=1280, help="window width in pixels")
     parser.add_argument("--height", type=int, default=1600, help="window height in pixels")
+    parser.add_argument("--only", nargs="+", metavar="TITLE", help="sections to show, by their headings (all)")
     parser.add_argument("--dark", action="store_true", help="as a reader with a dark colour scheme sees it")
     options = parser.parse_args()
     chromium = find_chromium()
@@ -71,7 +81,12 @@ def main() -> int:
         )
         print(f"screenshot: {missing}", file=sys.stderr)
         return 2
-    screenshot(options.page, options.picture, options.width, options.height, options.dark, chromium)
+    with tempfile.TemporaryDirectory() as folder:
+        page = options.page
+        if options.only:
+            page = Path(folder) / "page.html"
+            page.write_text(only_sections(options.page.read_text(encoding="utf-8"), options.only), encoding="utf-8")
+        screenshot(page, options.picture, options.width, options.height, options.dark, chromium)
     print(options.picture)
     return 0
 

@@ -89,6 +89,9 @@ def scatter(x: list[Number], y: list[Number], name: str, **style: Any) -> go.Sca
     return go.Scatter(x=x, y=y, name=name, **{"hovertemplate": "%{y:.4~g}"} | style)
 
 
+LETTERS = 110  # that fit side by side above a heat map
+
+
 def heatmap(
     x: Sequence[str], y: Sequence[str], z: Sequence[Sequence[int | None]], top: int, title: str, hover: str
 ) -> go.Figure:
@@ -112,7 +115,9 @@ def heatmap(
     figure.update_yaxes(
         type="category", autorange="reversed", ticklabelstandoff=8, showgrid=False, ticks="", automargin=True
     )
-    figure.update_layout(height=max(160, 60 + 26 * len(y)), hovermode="closest", margin={"t": 24, "b": 12})
+    longest = max(map(len, x))
+    head = 60 + (4 * longest if longest * len(x) > LETTERS else 0)  # names that do not fit are turned, and stand higher
+    figure.update_layout(height=max(160, head + 26 * len(y)), hovermode="closest", margin={"t": 24, "b": 12})
     return figure
 
 
