@@ -56,7 +56,7 @@ def sora(base: nn.Module, share: float = 1.0, cut: bool = False) -> tuple[nn.Mod
 
 
 def adalora(base: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
-    schedule = {"init_r": 8, "target_r": 6, "tinit": 1, "total_step": STEPS}
+    schedule = {"init_r": 8, "target_r": 6, "tinit": 1, "deltaT": 10, "total_step": STEPS}
     # Without a task_type PEFT leaves out the penalty that AdaLoRA has in its loss.
     config = peft.AdaLoraConfig(**schedule, lora_alpha=16, target_modules=TARGETS, task_type="SEQ_CLS")
     model = peft.get_peft_model(base, config)
@@ -111,9 +111,9 @@ def proximal_share(model: nn.Module, optimizer: Any, whole: float) -> str:
     hooks = optimizer.gate_steps
     times = []
     for _ in range(20):
-        for parameter in hooks.parameters:
+        for parameter in hooks.gates.parameters:
             parameter.grad = torch.zeros_like(parameter)
-        times.append(seconds(lambda: (hooks._before(), hooks._after())))
+        times.append(seconds(lambda: (hooks._before(optimizer, (optimizer,), {}), hooks._after())))
     middle = statistics.median(times)
     return f"{1000 * middle:.2f} ms ({100 * middle / whole:.2f} %)"
 

@@ -150,11 +150,14 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
 
 def test_rows_held_out_are_drawn_by_the_seed() -> None:
     settings = AllocatingLoraSettings(validation_rows=3)
-    rows, held = hold_out(list(range(10)), settings, 0)
-    assert len(held) == 3 and sorted([*rows, *held]) == list(range(10))
-    assert (rows, held) == (sorted(rows), sorted(held)) == hold_out(list(range(10)), settings, 0)
-    assert any(hold_out(list(range(10)), settings, seed)[1] != held for seed in (1, 2, 3))
-    assert hold_out([5, 6], LoraSettings(), 0) == ([5, 6], [])
+    rows, held = hold_out(list(range(10)), settings, 4, 0)
+    assert len(held) == 3 and sorted([*rows, *held]) == list(range(10)) and rows == sorted(rows)
+    assert (rows, held) == hold_out(list(range(10)), settings, 4, 0)
+    found = [hold_out(list(range(10)), settings, 4, seed)[1] for seed in range(6)]
+    assert any(set(one) != set(held) for one in found) and any(one != sorted(one) for one in found)
+    few = AllocatingLoraSettings(validation_rows=9, events=2)
+    assert len(hold_out(list(range(10)), few, 2, 0)[1]) == 4, "a batch for each event is all that is used"
+    assert hold_out([5, 6], LoraSettings(), 4, 0) == ([5, 6], [])
 
 
 # Refusals
@@ -182,7 +185,10 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path, changes: dict[str,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"validation_rows": 500}, r"adapter.validation_rows 500 leaves nothing to train on, of \d+ training rows"),
+        (
+            {"validation_rows": 500, "events": 90},
+            r"adapter.validation_rows 500 leaves nothing to train on, of \d+ train",
+        ),
         ({"events": 30}, r"cannot be moved 30 times from 0.2 to 0.7 of a training of \d+ steps"),
     ],
 )

@@ -124,6 +124,37 @@ def test_a_changed_budget_counts():
     assert attached_steps(rw.sora_optimizer(model, lr=1e-3, total_steps=10)).budget.target == 1188
 
 
+def test_a_config_that_was_read_apart_keeps_the_budget(tmp_path):
+    """``PeftModel.from_pretrained(base, folder, config=PeftConfig.from_pretrained(folder))``, a usual way."""
+    model = adapt(r=8, target_ratio=0.5, threshold=0.0)
+    optimizer = rw.sora_optimizer(model, lr=5e-3, total_steps=4)
+    for _ in range(4):
+        step(model, optimizer)
+    rw.prune(model)
+    model.save_pretrained(tmp_path)
+    read = peft.PeftConfig.from_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(tiny.make("llama"), tmp_path, config=read, is_trainable=True)
+    config = loaded.peft_config["default"]
+    assert (config.initial_gates, config.initial_parameters, config.budget) == (48, 1584, 792)
+    fresh = peft.get_peft_model(tiny.make("llama"), dataclasses.replace(config, rank_pattern={}, alpha_pattern={}, r=4))
+    assert (fresh.peft_config["default"].initial_gates, fresh.peft_config["default"].budget) == (24, 396)
+
+
+def test_a_longer_training_after_a_resume_keeps_what_is_there_now(tmp_path):
+    model = adapt(r=8, target_ratio=0.5, threshold=0.0, shrink_after=2)
+    optimizer = rw.sora_optimizer(model, lr=5e-3, total_steps=8)
+    for _ in range(4):
+        step(model, optimizer)
+    state = optimizer.state_dict()
+    optimizer.load_state_dict(state)
+    for _ in range(6):
+        step(model, optimizer)
+    steps = attached_steps(optimizer)
+    steps.set_total_steps(40)
+    assert steps.budget.support is not None and len(steps.budget.path) == 4
+    step(model, optimizer)
+
+
 def test_an_adapter_of_the_same_config_object_has_a_copy():
     model = adapt(target_ratio=0.5, shrink_after=1, threshold=0.0)
     optimizer = rw.sora_optimizer(model, lr=5e-3, total_steps=8)
@@ -147,11 +178,12 @@ def test_pruning_says_where_no_gate_was_ever_closed():
 
 
 def test_tied_modules_keep_their_ranks():
-    model = adapt()
-    model.peft_config["default"].ensure_weight_tying = True
-    next(iter(gates(model).values())).data[0] = 0
+    with pytest.raises(UserError, match=r"SoraConfig\(ensure_weight_tying=True\) is not available"):
+        rw.SoraConfig(r=4, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    plain = peft.get_peft_model(tiny.make("llama"), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    plain.peft_config["default"].ensure_weight_tying = True
     with pytest.raises(UserError, match="ensure_weight_tying=True shares factors"):
-        rw.prune(model)
+        resizing.resize_adapter(plain, {}, {"model.layers.0.self_attn.q_proj": 1})
 
 
 # Under a trainer
@@ -180,7 +212,7 @@ def test_the_trainers_own_length_counts_and_a_missed_budget_is_said(tmp_path):
         optimizers=(optimizer, None),
         callbacks=[SoraCallback(), Stop()],
     )
-    with pytest.warns(UserWarning, match=r"budget of 396 parameters was not met.*at step 6, and 4 were taken"):
+    with pytest.warns(UserWarning, match=r"budget of 396 parameters is not met.*at step 6, and 4 were taken"):
         made.train()
     assert made.state.log_history[0]["gates_left"] <= 24 and "parameters_target" in made.state.log_history[0]
 
@@ -190,6 +222,20 @@ def test_the_best_checkpoint_is_not_to_be_loaded_after_cuts(tmp_path: Path):
     model = adapt(shrink_after=2)
     made = trainer(tmp_path, model, **settings)
     with pytest.raises(UserError, match="load_best_model_at_end would load a checkpoint from before"):
+        made.train()
+
+
+def test_weights_that_were_loaded_back_miss_the_budget_aloud(tmp_path: Path):
+    class Reopen(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **_):
+            if state.global_step == 12:
+                for gate in gates(model).values():
+                    gate.data.fill_(1.0)
+
+    model = adapt(target_ratio=0.5, threshold=0.0)
+    made = trainer(tmp_path, model)
+    made.add_callback(Reopen())
+    with pytest.warns(UserWarning, match="is not met, 792 are left: weights from before it was met were loaded back"):
         made.train()
 
 

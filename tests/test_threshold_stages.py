@@ -23,7 +23,7 @@ import rankwise.run
 import small_runs
 from rankwise.analysis.runfolder import read_run
 from rankwise.errors import UserError
-from rankwise.evaluation import _trained, evaluate_run
+from rankwise.evaluation import _trained, evaluate_run, export_folder
 from rankwise.models import load_tokenizer
 from rankwise.progress import MetricsFile
 from rankwise.ranks import SoraConfig, gate_counts, gates
@@ -159,6 +159,9 @@ def test_a_threshold_that_closes_every_gate_leaves_what_the_stage_before_it_left
     assert results["counts"]["layers whose adapter was removed"] == 0
     assert (made.folder / "adapter" / "adapter_model.safetensors").is_file()
     assert "The run was stopped: stage sft-2" in (made.folder / "report.html").read_text(encoding="utf-8")
+    again = evaluate_run(made.folder, [], small_runs.silent())
+    assert again["rows"][-1]["name"] == "sft-1"
+    assert export_folder(made.folder, tmp_path / "out", small_runs.silent(), rank=None, energy=None, layout="uniform")
 
 
 def test_cuts_while_training_are_counted_as_those_at_the_end(model_folder: Path, tmp_path: Path) -> None:

@@ -36,9 +36,10 @@ def evaluate_run(run: Path, overrides: Sequence[str], console: Console) -> dict[
     check_files(recipe.data)
     tokenizer = load_tokenizer(recipe.model.path)
     task = load_task(recipe, tokenizer, context_limit(recipe.model, tokenizer))
-    model = _trained(run, recipe, recipe.stages[-1].name)
+    stage = _last_stage(run, recipe)
+    model = _trained(run, recipe, stage)
     rows = [{"name": name, "metrics": metrics, "cases": task.cases} for name, metrics in task.baselines().items()]
-    rows.append(measured(task, model, recipe.stages[-1].name, recipe))
+    rows.append(measured(task, model, stage, recipe))
     results = {"task": task.kind, "columns": list(task.columns), "rows": rows, "counts": task.counts}
     write_json(run / "evaluation.json", results)
     console.print(result_table(results))
@@ -94,7 +95,14 @@ def _trained_stage(run: Path, stage: str | None) -> PeftModel:
     names = [known.name for known in recipe.stages]
     if stage is not None and stage not in names:
         raise UserError(f"stage {stage!r} is not in {run}: {nearest(stage, names)}")
-    return _trained(run, recipe, stage or names[-1])
+    return _trained(run, recipe, stage or _last_stage(run, recipe))
+
+
+def _last_stage(run: Path, recipe: Recipe) -> str:
+    """The last finished stage: a run whose thresholds closed every gate has not all of them."""
+    finished = {row["name"] for row in read_results(run).get("rows", [])}
+    names = [stage.name for stage in recipe.stages]
+    return next((name for name in reversed(names) if name in finished), names[-1])
 
 
 def print_export(folder: Path, report: ExportReport, console: Console) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,6 @@ from rankwise.errors import UserError
 from rankwise.ranks import AdaloraCallback, AllocationCallback, SoraCallback, sora_optimizer
 from rankwise.ranks.adalora.allocation import set_schedule
 from rankwise.ranks.allocating.allocation import allocation_steps
-from rankwise.sampling import sample
 from rankwise.schema import (
     AdaloraSettings,
     AllocatingLoraSettings,
@@ -64,22 +64,27 @@ def training_tools(model: PeftModel, stage: SftStage | SoftmaxDpoStage, adapter:
     return Tools(None, [])
 
 
-def hold_out(rows: Sequence[Row], adapter: LoraSettings, seed: int) -> tuple[list[Row], list[Row]]:
-    """Rows to train on, and rows that allocating LoRA scores directions on: drawn by ``seed``, none for other adapters.
+def hold_out(rows: Sequence[Row], adapter: LoraSettings, batch: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows to train on, and rows that allocating LoRA scores directions on, in random order; none for other adapters.
+
+    Args:
+        rows: all.
+        adapter: says how many at most; no more than the batches of all events are held out.
+        batch: rows of a batch of evaluation.
+        seed: of the draw.
 
     Raises:
         UserError: no row would be left to train on.
     """
     if not isinstance(adapter, AllocatingLoraSettings):
         return list(rows), []
-    if adapter.validation_rows >= len(rows):
+    count = min(adapter.validation_rows, adapter.events * batch)
+    if count >= len(rows):
         wanted = f"adapter.validation_rows {adapter.validation_rows}"
         raise UserError(f"{wanted} leaves nothing to train on, of {len(rows)} training rows: lower it")
-    held = set(sample(range(len(rows)), adapter.validation_rows, seed)[0])
-    parts: tuple[list[Row], list[Row]] = ([], [])
-    for number, row in enumerate(rows):
-        parts[number in held].append(row)
-    return parts
+    drawn = random.Random(seed).sample(range(len(rows)), count)
+    held = set(drawn)
+    return [row for number, row in enumerate(rows) if number not in held], [rows[number] for number in drawn]
 
 
 def add_allocation(trainer: Trainer, adapter: LoraSettings) -> AllocationCallback | None:

@@ -30,6 +30,7 @@ from rankwise.schema import LoraSettings, SftStage, SoftmaxDpoStage
 from rankwise.tokenise import AnswerCollator
 
 Rows = Sequence[Mapping[str, Any]]
+EVALUATED = 2  # rows of a batch of evaluation, for each of a batch of training
 
 
 class AnswerTrainer(Trainer):
@@ -97,13 +98,10 @@ def train_stage(
     Raises:
         UserError: the loss became NaN or infinite, or the stage has too few steps or rows for its adapter.
     """
-    rows, held = hold_out(rows, adapter, seed)
-    steps = total_steps(stage, len(rows))
-    settings = _arguments(stage, folder, seed, bfloat16, steps)
+    rows, held = hold_out(rows, adapter, EVALUATED * stage.batch_size, seed)
+    settings = _arguments(stage, folder, seed, bfloat16, total_steps(stage, len(rows)))
     bar = ProgressBar(stage.name, console)
-    tools = training_tools(model, stage, adapter, steps)
-    # The file is last: it holds what the others add to the log.
-    callbacks = [bar, StopOnNan(), *tools.callbacks, MetricsFile(folder / "metrics.jsonl", stage.name)]
+    callbacks = [bar, StopOnNan()]
     if isinstance(stage, SoftmaxDpoStage):
         arguments = SoftmaxDPOConfig(**settings, beta=stage.beta, context=context)
         cut, cut_held = (
@@ -122,7 +120,11 @@ def train_stage(
             callbacks=callbacks,
         )
     made.remove_callback(PrinterCallback)
+    # Preference rows that do not fit into the context are dropped by their trainer: only now the steps are known.
+    tools = training_tools(model, stage, adapter, total_steps(stage, len(made.train_dataset)))
     made.optimizer = tools.optimizer
+    for callback in (*tools.callbacks, MetricsFile(folder / "metrics.jsonl", stage.name)):
+        made.add_callback(callback)  # the file is last: it holds what the others add to the log
     allocation = add_allocation(made, adapter)
     with bar.progress, _threshold(model, stage):
         try:
@@ -161,7 +163,7 @@ def _arguments(
         "output_dir": str(folder),
         "num_train_epochs": stage.epochs,
         "per_device_train_batch_size": stage.batch_size,
-        "per_device_eval_batch_size": 2 * stage.batch_size,
+        "per_device_eval_batch_size": EVALUATED * stage.batch_size,
         "gradient_accumulation_steps": stage.accumulation,
         "learning_rate": stage.learning_rate,
         "lr_scheduler_type": stage.schedule if stage.schedule != "constant" else "constant_with_warmup",

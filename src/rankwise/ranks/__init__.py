@@ -1,4 +1,4 @@
-"""How many directions? Gates that become sparse while training, and the pruning that follows."""
+"""How many directions? SoRA's gates, budgets and pruning; AdaLoRA and allocating LoRA; ranks that change in place."""
 
 from rankwise.ranks.adalora.allocation import AdaloraAllocation, adalora_ranks
 from rankwise.ranks.adalora.callback import AdaloraCallback

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 
@@ -36,7 +35,7 @@ def match_ranks(model: PeftModel, folder: Path) -> None:
     saved = _saved_shapes(folder)
     if _live_shapes(model, adapter) == saved:
         return
-    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftConfig.from_pretrained(folder).peft_type].from_pretrained(folder)
+    config = PeftConfig.from_pretrained(folder)
     if config.peft_type != live.peft_type:
         raise UserError(
             f"{folder} holds an adapter of {type(config).__name__}, and the model's is {type(live).__name__}"

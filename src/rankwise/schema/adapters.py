@@ -73,7 +73,9 @@ class AllocatingLoraSettings(LoraSettings):
     share: Share = Field(0.1, description="Share of all directions that is moved each time.")
     first: float = Field(0.2, ge=0, lt=1, description="Share of the steps after which they are moved first.")
     last: float = Field(0.7, ge=0, lt=1, description="Share of the steps after which they are moved last.")
-    validation_rows: Count = Field(256, description="Training rows held out to score directions on, drawn by the seed.")
+    validation_rows: Count = Field(
+        256, description="Most training rows held out to score on, a batch an event; drawn by the seed."
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> AllocatingLoraSettings:

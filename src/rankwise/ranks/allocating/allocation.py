@@ -6,6 +6,7 @@ another one. The adapter is plain LoRA at every moment: a direction is ablated b
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from rankwise.errors import UserError
 from rankwise.peft_bridge import active_adapter, adapted_layers
 from rankwise.peft_bridge.matrices import factor_parameters, refusal
+
+logger = logging.getLogger(__name__)
 
 
 class Move(NamedTuple):
@@ -82,6 +85,8 @@ def _each(
             losses.append(loss())
             column.copy_(torch.zeros_like(value) if alone else value)
         found[name] = torch.tensor(losses, dtype=torch.float64)
+        way = "alone" if alone else "left out"
+        logger.info("scoring directions, each %s: %d of %d layers", way, len(found), len(columns))
     return found
 
 
@@ -129,6 +134,8 @@ def check_adapter(model: nn.Module) -> str:
             f"allocating LoRA moves directions of plain LoRA, and adapter {adapter!r} is {type(config).__name__}: make "
             "it with peft.LoraConfig"
         )
+    if config.ensure_weight_tying:
+        raise UserError(f"adapter {adapter!r} has ensure_weight_tying=True, and tied modules cannot have other ranks")
     if config.bias != "none" or config.lora_bias:
         raise UserError(
             f"adapter {adapter!r} trains biases (bias={config.bias!r}, lora_bias={config.lora_bias}), which would be "

@@ -45,6 +45,7 @@ class SoraConfig(LoraConfig):
         lora_alpha: with a ``part`` it defaults to ``r``, else to PEFT's 8.
         initial_gates: filled in when a model is adapted, and saved: gates at first.
         initial_parameters: likewise: parameters at first.
+        first_state_known: filled in when the config is saved; a model that is adapted anew counts anew.
 
     Raises:
         UserError: a value out of its range, or a setting of another LoRA variant (``use_dora``, say). When the model is
@@ -74,11 +75,16 @@ class SoraConfig(LoraConfig):
     budget: int | None = field(default=None, metadata={"help": "Filled in: parameters to keep."})
     initial_gates: int | None = field(default=None, metadata={"help": "Filled in: gates at first."})
     initial_parameters: int | None = field(default=None, metadata={"help": "Filled in: parameters at first."})
+    first_state_known: bool = field(default=False, metadata={"help": "Filled in when saved: both are of this adapter."})
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         self._take_budget()
         super().__post_init__()
+        if self.ensure_weight_tying:
+            raise UserError(
+                "SoraConfig(ensure_weight_tying=True) is not available: tied modules would have other ranks"
+            )
         for name in ("threshold", "l1"):
             value = getattr(self, name)
             if not is_number(value) or not 0 <= value < math.inf:
@@ -96,19 +102,16 @@ class SoraConfig(LoraConfig):
 
     def _take_budget(self) -> None:
         """Move a number of parameters to ``budget``."""
-        self.knows_first_state = False  # of the adapter; a config that is loaded with one does
         number: Any = self.target_parameters
         if number is not None and not isinstance(number, list | tuple | set):
             if self.target_ratio is not None:
                 raise UserError("SoraConfig(target_ratio=..., target_parameters=...) are two budgets: give one of them")
             self.budget, self.target_parameters = number, None
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> SoraConfig:
-        """As PEFT's; what the config says of its adapter's first state is kept when the adapter is loaded."""
-        config: SoraConfig = super().from_pretrained(*args, **kwargs)
-        config.knows_first_state = config.initial_gates is not None
-        return config
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: as PEFT's, and that the first state in it is that of the adapter beside it."""
+        settings: dict[str, Any] = super().to_dict()
+        return settings | {"first_state_known": self.initial_gates is not None}
 
     def parameters_to_keep(self) -> int | None:
         """The budget, once a model is adapted; None where there is none."""

@@ -84,9 +84,12 @@ class GateSteps:
             return
         if total_steps < 1:
             raise UserError(f"total_steps {total_steps} is not possible: a training has 1 step or more")
-        self.budget = Budget(target, max(1, round(self.config.budget_by * total_steps)))
-        if self.resumed:
+        before, self.budget = self.budget, Budget(target, max(1, round(self.config.budget_by * total_steps)))
+        if before is not None:
+            self.budget.path, self.budget.support = before.path, before.support
+        elif self.resumed:
             self._resume_budget(self.budget, self.resumed)
+            self.resumed = {}
         elif self.gates.parameters_left(self.gates.read()) <= target:  # met before, by an earlier training
             self.budget.support = self.gates.read() != 0
 

@@ -110,8 +110,9 @@ class SoraModel(VariantModel):
         """
         config = self.peft_config[adapter]
         shared = any(one is config for name, one in self.peft_config.items() if name != adapter)
-        if not shared and not config.knows_first_state:
+        if not shared and not config.first_state_known:
             note_first_state(config, dict(adapted_layers(model, adapter)), adapter)
+        config.first_state_known = False  # that was of the adapter that is made here
         super()._start(model, adapter)
         if shared:
             self.peft_config[adapter] = copy.copy(config)

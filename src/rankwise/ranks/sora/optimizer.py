@@ -150,10 +150,13 @@ class SoraCallback(TrainerCallback):
     ) -> None:
         """Trainer's hook: say so where a budget was not met."""
         steps = attached_steps(optimizer)
-        if steps is not None and steps.budget is not None and steps.budget.support is None:
-            left = steps.status()["parameters_left"]
+        if steps is None or steps.budget is None:
+            return
+        left, budget = steps.status()["parameters_left"], steps.budget
+        if left > budget.target:
+            reason = f"it was to be met at step {budget.steps}, and {steps.step} were taken"
+            if budget.support is not None:
+                reason = "weights from before it was met were loaded back (load_best_model_at_end, say)"
             warnings.warn(
-                f"the budget of {steps.budget.target:,} parameters was not met, {left:,} are left: it was to be met at "
-                f"step {steps.budget.steps}, and {steps.step} were taken",
-                stacklevel=2,
+                f"the budget of {budget.target:,} parameters is not met, {left:,} are left: {reason}", stacklevel=2
             )
