@@ -71,7 +71,7 @@ def test_without_the_saved_importance_a_resumed_run_would_end_elsewhere(tmp_path
     """The test above can fail: with empty averages other directions are cut."""
     whole = adapt()
     trainer(whole, tmp_path, AdaloraCallback(), save_strategy="steps", save_steps=6).train()
-    monkeypatch.setattr("rankwise.ranks.adalora.AdaloraAllocation.load", lambda *_: None)
+    monkeypatch.setattr("rankwise.ranks.adalora.allocation.AdaloraAllocation.load", lambda *_: None)
     resumed = adapt()
     trainer(resumed, tmp_path, AdaloraCallback()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert not torch.equal(tiny.logits(resumed), tiny.logits(whole))
