@@ -17,12 +17,14 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from rankwise import likelihood
 from rankwise.likelihood import (
     answer_log_probabilities,
     forward_arguments,
     last_logits,
     last_logits_and_cache,
     position_ids,
+    target_log_probabilities,
 )
 from rankwise.tokenise import AnswerCollator
 
@@ -168,6 +170,68 @@ def test_the_gradient_is_that_of_the_cross_entropy() -> None:
     (total / 6).backward()
     for name, value in model.named_parameters():
         torch.testing.assert_close(found[name], value.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_a_float64_model_is_scored_in_float64() -> None:
+    model = make("gpt2").double()  # none of its layers rounds to float32
+    with torch.no_grad():
+        values, mask = answer_log_probabilities(model, batch(ROWS, 2))
+    assert values.dtype == torch.float64
+    expected = np.concatenate([alone(model, row) for row in ROWS])
+    np.testing.assert_allclose(values[mask].numpy(), expected, rtol=1e-12)
+
+
+def random_targets(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits, the gradient of each target's value, and rows with none, one and several targets."""
+    generator = torch.Generator().manual_seed(4)
+    logits = (4 * torch.randn(11, 13, generator=generator)).to(dtype).requires_grad_()
+    rows, targets = torch.tensor([3, 0, 3, 10, 3, 7]), torch.tensor([5, 5, 12, 0, 1, 8])
+    return logits, torch.randn(len(rows), generator=generator), rows, targets
+
+
+@pytest.mark.parametrize("at_a_time", [1, 30, 2**22])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_targets_equal_those_of_a_whole_log_softmax(
+    dtype: torch.dtype, at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of rows at a time; gradients are rounded once, to the logits' dtype."""
+    monkeypatch.setattr(likelihood, "AT_A_TIME", at_a_time)
+    logits, weights, rows, targets = random_targets(dtype)
+    found = target_log_probabilities(logits, rows, targets)
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    whole = logits.detach().double().requires_grad_()
+    expected = whole.log_softmax(dim=1)[rows, targets]
+    exact = dtype == torch.float64
+    torch.testing.assert_close(found.double(), expected, rtol=1e-12 if exact else 1e-6, atol=1e-12 if exact else 1e-6)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert logits.grad.dtype == dtype
+    rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+    torch.testing.assert_close(logits.grad.double(), whole.grad, rtol=rounding, atol=1e-12 if exact else 1e-7)
+
+
+def test_the_gradient_of_a_nearly_sure_target_is_not_lost_to_rounding() -> None:
+    """softmax(0, -9) is 1 - 1.2e-4: in bfloat16 that is 1, but the gradient of its logarithm is no zero."""
+    logits = torch.tensor([[0.0, -9.0]], dtype=torch.bfloat16, requires_grad=True)
+    target_log_probabilities(logits, torch.tensor([0]), torch.tensor([0])).sum().backward()
+    expected = torch.tensor([[1.0, -1.0]], dtype=torch.float64) / (1 + np.exp(9.0))
+    torch.testing.assert_close(logits.grad.double(), expected, rtol=2**-8, atol=0)
+
+
+def test_no_targets_have_no_gradient() -> None:
+    logits = torch.randn(3, 5, requires_grad=True)
+    none = torch.tensor([], dtype=torch.long)
+    target_log_probabilities(logits, none, none).sum().backward()
+    assert (logits.grad == 0).all()
+
+
+def test_masked_tokens_of_the_vocabulary_stay_out() -> None:
+    logits = torch.tensor([[1.0, -torch.inf, 2.0]], requires_grad=True)
+    found = target_log_probabilities(logits, torch.tensor([0]), torch.tensor([2]))
+    found.sum().backward()
+    expected = np.log(1 / (1 + np.exp(-1.0)))
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+    np.testing.assert_allclose(logits.grad.numpy(), [[-(1 - np.exp(expected)), 0, 1 - np.exp(expected)]], rtol=1e-5)
 
 
 def test_bfloat16_autocast_stays_finite_and_close() -> None:

@@ -11,11 +11,12 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import rankwise as rw
 from rankwise.errors import UserError
-from rankwise.preferences.trainer import answer_totals
+from rankwise.preferences.batches import BatchMaker, answer_totals, by_answer
+from rankwise.preferences.rows import PreferenceRow
 from rankwise.tokenise import encode_answer
 
 ROWS: list[dict[str, Any]] = [
@@ -106,9 +107,18 @@ def logged(made: rw.SoftmaxDPOTrainer, name: str = "loss") -> list[float]:
     return [line[name] for line in made.state.log_history if name in line]
 
 
-def batch_of(made: rw.SoftmaxDPOTrainer) -> dict[str, Tensor]:
+def batch_of(made: rw.SoftmaxDPOTrainer) -> dict[str, list[PreferenceRow]]:
     made.compute_reference()
     return made.data_collator(list(made.train_dataset))
+
+
+def references(made: rw.SoftmaxDPOTrainer) -> Tensor:
+    return by_answer([row.reference for row in batch_of(made)["rows"]], 0.0)
+
+
+def answers(model: nn.Module, made: rw.SoftmaxDPOTrainer) -> Tensor:
+    """Log-probabilities of the trainer's rows as separate sequences."""
+    return answer_totals(model, BatchMaker(0, trees=False)(list(made.train_dataset)))
 
 
 @pytest.mark.parametrize("negatives", [1, 3, 8])
@@ -156,13 +166,13 @@ def test_loss_and_gradient_are_those_of_answers_one_by_one(
 def test_references_differ_as_their_models_do(
     adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    found = {name: batch_of(trainer(adapted, tiny_tokenizer, tmp_path, reference=name)) for name in ("start", "base")}
+    made = {name: trainer(adapted, tiny_tokenizer, tmp_path, reference=name) for name in ("start", "base")}
     with torch.no_grad():
-        start = answer_totals(adapted, found["start"])
+        start = answers(adapted, made["start"])
         with adapted.disable_adapter():
-            base = answer_totals(adapted, found["base"])
-    torch.testing.assert_close(found["start"]["reference"], start, atol=1e-5, rtol=0)
-    torch.testing.assert_close(found["base"]["reference"], base, atol=1e-5, rtol=0)
+            base = answers(adapted, made["base"])
+    torch.testing.assert_close(references(made["start"]), start, atol=1e-5, rtol=0)
+    torch.testing.assert_close(references(made["base"]), base, atol=1e-5, rtol=0)
     assert float((start - base).abs().max()) > 0.01
 
 
@@ -195,17 +205,18 @@ def test_with_one_negative_it_is_the_loss_of_trl(
         processing_class=tiny_tokenizer,
     )
     batch = theirs.data_collator(list(theirs.train_dataset))
-    ours = batch_of(made)
-    assert sorted(map(tuple, own_tokens(ours))) == sorted(map(tuple, own_tokens(batch)))
+    ours = BatchMaker(0, trees=False)(list(made.train_dataset))
+    assert sorted(own_tokens(ours.input_ids, ours.attention_mask)) == sorted(
+        own_tokens(batch["input_ids"], batch["attention_mask"])
+    )
     expected = theirs.compute_loss(theirs.model, batch)
-    found = made.compute_loss(made.model, ours)
+    found = made.compute_loss(made.model, batch_of(made))
     assert found.item() == pytest.approx(expected.item(), abs=1e-5)
     assert found.item() != pytest.approx(math.log(2), abs=1e-3)
 
 
-def own_tokens(batch: dict[str, Tensor]) -> list[list[int]]:
-    pairs = zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    return [ids[mask.bool()].tolist() for ids, mask in pairs]
+def own_tokens(input_ids: Tensor, attention_mask: Tensor) -> list[list[int]]:
+    return [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
 
 
 def test_training_raises_the_margin_and_logs_it(
@@ -223,25 +234,29 @@ def test_training_raises_the_margin_and_logs_it(
     assert margins == pytest.approx([chosen - rejected for chosen, rejected in differences], abs=1e-5)
 
 
+def mean_of_rejected(values: Tensor) -> Tensor:
+    rows = zip(values, ROWS, strict=True)
+    return torch.stack([row[1 : 1 + len(source["rejected"])].mean() for row, source in rows]).mean()
+
+
 def test_metrics_by_hand(adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """Means over rows for the chosen, over all ten rejected answers; the chosen wins against all of a row or not."""
+    """Means over rows, of the mean over a row's rejected answers; the chosen wins against all of a row or not."""
     made = trainer(adapted, tiny_tokenizer, tmp_path, reference="base", beta=0.5, max_steps=1, learning_rate=0.0)
-    batch = batch_of(made)
+    rewards = -0.5 * references(made)
     made.train()
     with torch.no_grad():
-        policy, exists = answer_totals(adapted, batch), batch["exists"]
-    rewards = 0.5 * (policy - batch["reference"])
-    assert int(exists[:, 1:].sum()) == 10
+        policy = answers(adapted, made)
+    rewards += 0.5 * policy
     wins = [
         all(row[0] > other for other in row[1 : 1 + len(source["rejected"])])
         for row, source in zip(rewards, ROWS, strict=True)
     ]
     expected = {
         "rewards/chosen": rewards[:, 0].mean(),
-        "rewards/rejected": rewards[:, 1:][exists[:, 1:]].mean(),
+        "rewards/rejected": mean_of_rejected(rewards),
         "rewards/accuracies": torch.tensor(wins).float().mean(),
         "logps/chosen": policy[:, 0].mean(),
-        "logps/rejected": policy[:, 1:][exists[:, 1:]].mean(),
+        "logps/rejected": mean_of_rejected(policy),
     }
     for name, value in expected.items():
         assert logged(made, name) == pytest.approx([float(value)], abs=1e-5)
@@ -310,7 +325,7 @@ def test_mistakes_are_named(
         settings(tmp_path, beta=0.0)
     unknown = settings(tmp_path)
     unknown.reference = "start-model"  # the types of a call are checked in tests before the value is
-    with pytest.raises(UserError, match=r"reference='start-model'\) is unknown"):
+    with pytest.raises(UserError, match=r"reference='start-model'\) is not possible: start, base, none"):
         unknown.__post_init__()
     with pytest.raises(UserError, match="give it as processing_class"):
         rw.SoftmaxDPOTrainer(adapted, settings(tmp_path), ROWS)
@@ -318,12 +333,85 @@ def test_mistakes_are_named(
         trainer(adapted, tiny_tokenizer, tmp_path, [])
     plain = copy.deepcopy(adapted).unload()
     with pytest.raises(UserError, match="'base' needs a model with an adapter"):
-        trainer(plain, tiny_tokenizer, tmp_path, reference="base").train()
+        trainer(plain, tiny_tokenizer, tmp_path, reference="base")
 
 
 def test_counts_of_both_parts_are_kept(
     adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     long = {"prompt": "#!" * 20, "chosen": "?", "rejected": ["@"]}
-    made = trainer(adapted, tiny_tokenizer, tmp_path, [long, *ROWS], eval_dataset=[long], context=16)
+    made = trainer(adapted, tiny_tokenizer, tmp_path, [long, *ROWS], eval_dataset=[long], max_length=16)
     assert made.counts == {"prompts cut to the context": 2}
+
+
+def test_the_options_of_the_loss_by_hand(
+    adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Label smoothing, per-token log-probabilities and the chosen answer's cross-entropy, from log-probabilities."""
+    options = {"label_smoothing": 0.2, "length_normalised": True, "sft_weight": 0.3, "beta": 2.0}
+    made = trainer(adapted, tiny_tokenizer, tmp_path, reference="base", **options)
+    found = made.compute_loss(adapted, batch_of(made)).item()
+    with torch.no_grad():
+        policy, reference = answers(adapted, made).double(), references(made).double()
+    losses = []
+    for row, own, base in zip(made.train_dataset, policy, reference, strict=True):
+        lengths = torch.tensor([len(answer) for answer in row.answers])
+        ratios = ((own - base)[: len(lengths)]) / lengths
+        logits = 2.0 * ratios
+        target = torch.full((len(lengths),), 0.2 / (len(lengths) - 1), dtype=torch.float64)
+        target[0] = 0.8
+        losses.append(-(target * logits.log_softmax(0)).sum() - 0.3 * own[0] / lengths[0])
+    assert found == pytest.approx(torch.stack(losses).mean().item(), abs=1e-5)
+
+
+def test_without_a_reference_the_policy_alone_counts(
+    adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    made = trainer(adapted, tiny_tokenizer, tmp_path, reference="none", beta=0.5)
+    found = made.compute_loss(adapted, batch_of(made)).item()
+    with torch.no_grad():
+        policy = 0.5 * answers(adapted, made).double()
+    rows = zip(policy, ROWS, strict=True)
+    losses = [-values[: 1 + len(row["rejected"])].log_softmax(0)[0] for values, row in rows]
+    assert found == pytest.approx(torch.stack(losses).mean().item(), abs=1e-5)
+
+
+def test_a_model_that_takes_no_trees_gets_separate_sequences_and_one_warning(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MistralConfig(
+        vocab_size=len(tiny_tokenizer), num_key_value_heads=1, sliding_window=4, initializer_range=0.3, **sizes
+    )
+    model = MistralForCausalLM(config)
+    with pytest.warns(UserWarning, match="own copy of the prompt: its sliding_window of 4 tokens is shorter"):
+        made = trainer(model, tiny_tokenizer, tmp_path)
+    found = made.compute_loss(moved(model), batch_of(made))
+    assert found.item() == pytest.approx(expected_loss(moved(model), model, tiny_tokenizer, 1.0).item(), abs=1e-5)
+
+
+def test_an_adapter_is_made_where_its_config_is_given(
+    tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    arguments = settings(tmp_path, max_steps=2)
+    made = rw.SoftmaxDPOTrainer(tiny_llama, arguments, ROWS, processing_class=tiny_tokenizer, peft_config=config)
+    made.train()
+    made.save_model(str(tmp_path / "saved"))
+    assert isinstance(made.model, PeftModel)
+    assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label_smoothing": 0.5}, r"label_smoothing=0.5\) is not possible: from 0 to below 0.5"),
+        ({"sft_weight": -1.0}, r"sft_weight=-1.0\) is not possible: it must be 0 or above"),
+        ({"max_length": 1}, r"max_length=1\) is not possible: a prompt and an answer"),
+        ({"tokens_per_row": 0}, r"tokens_per_row=0\) is not possible: it must be above 0"),
+    ],
+)
+def test_settings_out_of_range_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        settings(tmp_path, **change)

@@ -114,6 +114,17 @@ def test_completion_ends_and_a_tokenizer_without_an_end_is_refused(
         encode_completion(endless, "a")
 
 
+def test_an_end_token_that_an_answer_has_is_not_doubled(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    closed = ANSWER + "<|endoftext|>"
+    assert encode_completion(tiny_tokenizer, closed) == encode_completion(tiny_tokenizer, ANSWER)
+    assert encode_answer(tiny_tokenizer, PROMPT, closed, 20) == encode_answer(tiny_tokenizer, PROMPT, ANSWER, 20)
+    texts = [closed, ANSWER]
+    shared = encode_answer_set(tiny_tokenizer, PROMPT, texts, 20)
+    assert shared is not None and shared[1] == [encode_completion(tiny_tokenizer, ANSWER)] * 2
+    encoded, _ = encode_answers([{"prompt": PROMPT, "completion": text} for text in texts], tiny_tokenizer, 20)
+    assert encoded[0] == encoded[1]
+
+
 def test_tokens_that_a_tokenizer_adds_by_itself_are_left_out(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     backend = Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str())
     backend.post_processor = processors.TemplateProcessing(

@@ -6,10 +6,14 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float, Int
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache
+
+# Logits that are worked on at a time: 16 MiB in float32.
+AT_A_TIME = 2**22
 
 
 def position_ids(attention_mask: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
@@ -30,25 +34,67 @@ def answer_log_probabilities(
         batch: ``input_ids``, ``attention_mask`` and ``labels``, each (batch, length); labels are -100 outside answers.
 
     Returns:
-        Log-probabilities in nats, float32, and a mask that is true at answer tokens; ``kept`` is the length of the
-        common end. Where the mask is false the value is 0.
+        Log-probabilities in nats, float32 at least, and a mask that is true at answer tokens; ``kept`` is the length of
+        the common end. Where the mask is false the value is 0.
     """
     labels = batch["labels"][:, 1:]
     has_answer = (labels != -100).any(dim=0).nonzero()
     kept = labels.shape[1] - int(has_answer[0]) if len(has_answer) else 1
-    logits = last_logits(model, batch["input_ids"], batch["attention_mask"], kept + 1)[:, :-1]
+    logits = last_logits(model, batch["input_ids"], batch["attention_mask"], kept + 1)
     labels = labels[:, -kept:]
     mask = labels != -100
-    losses = nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
-    )
-    return -losses.view(labels.shape), mask
+    places = nn.functional.pad(mask, (0, 1)).flatten().nonzero()[:, 0]  # nothing is predicted from the last column
+    found = target_log_probabilities(logits.flatten(0, 1), places, labels[mask])
+    return found.new_zeros(mask.shape).masked_scatter(mask, found), mask
+
+
+def target_log_probabilities(
+    logits: Float[Tensor, "rows vocabulary"], rows: Int[Tensor, " targets"], targets: Int[Tensor, " targets"]
+) -> Float[Tensor, " targets"]:
+    """``log_softmax(logits)[rows, targets]`` in nats, float32 at least, with little memory beside the logits.
+
+    ``log_softmax`` in float32 and its gradients are up to four tensors of the logits' size. Here only the logits and
+    their gradient are, in the model's dtype; all else is computed in float32 over a few rows at a time.
+
+    Args:
+        logits: as the model's head gives them.
+        rows: of each target, its row of ``logits``.
+        targets: token ids; no pair of row and target twice.
+    """
+    found: Tensor = _TargetLogProbabilities.apply(logits, rows, targets)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _TargetLogProbabilities(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        normalisers = torch.cat([part.to(wide).logsumexp(dim=1) for part in _parts(logits, logits.shape[1])])
+        found = logits[rows, targets].to(wide) - normalisers[rows]
+        ctx.save_for_backward(logits, rows, targets, normalisers, found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """Of the logits: each target's gradient at its place, minus a row's total times the row's softmax."""
+        logits, rows, targets, normalisers, found = ctx.saved_tensors
+        totals = torch.zeros_like(normalisers).index_put((rows,), gradients[0], accumulate=True)
+        result = torch.empty_like(logits)
+        parts = (_parts(tensor, logits.shape[1]) for tensor in (result, logits, normalisers, totals))
+        for out, part, normaliser, total in zip(*parts, strict=True):
+            out.copy_((part - normaliser[:, None]).exp_().mul_(-total[:, None]))
+        # In one piece, before it is rounded to the logits' dtype: where a target is nearly sure, its terms cancel.
+        result[rows, targets] = (gradients[0] - totals[rows] * found.exp()).to(result.dtype)
+        return result, None, None
+
+
+def _parts(tensor: Tensor, vocabulary: int) -> tuple[Tensor, ...]:
+    return torch.split(tensor, max(1, AT_A_TIME // vocabulary))
 
 
 def tokens_for_logits(model: nn.Module, wanted: int, numbers: int = 2**26) -> int:
     """At most ``wanted`` tokens, and no more than have ``numbers`` logits (256 MiB in float32) over the vocabulary."""
-    inner: Any = getattr(model, "module", model)
-    return max(1, min(wanted, numbers // int(inner.config.get_text_config().vocab_size)))
+    return max(1, min(wanted, numbers // int(unwrapped(model).config.get_text_config().vocab_size)))
 
 
 def last_logits(
@@ -84,6 +130,10 @@ def _inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, count: 
 
 def forward_arguments(model: nn.Module) -> set[str]:
     """Names of the arguments that the unwrapped model's ``forward`` takes."""
-    inner: Any = getattr(model, "module", model)  # DistributedDataParallel and its like
-    base = inner.get_base_model() if isinstance(inner, PeftModel) else inner
-    return set(inspect.signature(base.forward).parameters)
+    return set(inspect.signature(unwrapped(model).forward).parameters)
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The language model itself, inside PEFT's wrapper and that of DistributedDataParallel and its like."""
+    inner: Any = getattr(model, "module", model)
+    return inner.get_base_model() if isinstance(inner, PeftModel) else inner

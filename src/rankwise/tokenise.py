@@ -4,8 +4,8 @@ Prompt and answer are tokenised apart. Tokenised as one text, a token can stradd
 answer that is scored is not the answer that is trained or generated.
 
 The rule, for every model and task: a prompt begins with the beginning-of-text token where the tokenizer has
-one (once, if a chat template has already written it); an answer ends with the end-of-text token; nothing else
-is added. Special tokens written out in a text, as chat templates do, are read as such.
+one, an answer ends with the end-of-text token (each once, if the text, say by a chat template, has it already);
+nothing else is added. Special tokens written out in a text, as chat templates do, are read as such.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rankwise.counting import count
 from rankwise.errors import UserError
 
 IGNORED = -100
+BATCH = 1000  # texts of one call: a tokenizer keeps far more than the ids until the call returns
 PROMPTS_CUT = "prompts cut to the context"
 ANSWERS_TOO_LONG = "answers longer than the context"
 
@@ -54,7 +55,7 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: str) -> li
     Raises:
         UserError: the tokenizer has no end-of-text token.
     """
-    return [*token_ids(tokenizer, [completion])[0], end_token(tokenizer)]
+    return answer_ids(tokenizer, [completion])[0]
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, context: int) -> EncodedRow | None:
@@ -90,14 +91,11 @@ def encode_answer_set(
     Raises:
         UserError: as :func:`encode_answer`.
     """
-    end = end_token(tokenizer)
     prompt_ids, *texts = token_ids(tokenizer, [prompt, *completions])
-    answers = [[*ids, end] for ids in texts]
-    longest = max(answers, key=len)
-    row = _join(tokenizer, prompt_ids, longest, context - max(0, least_room - len(longest)))
-    if row is None:
-        return None
-    return row.input_ids[: len(row.input_ids) - len(longest)], answers, row.prompt_cut
+    answers = _closed(tokenizer, texts)
+    longest = max(map(len, answers))
+    fitted = fit_prompt(tokenizer, prompt_ids, longest, context - max(0, least_room - longest))
+    return None if fitted is None else (fitted[0], answers, fitted[1])
 
 
 def encode_answers(
@@ -113,13 +111,12 @@ def encode_answers(
         UserError: as `encode_answer`, or no row is left.
     """
     listed = list(rows)
-    end = end_token(tokenizer)
     prompts = token_ids(tokenizer, [row["prompt"] for row in listed])
-    answers = token_ids(tokenizer, [row["completion"] for row in listed])
+    answers = answer_ids(tokenizer, [row["completion"] for row in listed])
     encoded: list[dict[str, list[int]]] = []
     counts: dict[str, int] = {}
     for prompt, answer in zip(prompts, answers, strict=True):
-        row = _join(tokenizer, prompt, [*answer, end], context)
+        row = _join(tokenizer, prompt, answer, context)
         count(counts, ANSWERS_TOO_LONG, int(row is None))
         if row is not None:
             count(counts, PROMPTS_CUT, int(row.prompt_cut))
@@ -131,11 +128,41 @@ def encode_answers(
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """The ids of each text alone, with nothing added."""
-    if not texts:
-        return []
-    # verbose=False: the tokenizer warns of texts beyond the context, which are cut and counted here.
-    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    ids: list[list[int]] = []
+    for start in range(0, len(texts), BATCH):
+        # verbose=False: the tokenizer warns of texts beyond the context, which are cut and counted here.
+        batch = list(texts[start : start + BATCH])
+        ids += tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return ids
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each answer, closed by the end-of-text token.
+
+    Raises:
+        UserError: the tokenizer has no end-of-text token.
+    """
+    return _closed(tokenizer, token_ids(tokenizer, texts))
+
+
+def fit_prompt(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], answer: int, context: int
+) -> tuple[list[int], bool] | None:
+    """A prompt's ids with the begin token, cut on the left such that ``answer`` more tokens fit ``context``.
+
+    Returns:
+        The ids, and whether they were cut; None where the answer is too long for the context.
+
+    Raises:
+        UserError: the prompt has no token at all.
+    """
+    opened = _open(tokenizer, ids)
+    least = 1 if tokenizer.bos_token_id is None else 2
+    room = context - answer
+    if room < min(least, len(opened)):
+        return None
+    kept = _fit(opened, tokenizer, room)
+    return kept, len(kept) < len(opened)
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -210,13 +237,16 @@ def _fit(ids: list[int], tokenizer: PreTrainedTokenizerBase, room: int) -> list[
     return begun + ids[len(ids) - room + len(begun) :]
 
 
+def _closed(tokenizer: PreTrainedTokenizerBase, answers: Iterable[list[int]]) -> list[list[int]]:
+    end = end_token(tokenizer)
+    return [ids if ids[-1:] == [end] else [*ids, end] for ids in answers]
+
+
 def _join(
     tokenizer: PreTrainedTokenizerBase, prompt: list[int], completion: list[int], context: int
 ) -> EncodedRow | None:
-    opened = _open(tokenizer, prompt)
-    least = 1 if tokenizer.bos_token_id is None else 2
-    room = context - len(completion)
-    if room < min(least, len(opened)):
+    fitted = fit_prompt(tokenizer, prompt, len(completion), context)
+    if fitted is None:
         return None
-    kept = _fit(opened, tokenizer, room)
-    return EncodedRow(kept + completion, [IGNORED] * len(kept) + completion, len(kept) < len(opened))
+    kept, was_cut = fitted
+    return EncodedRow(kept + completion, [IGNORED] * len(kept) + completion, was_cut)

@@ -103,7 +103,7 @@ def train_stage(
     bar = ProgressBar(stage.name, console)
     callbacks = [bar, StopOnNan()]
     if isinstance(stage, SoftmaxDpoStage):
-        arguments = SoftmaxDPOConfig(**settings, beta=stage.beta, context=context)
+        arguments = SoftmaxDPOConfig(**settings, beta=stage.beta, max_length=context)
         cut, cut_held = (
             [{**row, "rejected": row["rejected"][: stage.negatives]} for row in part] for part in (rows, held)
         )

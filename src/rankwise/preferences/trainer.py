@@ -2,78 +2,75 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import itertools
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-from jaxtyping import Float
-from peft import PeftModel
+from accelerate.utils import DistributedType
+from jaxtyping import Bool, Float
+from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from rankwise.counting import count
 from rankwise.errors import UserError
-from rankwise.likelihood import answer_log_probabilities
+from rankwise.likelihood import unwrapped
+from rankwise.preferences.batches import BatchMaker, SequenceBatch, answer_totals, by_answer
+from rankwise.preferences.config import OWN, SoftmaxDPOConfig
+from rankwise.preferences.drawing import Negatives, longest_answer
 from rankwise.preferences.loss import softmax_dpo_loss
-from rankwise.preferences.rows import PreferenceCollator, PreferenceRow, encode_preferences
+from rankwise.preferences.means import RowMeans, RunningMeans
+from rankwise.preferences.measures import preference_measures, ranking_measures
+from rankwise.preferences.negatives import Catalogue
+from rankwise.preferences.reference import choose_reference
+from rankwise.preferences.reference_values import ReferenceValues, autocast_dtype, check_resumed, write_check
+from rankwise.preferences.rows import PreferenceRow, encode_preferences
 from rankwise.ranks.adalora.orthogonality import orthogonality_loss
 from rankwise.tokenise import padding_token
+from rankwise.trees import TreeBatch, why_no_trees
 
-
-@dataclass
-class SoftmaxDPOConfig(TrainingArguments):
-    """``transformers.TrainingArguments`` with the settings of softmax-DPO.
-
-    Args:
-        beta: strength of the tie to the reference; above 0. The paper uses 1.
-        context: most tokens of a prompt with an answer; longer prompts are cut on the left, and counted.
-        reference: ``start`` (the model as it is when training begins: after supervised fine-tuning, as in the paper) or
-            ``base`` (the model with its adapter disabled). Log-probabilities are computed once, before training.
-
-    Raises:
-        UserError: a value out of its range.
-    """
-
-    beta: float = field(default=1.0, metadata={"help": "Strength of the tie to the reference, above 0."})
-    context: int = field(default=1024, metadata={"help": "Most tokens of a prompt with an answer."})
-    reference: Literal["start", "base"] = field(default="start", metadata={"help": "start or base."})
-
-    def __post_init__(self) -> None:
-        """Check the ranges; rows keep all their columns."""
-        super().__post_init__()
-        self.remove_unused_columns = False
-        if not self.beta > 0:
-            raise UserError(f"SoftmaxDPOConfig(beta={self.beta}) is not possible: it must be above 0")
-        if self.reference not in ("start", "base"):
-            raise UserError(f"SoftmaxDPOConfig(reference={self.reference!r}) is unknown: start or base")
+REPLICATED = (
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_XPU,
+    DistributedType.MULTI_NPU,
+)
 
 
 class SoftmaxDPOTrainer(Trainer):
     """``transformers.Trainer`` with the softmax-DPO loss.
 
-    Rows are mappings with ``prompt`` (text), ``chosen`` (text) and ``rejected`` (a list of texts of any length, one or
-    more; rows may differ). Prompt and answers are tokenised apart; each answer ends with the end-of-text token.
+    Rows are mappings with ``prompt``, ``chosen`` and ``rejected``: texts, the last a list of them of any length (rows
+    may differ), or chat messages, as :func:`rankwise.preferences.rows.encode_preferences` says. Prompt and answers are
+    tokenised apart; each answer ends with the end-of-text token. What the answers of a row share, its prompt above
+    all, is computed once (:mod:`rankwise.trees`).
 
-    Logged beside the loss, as means: ``rewards/chosen``, ``rewards/rejected`` (beta times the log-ratio to the
-    reference), ``rewards/margins``, ``rewards/accuracies`` (share of rows in which the chosen answer beats every
-    rejected one), ``logps/chosen`` and ``logps/rejected``.
+    Logged beside the loss, as means over rows: ``nll/chosen`` (the chosen answer's cross-entropy in nats a token), the
+    measures of :func:`rankwise.preferences.measures.preference_measures`, and in evaluation those of
+    :func:`rankwise.preferences.measures.ranking_measures` too.
 
     Args:
-        model: a causal language model, usually with an adapter.
+        model: a causal language model, usually with an adapter; it is changed in place.
         args: the settings.
         train_dataset: rows; a list or a ``datasets.Dataset``.
         eval_dataset: rows to evaluate on, optional.
         processing_class: the tokenizer.
+        peft_config: of a new adapter for the model, optional.
         ref_model: a model to take as the reference in place of ``args.reference``.
+        catalogue: answers to draw rejected ones from, where ``args.negatives`` says so.
         callbacks: as for ``Trainer``.
 
     Attributes:
-        counts: what was cut or dropped while tokenising.
+        counts: what was cut or dropped while tokenising, and rows that will have too few negatives.
 
     Raises:
-        UserError: a row without prompt, chosen or rejected, or no row that fits the context.
+        UserError: what :func:`rankwise.preferences.rows.encode_preferences` refuses in a row, and
+            :func:`rankwise.preferences.reference.choose_reference` in a reference.
 
     Source: Softmax-DPO (arXiv 2406.09215). The reference is computed once instead of at each step, with the same
         result.
@@ -86,40 +83,111 @@ class SoftmaxDPOTrainer(Trainer):
         train_dataset: Iterable[Mapping[str, Any]] | None = None,
         eval_dataset: Iterable[Mapping[str, Any]] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
         ref_model: nn.Module | None = None,
+        catalogue: Catalogue | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
         if processing_class is None:
             raise UserError("SoftmaxDPOTrainer needs the tokenizer: give it as processing_class")
         self.counts: dict[str, int] = {}
-        datasets = []
-        for rows in (train_dataset, eval_dataset):
-            encoded, counts = (None, {}) if rows is None else encode_preferences(rows, processing_class, args.context)
-            datasets.append(encoded)
-            for name, count in counts.items():
-                self.counts[name] = self.counts.get(name, 0) + count
+        train_rows, self._negatives = self._training_rows(train_dataset, processing_class, args, catalogue)
+        eval_rows = None
+        if eval_dataset is not None:
+            eval_rows, counts = encode_preferences(eval_dataset, processing_class, args.max_length)
+            self._count(counts)
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        self.reference = choose_reference(model, args.reference, args.reference_adapter, ref_model)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=datasets[0],
-            eval_dataset=datasets[1],
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
             processing_class=processing_class,
-            data_collator=PreferenceCollator(padding_token(processing_class)),
+            data_collator=_listed,
             callbacks=callbacks,
             **kwargs,
         )
-        self.ref_model = ref_model
-        self.model_accepts_loss_kwargs = False
-        # Apart by prefix: an evaluation may come between two logs of the training.
-        self._sums: dict[str, dict[str, float]] = {"": defaultdict(float), "eval_": defaultdict(float)}
-        self._steps = {"": 0, "eval_": 0}
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by the rows of all accumulated batches
+        self._batch = self._batch_maker(padding_token(processing_class))
+        # Apart: an evaluation may come between two logs of the training.
+        self._means, self._evaluated = RunningMeans(), RowMeans(len(self.eval_dataset or ()))
+        self._places = {id(row): place for place, row in enumerate(self.eval_dataset or ())}
+        self._parameters = sum(value.numel() for value in self.model.parameters())
         self._reference_is_known = False
+        # Of answers that are drawn from elsewhere, the reference's log-probabilities are computed step by step.
+        self._known_before = args.negatives in OWN
+        self._ahead: deque[Any] = deque()
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the reference's log-probabilities where they are missing, then train."""
+    def _training_rows(
+        self,
+        dataset: Iterable[Mapping[str, Any]] | None,
+        tokenizer: PreTrainedTokenizerBase,
+        args: SoftmaxDPOConfig,
+        catalogue: Catalogue | None,
+    ) -> tuple[list[PreferenceRow] | None, Negatives | None]:
+        """The rows as tokens, and what draws their rejected answers."""
+        if dataset is None:
+            return None, None
+        listed = list(dataset)
+        kind = args.negatives
+        column = {"given": "rejected", "candidates": "candidates"}.get(kind)
+        room = longest_answer(tokenizer, catalogue) if catalogue is not None and column is None else 0
+        rows, counts = encode_preferences(listed, tokenizer, args.max_length, rejected=column, room=room)
+        self._count(counts)
+        if kind == "given" and args.num_negatives is None:
+            return rows, None
+        seen = [row.get("seen") or () for row in listed]
+        negatives = Negatives(kind, args.stages(), args.seed, rows, seen, catalogue, tokenizer, args.mine_pool)
+        self._count(negatives.counts)
+        return rows, negatives
+
+    def _count(self, counts: Mapping[str, int]) -> None:
+        for name, number in counts.items():
+            count(self.counts, name, number)
+
+    def _batch_maker(self, padding: int) -> BatchMaker:
+        """Trees where they are wanted and the model takes them."""
+        rows = [row for part in (self.train_dataset, self.eval_dataset) for row in part or ()]
+        longest = max((row.length for row in rows), default=self.args.max_length)
+        reason = why_no_trees(self.model, longest) if self.args.prefix_tree else None
+        if reason is not None:
+            warnings.warn(f"each answer is computed with its own copy of the prompt: {reason}", stacklevel=3)
+        return BatchMaker(padding, self.args.prefix_tree and reason is None, self.args.tokens_per_row)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Compute the reference's log-probabilities where they are missing, then train.
+
+        A training that goes on from a checkpoint needs the model as it was when it began, for the reference.
+
+        Raises:
+            UserError: the reference's log-probabilities are not those that the checkpoint was trained against.
+        """
         self.compute_reference()
-        return super().train(*args, **kwargs)
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+        if checkpoint and self._checkable:
+            dtype = autocast_dtype(self.accelerator) or unwrapped(self.model).dtype
+            check_resumed(Path(checkpoint), self.train_dataset, dtype)
+        if self.reference is not None and not self._known_before:
+            self.reference.keep()
+        self._ahead.clear()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @property
+    def _checkable(self) -> bool:
+        """Whether there are log-probabilities of training rows that were known before it."""
+        return self.reference is not None and self._known_before
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's hook: keep what tells the reference in the checkpoint too."""
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save and self._checkable:
+            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            write_check(folder, self.train_dataset)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Compute the reference's log-probabilities where they are missing, then evaluate on the trainer's own rows.
@@ -132,85 +200,177 @@ class SoftmaxDPOTrainer(Trainer):
                 "evaluate takes no rows: give eval_dataset to the trainer, before training changes the model"
             )
         self.compute_reference()
-        self._sums["eval_"].clear()  # of losses computed since the last one, by what scores directions, say
-        self._steps["eval_"] = 0
-        return super().evaluate(None, *args, **kwargs)
+        self._evaluated.clear()  # of losses computed since the last one, by what scores directions, say
+        was_prepared = bool(self.accelerator._models)
+        found = super().evaluate(None, *args, **kwargs)
+        if not was_prepared and self.accelerator.distributed_type in REPLICATED:
+            # Accelerate takes a model that it has prepared for evaluation as ready for training, and never wraps it
+            # then: each process would train on its own.
+            for model in self.accelerator._models:
+                model._is_accelerate_prepared = False
+            self.accelerator._models.clear()
+        return found
 
     def compute_reference(self) -> None:
-        """Fill in the reference's log-probabilities of every row, once."""
-        if self._reference_is_known:
+        """Fill in the reference's log-probabilities of the rows, once; each process computes a part of them."""
+        if self._reference_is_known or self.reference is None:
             return
-        model: Any = self.ref_model or self.model
-        base = self.args.reference == "base" and self.ref_model is None
-        if base and not isinstance(model, PeftModel):
-            raise UserError("reference 'base' needs a model with an adapter to disable: use 'start' or give ref_model")
-        model.to(self.args.device)
-        with model.disable_adapter() if base else contextlib.nullcontext():
-            for rows in (self.train_dataset, self.eval_dataset):
-                self._fill_reference(model, rows or [])
+        self.model.to(self.args.device)
+        parts = (self.train_dataset if self._known_before else None, self.eval_dataset)
+        rows = [row for part in parts for row in part or ()]
+        if rows:
+            size = self.args.per_device_eval_batch_size
+            values = ReferenceValues(self.accelerator, self._batch, size, self.compute_loss_context_manager)
+            values.fill(self.reference, rows, self.args.reference_cache, self.processing_class)
         self._reference_is_known = True
 
-    @torch.no_grad()
-    def _fill_reference(self, model: nn.Module, rows: Sequence[PreferenceRow]) -> None:
-        was_training = model.training
-        model.eval()
-        size = self.args.per_device_eval_batch_size
-        order = sorted(range(len(rows)), key=lambda index: rows[index].length)
-        for start in range(0, len(rows), size):
-            picked = [rows[index] for index in order[start : start + size]]
-            batch = self._prepare_inputs(self.data_collator(picked))
-            with self.compute_loss_context_manager():
-                totals = answer_totals(model, batch)
-            for row, values in zip(picked, totals.cpu(), strict=True):
-                row.reference = values[: len(row.answers)].tolist()
-        model.train(was_training)
+    def _added_up(self, values: Tensor) -> Tensor:
+        """The sum over processes."""
+        total: Tensor = self.accelerator.reduce(values, "sum")
+        return total
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: Mapping[str, Sequence[PreferenceRow]],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Trainer's hook: the mean softmax-DPO loss of the batch, and AdaLoRA's orthogonality term while it trains."""
-        policy = answer_totals(model, inputs)
-        reference, mask = inputs["reference"], inputs["exists"]
-        losses = softmax_dpo_loss(
-            policy[:, 0], policy[:, 1:], reference[:, 0], reference[:, 1:], self.args.beta, mask[:, 1:]
-        )
-        self._record(policy.detach(), reference, mask)
-        loss = losses.mean() + orthogonality_loss(self.model)
+        """Trainer's hook: the mean loss of the rows, and AdaLoRA's orthogonality term while it trains.
+
+        In training the mean is over the rows of all accumulated batches and processes.
+        """
+        losses = self._losses(model, inputs["rows"])
+        if num_items_in_batch is None:
+            loss = losses.mean()
+        else:
+            # Gradients are averaged over processes, and rows were added up.
+            spread = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = losses.sum() / num_items_in_batch * spread
+        if self.model.training:
+            batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + orthogonality_loss(self.model) / batches
         return (loss, {}) if return_outputs else loss
 
-    def _record(self, policy: Tensor, reference: Tensor, mask: Tensor) -> None:
-        rewards = self.args.beta * (policy - reference)
-        rejected = mask[:, 1:]
-        best_rejected = rewards[:, 1:].masked_fill(~rejected, -torch.inf).max(dim=1).values
-        values = {
-            "rewards/chosen": rewards[:, 0].mean(),
-            "rewards/rejected": rewards[:, 1:][rejected].mean(),
-            "rewards/margins": rewards[:, 0].mean() - rewards[:, 1:][rejected].mean(),
-            "rewards/accuracies": (rewards[:, 0] > best_rejected).float().mean(),
-            "logps/chosen": policy[:, 0].mean(),
-            "logps/rejected": policy[:, 1:][rejected].mean(),
+    def _losses(self, model: nn.Module, rows: Sequence[PreferenceRow]) -> Float[Tensor, " batch"]:
+        """The loss of each row; records the measures."""
+        settings, device = self.args, self.args.device
+        if self.model.training and self._negatives is not None:
+            rows = self._negatives.draw(rows, self._share, self._pass)
+        batch = self._batch(rows).to(device)
+        reference = self._reference_of(rows, batch)
+        policy, exists = answer_totals(model, batch), batch.exists
+        lengths = by_answer([[float(len(answer)) for answer in row.answers] for row in rows], 1.0).to(device)
+        cross_entropy = -policy[:, 0] / lengths[:, 0]
+        ranking = ranking_measures(policy, exists)
+        if settings.length_normalised:
+            policy, reference = policy / lengths, reference / lengths
+        losses = softmax_dpo_loss(
+            policy[:, 0],
+            policy[:, 1:],
+            reference[:, 0],
+            reference[:, 1:],
+            settings.beta,
+            exists[:, 1:],
+            label_smoothing=settings.label_smoothing,
+            weights=self._weights(rows, policy - reference, exists),
+        )
+        if settings.sft_weight:
+            losses = losses + settings.sft_weight * cross_entropy
+        measures = preference_measures(policy, reference, exists, settings.beta) | {
+            "nll/chosen": cross_entropy.detach()
         }
-        prefix = "" if self.model.training else "eval_"
-        for name, value in values.items():
-            self._sums[prefix][name] += float(value)
-        self._steps[prefix] += 1
+        if self.model.training:
+            self._means.add(measures)
+        elif all(id(row) in self._places for row in rows):
+            self._evaluated.add(
+                [self._places[id(row)] for row in rows], {"loss": losses.detach(), **measures, **ranking}
+            )
+        return losses
+
+    def _reference_of(
+        self, rows: Sequence[PreferenceRow], batch: TreeBatch | SequenceBatch
+    ) -> Float[Tensor, "batch answers"]:
+        """Log-probabilities under the reference, computed now where they were not before; zeros without a reference."""
+        known = [row.reference for row in rows if row.reference is not None]
+        if len(known) == len(rows):
+            return by_answer(known, 0.0).to(self.args.device)
+        if self.reference is None:
+            return torch.zeros(batch.exists.shape, device=self.args.device)
+        with self.reference.active() as model:
+            return answer_totals(model, batch)
+
+    def _weights(
+        self,
+        rows: Sequence[PreferenceRow],
+        ratios: Float[Tensor, "batch answers"],
+        exists: Bool[Tensor, "batch answers"],
+    ) -> Float[Tensor, "batch negatives"] | None:
+        """Of the rejected answers in the loss, or None where all weigh the same."""
+        settings, there = self.args, exists[:, 1:]
+        weights: Tensor | None = None
+        if settings.weigh_negatives:
+            drawn = [row.weights or [1.0] * (len(row.answers) - 1) for row in rows]
+            weights = by_answer(drawn, 1.0).to(self.args.device)
+        if settings.hardness:
+            margins = settings.beta * (ratios[:, 1:] - ratios[:, :1]).detach()
+            hard = torch.where(there, settings.hardness * margins, -torch.inf).softmax(dim=1)
+            hard = torch.where(there, hard * there.sum(dim=1, keepdim=True), 1.0)
+            weights = hard if weights is None else weights * hard
+        return weights
+
+    @property
+    def _share(self) -> float:
+        """Of the training that is done."""
+        share: float = self.state.global_step / max(1, self.state.max_steps)
+        return min(1.0, share)
+
+    @property
+    def _pass(self) -> int:
+        """Number of the pass over the rows, from 0."""
+        return int(self.state.epoch or 0)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """Trainer's hook: the batches of a step; of several steps at once where hard answers are mined for them."""
+        if self._negatives is None or self.args.negatives != "hard":
+            return super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[no-any-return]
+        if not self._ahead:
+            self._ahead.extend(itertools.islice(epoch_iterator, self.args.mine_every * num_batches))
+            rows = [row for batch in self._ahead for row in batch["rows"]]
+            with self.compute_loss_context_manager():
+                self._negatives.mine(self.model, rows, self._share, self._pass)
+        batches = [self._ahead.popleft() for _ in range(min(num_batches, len(self._ahead)))]
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        """Trainer's hook: the loss of a batch, without gradients."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss: Tensor = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """Trainer's hook: the rows of the accumulated batches, of all processes."""
+        rows = torch.tensor(sum(len(batch["rows"]) for batch in batch_samples), device=device)
+        return self._added_up(rows) if self.args.average_tokens_across_devices else rows
+
+    def floating_point_ops(self, inputs: Mapping[str, Sequence[PreferenceRow]]) -> int:
+        """Trainer's hook: 6 for each parameter and token, of separate sequences."""
+        tokens = sum(len(row.prompt) + len(answer) for row in inputs["rows"] for answer in row.answers)
+        return 6 * int(tokens * self._parameters)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Trainer's hook: add the means since the last log."""
-        prefix = "eval_" if "eval_loss" in logs else ""
-        if self._steps[prefix] and f"{prefix}loss" in logs:
-            logs |= {prefix + name: total / self._steps[prefix] for name, total in self._sums[prefix].items()}
-            self._sums[prefix].clear()
-            self._steps[prefix] = 0
+        """Trainer's hook: add the means since the last log; an evaluation's loss is its rows' mean as well."""
+        if "eval_loss" in logs:
+            logs |= {f"eval_{name}": value for name, value in self._evaluated.take(self._added_up).items()}
+        elif "loss" in logs:
+            logs |= self._means.take(self._added_up)
         super().log(logs, *args, **kwargs)
 
 
-def answer_totals(model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Tensor, "batch answers"]:
-    """Summed log-probability of every answer, chosen first; 0 where a row has no such answer."""
-    tokens, _ = answer_log_probabilities(model, batch)
-    totals = tokens.new_zeros(batch["exists"].shape)
-    return totals.masked_scatter(batch["exists"], tokens.sum(dim=1))
+def _listed(rows: Sequence[PreferenceRow]) -> dict[str, list[PreferenceRow]]:
+    """A batch as the rows themselves: which answers they get may depend on the step at which they are trained on."""
+    return {"rows": list(rows)}

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from rankwise.chat_template import is_chat, render, require_template
 from rankwise.counting import count
 from rankwise.errors import UserError, nearest
 from rankwise.tasks.tables import TableOptions, as_text, columns_of, read_rows, require_columns
@@ -98,7 +98,7 @@ def alpaca_prompt(instruction: str, material: str = "") -> str:
 
 def chat_pair(messages: object, tokenizer: PreTrainedTokenizerBase) -> Pair | str:
     """A chat as the prompt before its last answer and that answer, or the reason why it cannot be one."""
-    if not (isinstance(messages, list) and all(map(_is_message, messages))):
+    if not is_chat(messages):
         return NO_CHAT
     last = _last_answer(messages)
     if last is None:
@@ -106,20 +106,16 @@ def chat_pair(messages: object, tokenizer: PreTrainedTokenizerBase) -> Pair | st
     if last == 0:
         return NO_PROMPT
     try:
-        prompt = tokenizer.apply_chat_template(messages[:last], tokenize=False, add_generation_prompt=True)
-    except TemplateError:
+        [prompt] = render(tokenizer, [messages[:last]], answer_follows=True)
+    except UserError:
         return REFUSED
-    return _pair(str(prompt), as_text(messages[last]["content"]))
+    return _pair(prompt, as_text(messages[last]["content"]))
 
 
 def _pair(prompt: str, completion: str) -> Pair | str:
     if not completion:
         return NO_ANSWER
     return {"prompt": prompt, "completion": completion} if prompt else NO_PROMPT
-
-
-def _is_message(turn: object) -> bool:
-    return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
 
 
 def _last_answer(messages: Sequence[Mapping[str, str]]) -> int | None:
@@ -164,7 +160,7 @@ def _pairs(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Iterator[Pair | str]:
     if form == "chat":
-        with_template = _with_chat_template(path, tokenizer)
+        with_template = require_template(tokenizer, str(path))
         column = names.get("messages", "messages")
         return (chat_pair(row.get(column), with_template) for row in rows)
     keys = (*NEEDED[form], *OPTIONAL[form])
@@ -176,12 +172,6 @@ def _pairs(
 
 def _worded(prompt: str, template: str | None) -> str:
     return template.replace("{prompt}", prompt) if template and prompt else prompt
-
-
-def _with_chat_template(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    if tokenizer is None or not tokenizer.chat_template:
-        raise UserError(f"{path} holds chats, and the tokenizer has no chat template; use a model that has one")
-    return tokenizer
 
 
 def _usable(pairs: Iterable[Pair | str], counts: dict[str, int]) -> list[Pair]:

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+import tiny_families
+from rankwise.errors import UserError
+from rankwise.preferences.mining import answer_trie, mine_hard
+from rankwise.preferences.negatives import Catalogue
+from rankwise.tokenise import encode_completion
+from rankwise.trees.catalogue import CatalogueTrie
+
+PROMPTS = [[7], [3, 9, 4, 11, 30], [5, 6, 7, 8]]
+GENERATOR = random.Random(0)
+DRAWN = {tuple(GENERATOR.randrange(3, 12) for _ in range(GENERATOR.randint(1, 5))): None for _ in range(40)}
+ANSWERS = [list(answer) for answer in DRAWN][:25]
+EXCLUDED = [{0, 3, 4}, set(), {24, 11, 2, 7}]
+POOLS = [[5, 3, 9, 20, 9, 1], [0, 1, 2, 3, 4, 5, 6, 7], [24, 11, 8]]
+MODEL = tiny_families.make("llama", torch.float64)
+
+
+@torch.no_grad()
+def score(model: nn.Module, prompt: list[int], answer: list[int]) -> float:
+    """A sequence by itself, and numpy."""
+    logits = model(input_ids=torch.tensor([prompt + answer])).logits[0].double().numpy()
+    logs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    return sum(logs[len(prompt) - 1 + place, token] for place, token in enumerate(answer))
+
+
+def ranked(model: nn.Module, prompt: list[int], indices: list[int], per_token: bool = False) -> list[int]:
+    """Indices by falling score."""
+    scores = {i: score(model, prompt, ANSWERS[i]) / (len(ANSWERS[i]) if per_token else 1) for i in indices}
+    return sorted(scores, key=scores.__getitem__, reverse=True)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("skip", [0, 2])
+def test_the_whole_catalogue_is_ranked_without_what_is_excluded(skip: int, per_token: bool) -> None:
+    found = mine_hard(MODEL, PROMPTS, CatalogueTrie(ANSWERS), EXCLUDED, 4, padding=0, skip=skip, per_token=per_token)
+    for prompt, excluded, mined in zip(PROMPTS, EXCLUDED, found, strict=True):
+        wrong = [index for index in range(25) if index not in excluded]
+        assert mined == ranked(MODEL, prompt, wrong, per_token)[skip : skip + 4]
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_pool_is_ranked_alone(per_token: bool) -> None:
+    trie = CatalogueTrie(ANSWERS)
+    found = mine_hard(MODEL, PROMPTS, trie, EXCLUDED, 3, padding=0, pools=POOLS, per_token=per_token)
+    for prompt, excluded, pool, mined in zip(PROMPTS, EXCLUDED, POOLS, found, strict=True):
+        assert mined == ranked(MODEL, prompt, [index for index in pool if index not in excluded], per_token)[:3]
+    assert list(map(len, found)) == [3, 3, 1]
+
+
+def test_summed_and_mean_scores_rank_differently_and_the_sum_is_what_is_taken() -> None:
+    trie = CatalogueTrie(ANSWERS)
+    summed, mean = (
+        mine_hard(MODEL, PROMPTS, trie, EXCLUDED, 5, padding=0, per_token=per_token) for per_token in (False, True)
+    )
+    assert summed != mean
+    assert mine_hard(MODEL, PROMPTS, trie, EXCLUDED, 5, padding=0) == summed
+
+
+def test_all_that_is_left_comes_where_more_is_wanted() -> None:
+    found = mine_hard(MODEL, PROMPTS, CatalogueTrie(ANSWERS), EXCLUDED, 100, padding=0, skip=1)
+    assert list(map(len, found)) == [21, 24, 20]
+
+
+def test_a_pool_may_be_drawn_from_the_texts() -> None:
+    texts = Catalogue([f"answer {number}" for number in range(25)])
+    pools = [texts.draw(random.Random(n), excluded, 10)[0] for n, excluded in enumerate(EXCLUDED)]
+    found = mine_hard(MODEL, PROMPTS, CatalogueTrie(ANSWERS), EXCLUDED, 2, padding=0, pools=pools)
+    assert [set(mined) <= set(pool) and len(mined) == 2 for mined, pool in zip(found, pools, strict=True)] == [True] * 3
+
+
+@pytest.mark.parametrize("pools", [None, POOLS])
+def test_a_model_that_takes_no_trees_is_mined_as_well(pools: list[list[int]] | None) -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(**tiny_families.DECODER, sliding_window=3)
+    model = MistralForCausalLM(config).double().eval()
+    trie = CatalogueTrie(ANSWERS)
+    if pools is None:
+        with pytest.warns(UserWarning, match="with a prompt of its own: its sliding.window of 3"):
+            found = mine_hard(model, PROMPTS, trie, EXCLUDED, 3, padding=0)
+    else:
+        found = mine_hard(model, PROMPTS, trie, EXCLUDED, 3, padding=0, pools=pools)
+    for prompt, excluded, pool, mined in zip(PROMPTS, EXCLUDED, pools or [range(25)] * 3, found, strict=True):
+        assert mined == ranked(model, prompt, [index for index in pool if index not in excluded])[:3]
+
+
+@pytest.mark.parametrize("pools", [None, POOLS])
+def test_the_model_evaluates_meanwhile_and_each_module_is_as_before(pools: list[list[int]] | None) -> None:
+    model = tiny_families.make("gpt2", torch.float64)
+    expected = mine_hard(model, PROMPTS, CatalogueTrie(ANSWERS), EXCLUDED, 3, padding=0, pools=pools)
+    model.train()
+    model.transformer.h[0].eval()
+    modes = [module.training for module in model.modules()]
+    assert {True, False} == set(modes)
+    for _ in range(2):  # dropout of 0.1 would tell one from the other
+        assert mine_hard(model, PROMPTS, CatalogueTrie(ANSWERS), EXCLUDED, 3, padding=0, pools=pools) == expected
+        assert [module.training for module in model.modules()] == modes
+    with pytest.raises(IndexError):
+        mine_hard(model, [[99], *PROMPTS[1:]], CatalogueTrie(ANSWERS), EXCLUDED, 3, padding=0, pools=pools)
+    assert [module.training for module in model.modules()] == modes
+    assert all(value.grad is None for value in model.parameters())
+
+
+def test_answers_are_tokenised_as_those_of_rows(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = [" The river", " four", " The dog"]
+    assert answer_trie(tiny_tokenizer, texts).answers == [encode_completion(tiny_tokenizer, text) for text in texts]
+
+
+def test_mistakes_are_named() -> None:
+    trie = CatalogueTrie(ANSWERS)
+    for count, skip in [(0, 0), (1, -1)]:
+        with pytest.raises(
+            UserError, match=f"mining {count} answers beyond the best {skip} is not possible: count is 1"
+        ):
+            mine_hard(MODEL, PROMPTS, trie, EXCLUDED, count, padding=0, skip=skip)
+    with pytest.raises(UserError, match="prompt 3 of 3 has no hard negative: 21 wrong answers are left and skip is 21"):
+        mine_hard(MODEL, PROMPTS, trie, EXCLUDED, 1, padding=0, skip=21)
+    with pytest.raises(UserError, match="prompt 2 of 3 has no hard negative: 0 wrong answers are left and skip is 0"):
+        mine_hard(MODEL, PROMPTS, trie, [{0}, {4, 5}, {1}], 1, padding=0, pools=[[3], [4, 5], [2]])
