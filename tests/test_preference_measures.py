@@ -62,16 +62,25 @@ def test_equal_rewards_are_no_success() -> None:
     assert found["rewards/accuracies"].tolist() == [0.0]
 
 
-def test_the_effective_number_is_that_of_the_weights_in_the_gradient() -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_effective_number_is_that_of_the_shares_in_the_gradient(weighted: bool) -> None:
+    """With weights too, of which some are 0 and those of answers that do not exist are NaN."""
     policy, reference, exists = batch()
     rejected = policy[:, 1:].clone().requires_grad_()
-    loss = softmax_dpo_loss(policy[:, 0], rejected, reference[:, 0], reference[:, 1:], 0.3, exists[:, 1:])
+    weights = torch.rand(6, 4, generator=torch.Generator().manual_seed(1)).double() + 0.1
+    weights[0, int(exists[0, 1:].int().argmax())] = 0.0
+    assert exists[0].sum() > 2
+    given = torch.where(exists[:, 1:], weights, torch.nan) if weighted else None
+    loss = softmax_dpo_loss(
+        policy[:, 0], rejected, reference[:, 0], reference[:, 1:], 0.3, exists[:, 1:], weights=given
+    )
     [gradient] = torch.autograd.grad(loss.sum(), rejected)
-    found = preference_measures(policy, reference, exists, 0.3)["negatives/effective"]
+    found = preference_measures(policy, reference, exists, 0.3, given)["negatives/effective"]
     for row, value in enumerate(found.tolist()):
-        weights = gradient[row, exists[row, 1:]].numpy()
-        weights = weights / weights.sum()
-        assert value == pytest.approx(math.exp(-(weights * np.log(weights)).sum()), rel=1e-9)
+        shares = gradient[row][gradient[row] > 0].numpy()
+        shares = shares / shares.sum()
+        assert len(shares) == int(exists[row, 1:].sum()) - (weighted and row == 0)
+        assert value == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -71,7 +71,7 @@ def test_rows_of_a_log(small: InteractionSettings) -> None:
     assert len(prepared.validation) == len(prepared.test) == 40
     assert len(prepared.train) == sum(len(titles) - 3 for titles in met.values())
     assert set(prepared.catalogue) == set().union(*met.values())
-    assert set(prepared.train[0]) == {"user", "prompt", "chosen", "rejected", "target", "history"}
+    assert set(prepared.train[0]) == {"user", "prompt", "chosen", "rejected", "target", "history", "seen"}
     assert prepared.counts["train rows"] == len(prepared.train)
 
 
@@ -165,7 +165,8 @@ def test_written_rows_read_back_and_a_filled_folder_is_refused(small: Interactio
     folder = write_rows(tmp_path / "rows", prepared)
     for name in ("train", "validation", "test"):
         lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        assert [json.loads(line) for line in lines] == getattr(prepared, name)
+        made = [{key: row[key] for key in row if key != "seen"} for row in getattr(prepared, name)]
+        assert [json.loads(line) for line in lines] == made
     assert json.loads((folder / "counts.json").read_text()) == prepared.counts
     assert len(json.loads((folder / "catalogue.json").read_text())) == len(prepared.catalogue)
     with pytest.raises(UserError, match="not empty"):

@@ -139,8 +139,9 @@ class Run:
         self._measure(task, model, stage.name)
 
     def _train(self, task: Task, model: PeftModel, stage: AnyStage) -> dict[str, int]:
+        catalogue = None
         if stage.kind == "softmax_dpo":
-            rows = task.preference_rows(stage.rows)
+            rows, catalogue = task.preference_rows(stage.rows)
         else:
             rows = whole_rows(task.sft_rows()) if stage.loss == "row" else task.sft_rows()
         return train_stage(
@@ -155,6 +156,7 @@ class Run:
             bfloat16=self.recipe.precision == "bfloat16",
             console=self.console,
             trainer=task.trainer,
+            catalogue=catalogue,
         )
 
     def _finish(self, model: PeftModel) -> None:

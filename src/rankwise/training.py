@@ -23,6 +23,7 @@ from rankwise.likelihood import answer_log_probabilities
 from rankwise.optimisation import add_allocation, hold_out, record_allocation, training_tools
 from rankwise.peft_bridge import active_adapter
 from rankwise.preferences import SoftmaxDPOConfig, SoftmaxDPOTrainer
+from rankwise.preferences.negatives import Catalogue
 from rankwise.progress import MetricsFile, ProgressBar, StopOnNan
 from rankwise.ranks import SoraConfig
 from rankwise.ranks.adalora.orthogonality import orthogonality_loss
@@ -76,6 +77,7 @@ def train_stage(
     bfloat16: bool,
     console: Console,
     trainer: Callable[..., Trainer] | None = None,
+    catalogue: Catalogue | None = None,
 ) -> dict[str, int]:
     """Train the active adapter for one stage.
 
@@ -91,6 +93,7 @@ def train_stage(
         bfloat16: whether to compute in bfloat16 (parameters stay float32).
         console: where progress is shown.
         trainer: makes the trainer of an sft stage; :class:`AnswerTrainer` where it is not given.
+        catalogue: answers that rejected ones may be drawn from.
 
     Returns:
         Counts of rows that were cut, dropped or held out, and of directions that were moved.
@@ -103,12 +106,15 @@ def train_stage(
     bar = ProgressBar(stage.name, console)
     callbacks = [bar, StopOnNan()]
     if isinstance(stage, SoftmaxDpoStage):
-        arguments = SoftmaxDPOConfig(**settings, beta=stage.beta, max_length=context)
-        cut, cut_held = (
-            [{**row, "rejected": row["rejected"][: stage.negatives]} for row in part] for part in (rows, held)
-        )
+        arguments = SoftmaxDPOConfig(**settings, **_preference_settings(stage), max_length=context)
         made: Trainer = SoftmaxDPOTrainer(
-            model, arguments, cut, cut_held or None, processing_class=tokenizer, callbacks=callbacks
+            model,
+            arguments,
+            rows,
+            held or None,
+            processing_class=tokenizer,
+            catalogue=catalogue,
+            callbacks=callbacks,
         )
     else:
         make = trainer or (lambda **kwargs: AnswerTrainer(data_collator=AnswerCollator.of(tokenizer), **kwargs))
@@ -133,6 +139,27 @@ def train_stage(
             made.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     counts = dict(getattr(made, "counts", {}))
     return counts if allocation is None else counts | record_allocation(allocation, folder, stage.name, len(held))
+
+
+def _preference_settings(stage: SoftmaxDpoStage) -> dict[str, Any]:
+    """Settings of softmax-DPO that a stage has by the same names, and those that it calls otherwise."""
+    same = (
+        "beta",
+        "reference",
+        "reference_cache",
+        "label_smoothing",
+        "length_normalised",
+        "sft_weight",
+        "weigh_negatives",
+        "hardness",
+        "mine_every",
+        "mine_pool",
+    )
+    return {
+        "negatives": stage.draw,
+        "num_negatives": stage.negatives,
+        **{name: getattr(stage, name) for name in same},
+    }
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ def preference_measures(
     reference: Float[Tensor, "batch answers"],
     exists: Bool[Tensor, "batch answers"],
     beta: float,
+    weights: Float[Tensor, "batch negatives"] | None = None,
 ) -> dict[str, Float[Tensor, " batch"]]:
     """Rewards ``beta * (policy - reference)`` of the answers of each row, and what follows from them.
 
@@ -24,8 +25,8 @@ def preference_measures(
     - ``rewards/rejected``, ``logps/rejected``: the mean over the row's rejected answers.
     - ``rewards/margins``: the first minus the second.
     - ``rewards/accuracies``: 1 where the chosen answer's reward is above every rejected one's, else 0.
-    - ``negatives/effective``: exp of the entropy of the weights that the loss's gradient gives to the rejected answers,
-      ``softmax_j(reward_j)``: from 1 (one hard negative has all) to their number (all weigh the same).
+    - ``negatives/effective``: exp of the entropy of the shares that the rejected answers have in the loss's gradient,
+      ``softmax_j(reward_j + log(w_j))``: from 1 (one hard negative has all) to their number (all have the same).
 
     With one rejected answer a row the means are those that TRL's DPO trainer logs.
 
@@ -34,17 +35,19 @@ def preference_measures(
         reference: the same under the reference; zeros where there is none.
         exists: which answers a row has: the chosen one and at least one other.
         beta: of the loss.
+        weights: w_j of the rejected answers, as the loss got them; 1 each where not given.
 
     Returns:
         For each measure one value a row, without a gradient.
 
-    Source: Softmax-DPO (arXiv 2406.09215), which finds these weights in the gradient of its loss.
+    Source: Softmax-DPO (arXiv 2406.09215), which finds these shares, without weights, in the gradient of its loss.
     """
     policy = policy.detach().to(torch.promote_types(policy.dtype, torch.float32))
     rewards = beta * (policy - reference)
     rejected, there = rewards[:, 1:], exists[:, 1:]
     hard = torch.where(there, rejected, -torch.inf)
     mean_rejected = _mean(rejected, there)
+    shares = (hard if weights is None else hard + torch.where(there, weights.detach(), 1).log()).softmax(dim=1)
     return {
         "rewards/chosen": rewards[:, 0],
         "rewards/rejected": mean_rejected,
@@ -52,7 +55,7 @@ def preference_measures(
         "rewards/accuracies": (rewards[:, 0] > hard.amax(dim=1)).to(rewards.dtype),
         "logps/chosen": policy[:, 0],
         "logps/rejected": _mean(policy[:, 1:], there),
-        "negatives/effective": torch.special.entr(hard.softmax(dim=1)).sum(dim=1).exp(),
+        "negatives/effective": torch.special.entr(shares).sum(dim=1).exp(),
     }
 
 

@@ -58,8 +58,9 @@ class InteractionSettings(RowSettings):
 class Prepared:
     """Rows of the three parts, the titles to rank, their popularity in training, and what was left out.
 
-    A row has ``user``, ``prompt``, ``chosen``, ``rejected`` (list), ``target`` and ``history`` (titles); a
-    row of validation and test has ``candidates`` (titles, the target among them) too.
+    A row has ``user``, ``prompt``, ``chosen``, ``rejected`` (list), ``target``, ``history`` (titles) and ``seen``
+    (titles that are no wrong answers for this user: it is not written to files); a row of validation and test has
+    ``candidates`` (titles, the target among them) too.
     """
 
     train: list[Row]
@@ -89,6 +90,7 @@ def _row(case: Case, template: Template, negatives: int, seed: int, list_candida
         "rejected": [template.render_answer(title) for title in draw_negatives(case, negatives, seed)],
         "target": case.target,
         "history": list(case.history),
+        "seen": case.seen,
     }
     if list_candidates:
         row["candidates"] = list(case.candidates)
@@ -182,7 +184,8 @@ def write_rows(folder: Path, prepared: Prepared) -> Path:
         raise UserError(f"{folder}: already there and not empty; choose another folder or remove it first")
     with new_folder(folder) as temporary:
         for name in ("train", "validation", "test"):
-            write_jsonl(temporary / f"{name}.jsonl", getattr(prepared, name))
+            written = ({key: row[key] for key in row if key != "seen"} for row in getattr(prepared, name))
+            write_jsonl(temporary / f"{name}.jsonl", written)
         write_json(
             temporary / "catalogue.json",
             [{"title": t, "popularity": prepared.popularity.get(t, 0)} for t in prepared.catalogue],

@@ -86,8 +86,11 @@ class Recipe(Section):
                 raise ValueError(f"stages.{number}.start {stage.start!r} is no earlier stage; possible: {known}")
             if stage.kind == "softmax_dpo" and not isinstance(self.data, RecommendationSettings):
                 raise ValueError(f"stages.{number}.kind softmax_dpo needs data of kind interactions or sdpo")
-            if stage.kind == "softmax_dpo" and stage.negatives > self.data.negatives:  # type: ignore[union-attr]
-                raise ValueError(f"stages.{number}.negatives {stage.negatives} is more than data.negatives: raise that")
+            if stage.kind == "softmax_dpo" and stage.draw in ("given", "candidates"):
+                if stage.most_negatives > self.data.negatives:  # type: ignore[union-attr]
+                    raise ValueError(
+                        f"stages.{number}.negatives {stage.negatives} is more than data.negatives: raise that"
+                    )
             names += made
         return self
 

@@ -115,9 +115,40 @@ class SoftmaxDpoStage(Stage):
     """Preference training of the right answer against others (arXiv 2406.09215)."""
 
     kind: Literal["softmax_dpo"]
-    negatives: Count = Field(3, description="Rejected answers of each row; one is DPO.")
-    beta: Positive = Field(1.0, description="Strength of the tie to the model that the stage starts from.")
+    negatives: Count | list[Count] = Field(
+        3, description="Rejected answers of each row, one is DPO; a list grows in equal parts of the training."
+    )
+    draw: Literal["given", "candidates", "uniform", "popularity", "in-batch", "hard"] = Field(
+        "given",
+        description="Which: the first of those prepared; or anew for each pass: of those prepared (candidates), of all "
+        "titles (uniform, popularity, or hard: those that the model finds most likely), or of the batch's other rows.",
+    )
+    beta: Positive = Field(1.0, description="Strength of the tie to the reference.")
+    reference: Literal["start", "base", "none"] = Field(
+        "start", description="The model as it is when the stage begins, the base without the adapter, or none."
+    )
+    reference_cache: str | None = Field(None, description="Folder in which the reference's values are kept.")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of the target that goes to the rejected.")
+    length_normalised: bool = Field(False, description="Log-probabilities per token of an answer, not their sum.")
+    sft_weight: float = Field(0.0, ge=0, description="Weight of the chosen answer's cross-entropy in the loss.")
+    weigh_negatives: bool = Field(False, description="Correct draws by popularity for their chances.")
+    hardness: float = Field(0.0, ge=0, description="Weigh rejected answers by exp(hardness * margin) too.")
+    mine_every: Count = Field(1, description="Steps for whose rows hard answers are mined at once.")
+    mine_pool: Count | None = Field(None, description="Titles that are ranked for a row to mine; all if not given.")
     rows: Count | None = Field(None, description="Most preference rows, drawn by the seed.")
+
+    @field_validator("negatives")
+    @classmethod
+    def _grow(cls, given: int | list[int]) -> int | list[int]:
+        """A list has a number, and none below the one before it."""
+        if isinstance(given, list) and (not given or sorted(given) != given):
+            raise ValueError(f"{given} does not grow: give one number, or a list of them that never falls")
+        return given
+
+    @property
+    def most_negatives(self) -> int:
+        """Of a row, at the end."""
+        return self.negatives[-1] if isinstance(self.negatives, list) else self.negatives
 
 
 AnyStage = Annotated[SftStage | SoftmaxDpoStage, Field(discriminator="kind")]

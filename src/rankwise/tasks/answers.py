@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, Trainer
 
 from rankwise.errors import UserError
 from rankwise.models import load_language_model
+from rankwise.preferences.negatives import Catalogue
 from rankwise.sampling import sample
 from rankwise.schema import ModelSettings
 from rankwise.tasks.language_loss import answer_loss
@@ -40,7 +41,7 @@ class AnswerTask:
         """The training rows."""
         return self._train
 
-    def preference_rows(self, limit: int | None) -> Rows:
+    def preference_rows(self, limit: int | None) -> tuple[Rows, Catalogue]:
         """None of these data has rejected answers."""
         raise UserError(
             f"data of kind {self.kind} has no rejected answers: a softmax_dpo stage needs interactions or sdpo"

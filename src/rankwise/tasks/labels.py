@@ -14,6 +14,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 
 from rankwise.errors import UserError
 from rankwise.models import load_classifier
+from rankwise.preferences.negatives import Catalogue
 from rankwise.sampling import sample
 from rankwise.schema import ModelSettings
 from rankwise.tasks.task import Metrics
@@ -69,7 +70,7 @@ class LabelTask:
         """The training rows."""
         return self._train
 
-    def preference_rows(self, limit: int | None) -> Rows:
+    def preference_rows(self, limit: int | None) -> tuple[Rows, Catalogue]:
         """Labels are no answers to prefer."""
         raise UserError("data of kind classification has no rejected answers: use an sft stage")
 

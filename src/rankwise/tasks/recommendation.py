@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from rankwise.errors import UserError
 from rankwise.models import load_language_model
+from rankwise.preferences.negatives import Catalogue
 from rankwise.recommend.baselines import popularity_scores, random_scores, target_places
 from rankwise.recommend.metrics import ranking_metrics, substring_protocol
 from rankwise.recommend.prepare import Prepared
@@ -46,7 +47,8 @@ class RecommendationTask:
     ) -> None:
         """Choose the evaluation cases and tokenise the training rows."""
         self._prepared, self._tokenizer, self._model = prepared, tokenizer, model
-        self._seed, self._generate = seed, generate
+        self._seed, self._generate, self._template = seed, generate, template
+        self._seen: dict[frozenset[str], frozenset[str]] = {}
         self._evaluation, left_out = sample(getattr(prepared, split), cases, seed)
         if not self._evaluation:
             raise UserError(f"the {split} part has no case to evaluate on")
@@ -68,9 +70,21 @@ class RecommendationTask:
         """Prompts with the true next item as the answer."""
         return self._rows
 
-    def preference_rows(self, limit: int | None) -> Sequence[Mapping[str, Any]]:
-        """Training rows with their rejected items."""
-        return sample(self._prepared.train, limit, self._seed)[0]
+    def preference_rows(self, limit: int | None) -> tuple[Sequence[Mapping[str, Any]], Catalogue]:
+        """Training rows with their rejected items, which are their candidates too, and all titles by popularity."""
+        rows = [
+            {**row, "candidates": row["rejected"], "seen": self._rendered(row["seen"])}
+            for row in sample(self._prepared.train, limit, self._seed)[0]
+        ]
+        titles = self._prepared.catalogue
+        answers = [self._template.render_answer(title) for title in titles]
+        return rows, Catalogue(answers, [self._prepared.popularity.get(title, 0) for title in titles])
+
+    def _rendered(self, titles: frozenset[str]) -> frozenset[str]:
+        """As answers; the rows of a user share one set of titles."""
+        if titles not in self._seen:
+            self._seen[titles] = frozenset(map(self._template.render_answer, titles))
+        return self._seen[titles]
 
     def baselines(self) -> dict[str, Metrics]:
         """Chance, and what is most popular in training."""

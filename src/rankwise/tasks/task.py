@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
+from rankwise.preferences.negatives import Catalogue
+
 Metrics = dict[str, float]
 
 
@@ -39,8 +41,11 @@ class Task(Protocol):
     def sft_rows(self) -> Sequence[Mapping[str, Any]]:
         """Encoded rows for supervised training."""
 
-    def preference_rows(self, limit: int | None) -> Sequence[Mapping[str, Any]]:
-        """Rows of prompt, chosen and rejected, at most ``limit``."""
+    def preference_rows(self, limit: int | None) -> tuple[Sequence[Mapping[str, Any]], Catalogue]:
+        """Rows of prompt, chosen and rejected, at most ``limit``, and all answers, to draw rejected ones from.
+
+        A row's ``candidates`` may be drawn too, and what is in its ``seen`` never.
+        """
 
     def baselines(self) -> dict[str, Metrics]:
         """Metrics of what needs no model, by name."""

@@ -37,7 +37,7 @@ class Chunk:
     Attributes:
         tokens: ids of the nodes.
         depths: of each node, 1 for an answer's first token.
-        ends: of each node, the place in the chunk after its last descendant there.
+        ends: of each node, the place after its last descendant, which may lie beyond the chunk.
         place: of the edges that leave the nodes behind the path, among all edges.
         sources: of each of these edges, its node's place in the chunk.
         targets: of each of these edges, the token's id.
@@ -110,7 +110,7 @@ class CatalogueTrie:
         return Chunk(
             tokens=self._tokens[picked],
             depths=self._depths[picked],
-            ends=self._ends[picked].clamp(max=after) - first + len(path),
+            ends=self._ends[picked] - first + len(path),
             place=place,
             sources=self._sources[place] - first + len(path),
             targets=self._targets[place],
