@@ -119,8 +119,8 @@ def test_an_answer_that_does_not_fit_is_refused(tiny_tokenizer: PreTrainedTokeni
     row = {"prompt": "##", "chosen": "?", "rejected": ["@@@@@@"]}
     assert encode_preferences([row], tiny_tokenizer, 9)[0][0].length == 9
     message = (
-        "preference row 2 has an answer of 7 tokens, end included, which leaves no room for its prompt of 2 in a"
-        " context of 8: allow a longer one, or leave the answer out"
+        "preference row 2 has a prompt of 2 tokens, of which nothing is left beside an answer of 7, end included, in"
+        " a context of 8: allow a longer one, or leave the answer out"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         encode_preferences([ROW, row], tiny_tokenizer, 8)

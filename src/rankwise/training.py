@@ -126,7 +126,6 @@ def train_stage(
             callbacks=callbacks,
         )
     made.remove_callback(PrinterCallback)
-    # Preference rows that do not fit into the context are dropped by their trainer: only now the steps are known.
     tools = training_tools(model, stage, adapter, total_steps(stage, len(made.train_dataset)))
     made.optimizer = tools.optimizer
     for callback in (*tools.callbacks, MetricsFile(folder / "metrics.jsonl", stage.name)):

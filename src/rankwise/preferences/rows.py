@@ -173,8 +173,8 @@ def _prompt(
     fitted = fit_prompt(tokenizer, ids, longest, context)
     if fitted is None:
         raise UserError(
-            f"has an answer of {longest} tokens, end included, which leaves no room for its prompt of {len(ids)} in a"
-            f" context of {context}: allow a longer one, or leave the answer out"
+            f"has a prompt of {len(ids)} tokens, of which nothing is left beside an answer of {longest}, end included, in"
+            f" a context of {context}: allow a longer one, or leave the answer out"
         )
     count(counts, PROMPTS_CUT, int(fitted[1]))
     return fitted[0]

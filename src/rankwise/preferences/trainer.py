@@ -265,6 +265,7 @@ class SoftmaxDPOTrainer(Trainer):
         ranking = ranking_measures(policy, exists)
         if settings.length_normalised:
             policy, reference = policy / lengths, reference / lengths
+        weights = self._weights(rows, policy - reference, exists)
         losses = softmax_dpo_loss(
             policy[:, 0],
             policy[:, 1:],
@@ -273,11 +274,11 @@ class SoftmaxDPOTrainer(Trainer):
             settings.beta,
             exists[:, 1:],
             label_smoothing=settings.label_smoothing,
-            weights=self._weights(rows, policy - reference, exists),
+            weights=weights,
         )
         if settings.sft_weight:
             losses = losses + settings.sft_weight * cross_entropy
-        measures = preference_measures(policy, reference, exists, settings.beta) | {
+        measures = preference_measures(policy, reference, exists, settings.beta, weights) | {
             "nll/chosen": cross_entropy.detach()
         }
         if self.model.training:
