@@ -16,3 +16,16 @@ def test_the_step_of_sora_is_measured_to_the_end() -> None:
     assert done.returncode == 0, done.stderr
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len(table) == 8 and all("ms (" in line for line in table if line.startswith("| SoRA"))
+
+
+def test_the_ways_of_a_preference_step_and_the_trainings_beside_trl_are_measured_to_the_end() -> None:
+    script = ROOT / "benchmarks" / "bench_preferences.py"
+    settings = ["--runs", "1", "--shapes", "tiny", "--negatives", "3", "--prompt", "40", "--threads", "1"]
+    settings += ["--trainings", "tiny", "--steps", "2", "--batch", "2"]
+    done = subprocess.run([sys.executable, script, *settings], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    table = [line.strip("| ").split("|") for line in done.stdout.splitlines() if line.startswith("|")]
+    steps, trainings = table[2:6], table[8:]
+    assert len(trainings) == 4 and {len(line) for line in steps} == {11}
+    assert all(float(cell) < 1e-4 for line in steps for cell in line[-2:])
+    assert all(float(line[-1]) < 1e-4 for line in trainings)

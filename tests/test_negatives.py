@@ -157,7 +157,7 @@ def test_seed_row_and_draw_each_change_what_is_drawn(kind: str) -> None:
     names = [f"film {number}" for number in range(1000)]
     row = {"chosen": "x", "candidates": names}
     found = Catalogue(names, [1.0] * 1000)
-    places = [(0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1), (1, 0, 1), (11, 0, 0)]
+    places = [(0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1), (1, 11, 1), (11, 1, 1), (1, 1, 11)]
     drawn = {
         tuple(draw_negatives(row, 5, kind, seed=s, number=n, draw=d, catalogue=found, others=names).answers)
         for s, n, d in places

@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rankwise as rw
 from rankwise.errors import UserError
+from rankwise.preferences.drawing import ALONE
 from rankwise.preferences.negatives import Catalogue
 from rankwise.preferences.rows import PreferenceRow
 from test_preference_training import logged, settings, weights
@@ -77,7 +78,7 @@ def test_drawn_answers_are_distinct_new_in_each_pass_and_never_chosen_or_seen(
 def test_in_batch_answers_are_the_chosen_ones_of_the_other_rows(
     adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    changes = {"negatives": "in-batch", "num_negatives": 5, "per_device_train_batch_size": 4, "max_steps": 1}
+    changes = {"negatives": "in-batch", "num_negatives": 3, "per_device_train_batch_size": 4, "max_steps": 1}
     made = train(adapted, tiny_tokenizer, tmp_path, **changes)
     everything = {row["chosen"] for row in ROWS}
     for chosen, *rejected in made.trained:
@@ -107,7 +108,7 @@ def test_hard_answers_are_those_that_the_model_finds_most_likely(
 def test_the_number_of_negatives_grows_in_stages(
     adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    made = train(adapted, tiny_tokenizer, tmp_path, negatives="candidates", num_negatives=[1, 3], max_steps=4)
+    made = train(adapted, tiny_tokenizer, tmp_path, negatives="candidates", negative_stages=[1, 3], max_steps=4)
     assert [len(texts) - 1 for texts in made.trained] == [1] * 4 + [3] * 4
 
 
@@ -172,10 +173,21 @@ def test_weights_correct_for_popularity_and_lean_to_hard_answers(
     ("change", "message"),
     [
         ({"negatives": "hard"}, r"num_negatives=None\) is not possible: say how many hard negatives"),
-        ({"num_negatives": [3, 1]}, "fall"),
+        ({"negative_stages": [3, 1]}, "fall"),
+        ({"negative_stages": [1, 3], "num_negatives": 3}, "num_negatives is given too"),
+        ({"negatives": "in-batch", "num_negatives": 4}, "4 negatives of a batch need 5 rows in it"),
+        (
+            {"negatives": "uniform", "num_negatives": 4, "weigh_negatives": True},
+            "weigh_negatives=True.* all have one chance",
+        ),
+        ({"negatives": "uniform", "num_negatives": 4, "mine_every": 2}, "mine_every=2.* for hard negatives only"),
+        ({"negatives": "uniform", "num_negatives": 4, "mine_pool": 9}, "mine_pool=9.* for hard negatives only"),
+        ({"negatives": "hard", "num_negatives": 4, "mine_pool": 3}, "4 negatives are mined from it"),
+        ({"label_smoothing_factor": 0.1}, "this loss has label_smoothing in its place"),
+        ({"train_sampling_strategy": "group_by_length"}, "rows hold several answers"),
+        ({"beta": float("inf")}, "above 0, and finite"),
         ({"hardness": -1.0}, r"hardness=-1.0\) is not possible"),
-        ({"mine_every": 0}, r"mine_every=0\) is not possible"),
-        ({"mine_pool": 0}, r"mine_pool=0\) is not possible"),
+        ({"negatives": "hard", "num_negatives": 1, "mine_every": 0}, r"mine_every=0\) is not possible"),
     ],
 )
 def test_settings_that_are_not_possible_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -189,3 +201,89 @@ def test_a_catalogue_is_needed_where_answers_come_from_it(
     arguments = rw.SoftmaxDPOConfig(**settings(tmp_path, negatives="uniform", num_negatives=3))
     with pytest.raises(UserError, match="drawn from a catalogue of answers, and none is given"):
         rw.SoftmaxDPOTrainer(adapted, arguments, ROWS, processing_class=tiny_tokenizer)
+
+
+def test_stages_go_on_within_a_window_of_mining(
+    adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    made = train(adapted, tiny_tokenizer, tmp_path, negatives="hard", negative_stages=[1, 3], mine_every=4)
+    assert [len(texts) - 1 for texts in made.trained] == [1] * 4 + [3] * 4
+
+
+def test_a_row_whose_batch_has_nothing_for_it_gets_another_rows_answer(
+    adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Three rows in batches of two: the last is alone."""
+    rows = [{"prompt": "#", "chosen": text} for text in ("?", "@", "%")]
+    arguments = settings(tmp_path, negatives="in-batch", num_negatives=1, per_device_train_batch_size=2, max_steps=2)
+    made = Watched(adapted, rw.SoftmaxDPOConfig(**arguments), rows, processing_class=tiny_tokenizer)
+    made.train()
+    assert [len(set(texts)) for texts in made.trained] == [2, 2, 2]
+    assert made.counts == {ALONE: 1}
+
+
+def test_the_chosen_answer_of_a_chat_is_not_drawn(
+    adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """A template may write the end token after it; the catalogue's text has none."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<|endoftext|>{% endif %}{% endfor %}"
+    )
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "#"}],
+            "chosen": [{"role": "assistant", "content": text}],
+            "rejected": [[{"role": "assistant", "content": "&"}]],
+        }
+        for text in ("?", "@")
+    ]
+    arguments = settings(tmp_path, negatives="uniform", num_negatives=3, per_device_train_batch_size=2, max_steps=2)
+    catalogue = Catalogue(["?", "@", "%", "+"])
+    made = Watched(adapted, rw.SoftmaxDPOConfig(**arguments), rows, processing_class=tokenizer, catalogue=catalogue)
+    made.train()
+    assert all(len({text.removesuffix("<|endoftext|>") for text in texts}) == 4 for texts in made.trained)
+
+
+def test_workers_that_load_rows_change_nothing(
+    adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Rows come back from them as copies."""
+    found = []
+    for workers in (0, 1):
+        arguments = settings(
+            tmp_path,
+            negatives="uniform",
+            num_negatives=2,
+            max_steps=2,
+            dataloader_num_workers=workers,
+            per_device_train_batch_size=2,
+        )
+        evaluated = [{"prompt": "#", "chosen": "?", "rejected": ["@"]}]
+        made = Watched(
+            copy.deepcopy(adapted),
+            rw.SoftmaxDPOConfig(**arguments),
+            ROWS,
+            evaluated,
+            processing_class=tiny_tokenizer,
+            catalogue=Catalogue(ANSWERS),
+        )
+        made.train()
+        found.append((made.trained, logged(made), made.evaluate(metric_key_prefix="test")["test_ranking/MRR"]))
+    assert found[0] == found[1]
+
+
+def test_a_prompt_leaves_room_for_what_may_be_drawn(
+    adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "#" * 12, "chosen": "?"}, {"prompt": "#" * 12, "chosen": "@%+*"}]
+    for kind, longest in (("in-batch", 5), ("uniform", 7)):
+        arguments = settings(tmp_path, negatives=kind, num_negatives=1, max_length=15, max_steps=1)
+        made = rw.SoftmaxDPOTrainer(
+            adapted,
+            rw.SoftmaxDPOConfig(**arguments),
+            rows,
+            processing_class=tiny_tokenizer,
+            catalogue=Catalogue(["&&&&&&", "?"]),
+        )
+        assert [len(row.prompt) for row in made.train_dataset] == [min(13, 15 - longest)] * 2

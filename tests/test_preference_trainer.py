@@ -401,17 +401,3 @@ def test_an_adapter_is_made_where_its_config_is_given(
     made.save_model(str(tmp_path / "saved"))
     assert isinstance(made.model, PeftModel)
     assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"label_smoothing": 0.5}, r"label_smoothing=0.5\) is not possible: from 0 to below 0.5"),
-        ({"sft_weight": -1.0}, r"sft_weight=-1.0\) is not possible: it must be 0 or above"),
-        ({"max_length": 1}, r"max_length=1\) is not possible: a prompt and an answer"),
-        ({"tokens_per_row": 0}, r"tokens_per_row=0\) is not possible: it must be above 0"),
-    ],
-)
-def test_settings_out_of_range_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        settings(tmp_path, **change)

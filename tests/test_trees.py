@@ -118,6 +118,12 @@ def test_a_batch_holds_its_trees(rows: list[Row], tokens_per_row: int | None, mu
                 assert batch.position_ids[read // width][seen].tolist() == list(range(len(prompt) + step))
 
 
+def test_rows_are_as_wide_as_asked_and_no_wider() -> None:
+    trees = [token_tree([1] * 10, [[2]])] * 3
+    shapes = {asked: batch_trees(trees, 0, asked).input_ids.shape for asked in (None, 5, 31, 32, 200)}
+    assert shapes == {None: (3, 16), 5: (3, 16), 31: (3, 16), 32: (1, 32), 200: (1, 32)}
+
+
 def test_filling_is_seen_by_itself_alone() -> None:
     batch = batch_trees([token_tree([1, 2], [[3]])], padding=0, multiple_of=4)
     assert batch.input_ids.tolist() == [[1, 2, 0, 0]]

@@ -68,6 +68,15 @@ def test_random_trees_equal_separate_sequences(rows: list[Row], tokens_per_row: 
     assert_exact(make("llama", torch.float64, num_hidden_layers=1), 1e-10, rows, tokens_per_row)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_rows_may_be_wider_than_the_longest_sequence_that_the_model_takes(family: str) -> None:
+    model, rows = make(family, torch.float64), ROWS * 4
+    assert batch_trees([token_tree(*row) for row in rows], 0, 96).input_ids.shape == (1, 80)
+    with torch.no_grad():
+        expected, found = torch.cat(separate(model, rows)), torch.cat(tree_totals(model, rows, 96))
+    assert_same(found, expected, 1e-10, 1.0)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_trees_equal_sequences_padded_on_the_left(family: str) -> None:
     model = make(family, torch.float64)
@@ -116,10 +125,12 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         assert_same(found[name], value, 1e-12, 1.0)
 
 
-def test_flex_attention_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "opt"])
+def test_flex_attention_gives_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward only, and not compiled: FlexAttention has no gradients on a CPU."""
     monkeypatch.setattr(flex, "WrappedFlexAttention", lambda training: lambda: flex_attention)
-    model, other = make("llama"), make("llama", attention="flex_attention")
+    model, other = make(family, attention="eager"), make(family, attention="flex_attention")
     with torch.no_grad():
         expected, found = (torch.cat(tree_totals(one, ROWS, tokens_per_row=40)) for one in (model, other))
     assert_same(found, expected, 1e-5, 1.0)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import DynamicCache
 
 # Logits that are worked on at a time: 16 MiB in float32.
@@ -75,6 +76,7 @@ class _TargetLogProbabilities(torch.autograd.Function):
         return found
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         """Of the logits: each target's gradient at its place, minus a row's total times the row's softmax."""
         logits, rows, targets, normalisers, found = ctx.saved_tensors
@@ -134,6 +136,8 @@ def forward_arguments(model: nn.Module) -> set[str]:
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The language model itself, inside PEFT's wrapper and that of DistributedDataParallel and its like."""
-    inner: Any = getattr(model, "module", model)
+    """The language model itself, inside PEFT's wrapper and those of torch.compile, DistributedDataParallel and such."""
+    inner: Any = model
+    for wrapped in ("_orig_mod", "module", "_orig_mod"):
+        inner = getattr(inner, wrapped, inner)
     return inner.get_base_model() if isinstance(inner, PeftModel) else inner

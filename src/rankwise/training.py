@@ -156,7 +156,7 @@ def _preference_settings(stage: SoftmaxDpoStage) -> dict[str, Any]:
     )
     return {
         "negatives": stage.draw,
-        "num_negatives": stage.negatives,
+        "negative_stages" if isinstance(stage.negatives, list) else "num_negatives": stage.negatives,
         **{name: getattr(stage, name) for name in same},
     }
 

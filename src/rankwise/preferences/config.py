@@ -12,7 +12,8 @@ from rankwise.errors import UserError
 from rankwise.preferences.negatives import Kind, stages_of_negatives
 from rankwise.preferences.reference import SOURCES
 
-OWN = ("given", "candidates")  # negatives of the rows themselves
+COLUMNS = {"given": "rejected", "candidates": "candidates"}  # that negatives of the rows themselves stand in
+OWN = tuple(COLUMNS)
 
 
 @dataclass
@@ -35,8 +36,8 @@ class SoftmaxDPOConfig(TrainingArguments):
             ``popularity`` (from the trainer's catalogue), ``in-batch`` (the chosen answers of the batch's other rows)
             or ``hard`` (those of the catalogue that the model finds most likely). Never the chosen answer, and never
             one that stands in the row's ``seen``.
-        num_negatives: how many of them, or a list that grows in stages of training; None for all of ``given`` and
-            ``candidates``.
+        num_negatives: how many of them; None for all of ``given`` and ``candidates``.
+        negative_stages: numbers that grow in equal parts of the training, in place of ``num_negatives``.
         weigh_negatives: weigh each drawn answer by the inverse of its chance, so that draws by popularity count as even
             ones (the logQ correction of sampled softmax).
         hardness: weigh rejected answers in proportion to ``exp(hardness * margin)`` as well, with a mean of 1 in each
@@ -59,7 +60,8 @@ class SoftmaxDPOConfig(TrainingArguments):
     length_normalised: bool = field(default=False, metadata={"help": "Log-probabilities per token of the answer."})
     sft_weight: float = field(default=0.0, metadata={"help": "Weight of the chosen answer's cross-entropy."})
     negatives: Kind = field(default="given", metadata={"help": "Which rejected answers rows get."})
-    num_negatives: int | list[int] | None = field(default=None, metadata={"help": "How many; a list for stages."})
+    num_negatives: int | None = field(default=None, metadata={"help": "How many of them."})
+    negative_stages: list[int] | None = field(default=None, metadata={"help": "How many, growing in stages."})
     weigh_negatives: bool = field(default=False, metadata={"help": "Correct draws for their chances."})
     hardness: float = field(default=0.0, metadata={"help": "Weigh rejected answers by exp(hardness * margin)."})
     mine_every: int = field(default=1, metadata={"help": "Steps between two times of mining hard answers."})
@@ -71,28 +73,49 @@ class SoftmaxDPOConfig(TrainingArguments):
         """Check the ranges; rows keep all their columns."""
         super().__post_init__()
         self.remove_unused_columns = False
-        self._check("beta", self.beta > 0, "it must be above 0")
+        self._check("beta", 0 < self.beta < math.inf, "it must be above 0, and finite")
         self._check("max_length", self.max_length >= 2, "a prompt and an answer have at least one token each")
         self._check("reference", self.reference in SOURCES, f"{', '.join(SOURCES)} are possible")
         self._check("label_smoothing", 0 <= self.label_smoothing < 0.5, "from 0 to below 0.5 is possible")
         self._check("sft_weight", self.sft_weight >= 0, "it must be 0 or above")
         self._check("negatives", self.negatives in get_args(Kind), f"{', '.join(get_args(Kind))} are possible")
-        needed = self.num_negatives is not None or self.negatives in OWN
-        self._check("num_negatives", needed, f"say how many {self.negatives} negatives a row gets")
+        self._check_negatives()
         self._check("hardness", 0 <= self.hardness < math.inf, "it must be 0 or above, and finite")
-        self._check("mine_every", self.mine_every >= 1, "it must be 1 or above")
-        pool = self.mine_pool is None or self.mine_pool >= 1
-        self._check("mine_pool", pool, "it must be 1 or above, or None for the whole catalogue")
-        self.stages()
         positive = self.tokens_per_row is None or self.tokens_per_row > 0
         self._check("tokens_per_row", positive, "it must be above 0, or None for the longest tree's")
+        by_length = str(getattr(self, "train_sampling_strategy", "")) == "group_by_length"
+        self._check("train_sampling_strategy", not by_length, "rows hold several answers: take random or sequential")
+        unused = not self.label_smoothing_factor
+        self._check("label_smoothing_factor", unused, "this loss has label_smoothing in its place")
+
+    def _check_negatives(self) -> None:
+        """Numbers of negatives, and settings that only some kinds of them have."""
+        single = self.num_negatives is None or self.negative_stages is None
+        self._check("negative_stages", single, "num_negatives is given too: leave one of them out")
+        stages = self.stages()
+        needed = stages is not None or self.negatives in OWN
+        self._check("num_negatives", needed, f"say how many {self.negatives} negatives a row gets")
+        most = stages[-1][1] if stages else 0
+        if self.negatives == "in-batch":
+            enough = self.per_device_train_batch_size > most
+            self._check(
+                "per_device_train_batch_size", enough, f"{most} negatives of a batch need {most + 1} rows in it"
+            )
+        by_chance = self.negatives == "popularity" or not self.weigh_negatives
+        self._check(
+            "weigh_negatives", by_chance, f"{self.negatives} negatives all have one chance: only popularity's not"
+        )
+        mined = self.negatives == "hard"
+        self._check("mine_every", self.mine_every >= 1, "it must be 1 or above")
+        self._check("mine_every", mined or self.mine_every == 1, "it is for hard negatives only")
+        self._check("mine_pool", mined or self.mine_pool is None, "it is for hard negatives only")
+        pool = self.mine_pool is None or self.mine_pool >= most
+        self._check("mine_pool", pool, f"{most} negatives are mined from it; None is the whole catalogue")
 
     def stages(self) -> list[tuple[float, int]] | None:
         """Starts of the stages as shares of training, and negatives in each; None for all that rows have."""
-        if self.num_negatives is None:
-            return None
-        counts = self.num_negatives if isinstance(self.num_negatives, list) else [self.num_negatives]
-        return stages_of_negatives(counts)
+        counts = self.negative_stages if self.num_negatives is None else [self.num_negatives]
+        return None if counts is None else stages_of_negatives(counts)
 
     def _check(self, name: str, possible: bool, remedy: str) -> None:
         if not possible:

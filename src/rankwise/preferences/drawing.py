@@ -10,31 +10,33 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from rankwise.preferences.config import OWN
+from rankwise.counting import count
+from rankwise.preferences.config import OWN, SoftmaxDPOConfig
 from rankwise.preferences.mining import answer_trie, mine_hard
-from rankwise.preferences.negatives import Catalogue, Kind, check_negatives, draw_negatives, negatives_at
+from rankwise.preferences.negatives import Catalogue, Drawn, check_negatives, draw_negatives, negatives_at
 from rankwise.preferences.rows import PreferenceRow
-from rankwise.tokenise import answer_ids, padding_token
+from rankwise.tokenise import padding_token
 
 FROM_CATALOGUE = ("uniform", "popularity", "hard")
+ALONE = "times that a row's batch had no negative for it, and another chosen answer was drawn"
+OTHERS = 50  # chosen answers of other rows that are looked at then
 
 
 class Negatives:
     """Draws rejected answers for rows.
 
     A draw depends on the seed, the row and its pass alone, so that a training that was stopped goes on with the same
-    ones; hard ones depend on the model too.
+    ones; hard ones depend on the model too, and those of a batch on the batch.
 
     Args:
-        kind: as :func:`rankwise.preferences.negatives.draw_negatives` has them.
-        stages: starts and numbers, as :func:`rankwise.preferences.negatives.stages_of_negatives` gives them; None for
-            all that a row has.
-        seed: of the draws.
-        rows: the training rows.
+        settings: which answers, how many, by which seed.
+        rows: the training rows, numbered from 1.
         seen: of each row, texts that are never drawn for it.
         catalogue: of the answers to draw from, where the kind needs one.
         tokenizer: of the catalogue's answers.
-        pool: how many answers of the catalogue are ranked for a row to mine hard ones; all where not given.
+
+    Attributes:
+        counts: rows that will have fewer negatives than wanted, and more of that kind.
 
     Raises:
         UserError: there is no catalogue where one is needed, or a row has no answer to draw.
@@ -42,26 +44,29 @@ class Negatives:
 
     def __init__(
         self,
-        kind: Kind,
-        stages: Sequence[tuple[float, int]] | None,
-        seed: int,
+        settings: SoftmaxDPOConfig,
         rows: Sequence[PreferenceRow],
         seen: Sequence[Collection[str]],
         catalogue: Catalogue | None,
         tokenizer: PreTrainedTokenizerBase,
-        pool: int | None = None,
     ) -> None:
-        self.kind, self.seed, self.catalogue, self.pool = kind, seed, catalogue, pool
-        self._stages = stages or [(0.0, max(len(row.answers) for row in rows) - 1)]
-        self._numbers = {id(row): number for number, row in enumerate(rows, start=1)}
-        self._seen = seen
+        self.kind, self.seed, self.catalogue, self.pool = (
+            settings.negatives,
+            settings.seed,
+            catalogue,
+            settings.mine_pool,
+        )
+        self._stages = settings.stages() or [(0.0, max(1, *(len(row.answers) - 1 for row in rows)))]
+        self._rows, self._seen = rows, seen
         self._padding = padding_token(tokenizer)
         self._mined: dict[int, list[str]] = {}
-        most = self._stages[-1][1]
-        self.counts = check_negatives((self._fields(row) for row in rows), most, kind, catalogue)
-        if catalogue is not None and kind in FROM_CATALOGUE:
+        self._texts: dict[tuple[int, ...], str] = {}
+        if catalogue is not None and self.kind in FROM_CATALOGUE:
             self._trie = answer_trie(tokenizer, catalogue.answers)
             self._ids = dict(zip(catalogue.answers, self._trie.answers, strict=True))
+            self._texts = {tuple(ids): text for text, ids in self._ids.items()}
+        wanted = self._stages[-1][1] if settings.stages() else 1
+        self.counts = check_negatives((self._fields(row) for row in rows), wanted, self.kind, catalogue)
 
     def draw(self, rows: Sequence[PreferenceRow], share: float, number: int) -> list[PreferenceRow]:
         """The rows with the rejected answers of one draw.
@@ -71,60 +76,68 @@ class Negatives:
             share: of the training that is done, from 0 to 1.
             number: of the draw: the pass over the rows.
         """
-        count = negatives_at(self._stages, share)
-        return [self._drawn(row, rows, count, number) for row in rows]
+        wanted = negatives_at(self._stages, share)
+        if self.kind in OWN:
+            return [self._own(row, wanted, number) for row in rows]
+        return [self._other(row, rows, wanted, number) for row in rows]
 
-    def mine(self, model: nn.Module, rows: Sequence[PreferenceRow], share: float, number: int) -> None:
-        """Find hard negatives for rows with the model as it is; they are kept until the next call."""
+    def mine(self, model: nn.Module, rows: Sequence[PreferenceRow], number: int) -> None:
+        """Find hard negatives for rows with the model as it is, as many as the last stage needs."""
         assert self.catalogue is not None
         excluded = [self.catalogue.excluded(self._fields(row)) for row in rows]
         pools = None
         if self.pool is not None:
-            generators = [random.Random(f"{self.seed}:pool:{self._numbers[id(row)]}:{number}") for row in rows]
+            generators = [random.Random(f"{self.seed}:pool:{row.number}:{number}") for row in rows]
             drawn = zip(generators, excluded, strict=True)
             pools = [self.catalogue.draw(generator, barred, self.pool)[0] for generator, barred in drawn]
-        found = mine_hard(
-            model,
-            [row.prompt for row in rows],
-            self._trie,
-            excluded,
-            negatives_at(self._stages, share),
-            padding=self._padding,
-            pools=pools,
-        )
+        prompts, most = [row.prompt for row in rows], self._stages[-1][1]
+        found = mine_hard(model, prompts, self._trie, excluded, most, padding=self._padding, pools=pools)
         texts = [[self.catalogue.answers[place] for place in places] for places in found]
-        self._mined = {id(row): mined for row, mined in zip(rows, texts, strict=True)}
+        self._mined = {row.number: mined for row, mined in zip(rows, texts, strict=True)}
 
-    def _drawn(self, row: PreferenceRow, batch: Sequence[PreferenceRow], count: int, number: int) -> PreferenceRow:
-        others: Sequence[str] = self._mined.get(id(row), ())
-        if self.kind == "in-batch":
-            others = [other.texts[0] for other in batch if other is not row]
-        drawn = draw_negatives(
+    def _own(self, row: PreferenceRow, wanted: int, number: int) -> PreferenceRow:
+        """With some of its own answers, and what is known of them."""
+        drawn = self._draw(row, wanted, number, ())
+        places = [0, *(row.texts.index(text, 1) for text in drawn.answers)]
+        reference = None if row.reference is None else [row.reference[place] for place in places]
+        answers, texts = [row.answers[place] for place in places], [row.texts[place] for place in places]
+        return replace(row, answers=answers, texts=texts, reference=reference)
+
+    def _other(self, row: PreferenceRow, batch: Sequence[PreferenceRow], wanted: int, number: int) -> PreferenceRow:
+        """With answers of the catalogue or of other rows."""
+        if self.kind != "in-batch":
+            ids, others = self._ids, self._mined.get(row.number, [])
+        else:
+            ids = {other.texts[0]: other.answers[0] for other in self._beside(row, batch, number)}
+            others = list(ids)
+        drawn = self._draw(row, wanted, number, others)
+        answers = [row.answers[0], *(list(ids[text]) for text in drawn.answers)]
+        texts = [row.texts[0], *drawn.answers]
+        return replace(row, answers=answers, texts=texts, weights=drawn.weights, reference=None)
+
+    def _beside(self, row: PreferenceRow, batch: Sequence[PreferenceRow], number: int) -> Sequence[PreferenceRow]:
+        """The batch's other rows, or some of all rows where these have nothing but what the row must not get."""
+        barred = {row.texts[0], *self._seen[row.number - 1]}
+        if any(other.texts[0] not in barred for other in batch):
+            return [other for other in batch if other.number != row.number]
+        count(self.counts, ALONE, 1)
+        generator = random.Random(f"{self.seed}:others:{row.number}:{number}")
+        return generator.sample(self._rows, min(OTHERS, len(self._rows)))
+
+    def _draw(self, row: PreferenceRow, wanted: int, number: int, others: Sequence[str]) -> Drawn:
+        return draw_negatives(
             self._fields(row),
-            count,
+            wanted,
             self.kind,
             seed=self.seed,
-            number=self._numbers[id(row)],
+            number=row.number,
             draw=number,
             catalogue=self.catalogue,
             others=others,
         )
-        if self.kind in OWN:
-            places = [0, *(row.texts.index(text, 1) for text in drawn.answers)]
-            reference = None if row.reference is None else [row.reference[place] for place in places]
-            answers = [row.answers[place] for place in places]
-            return replace(row, answers=answers, texts=[row.texts[place] for place in places], reference=reference)
-        ids = self._ids if self.kind != "in-batch" else {other.texts[0]: other.answers[0] for other in batch}
-        answers = [row.answers[0], *(list(ids[text]) for text in drawn.answers)]
-        return replace(
-            row, answers=answers, texts=[row.texts[0], *drawn.answers], weights=drawn.weights, reference=None
-        )
 
     def _fields(self, row: PreferenceRow) -> Mapping[str, Any]:
-        seen = self._seen[self._numbers[id(row)] - 1]
-        return {"chosen": row.texts[0], "rejected": row.texts[1:], "candidates": row.texts[1:], "seen": seen}
-
-
-def longest_answer(tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue) -> int:
-    """Tokens of the catalogue's longest answer, its end included."""
-    return max(map(len, answer_ids(tokenizer, catalogue.answers)))
+        """What a draw reads; the chosen answer as the catalogue writes it, if it is there."""
+        chosen = self._texts.get(tuple(row.answers[0]), row.texts[0])
+        listed = row.texts[1:]
+        return {"chosen": chosen, "rejected": listed, "candidates": listed, "seen": self._seen[row.number - 1]}

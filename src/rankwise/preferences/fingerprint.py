@@ -22,7 +22,7 @@ from rankwise.directions.basehash import base_hash, weight_hash
 from rankwise.errors import UserError, nearest
 from rankwise.likelihood import unwrapped
 
-SCORING = 1  # raised whenever log-probabilities come out differently, beyond rounding
+SCORING = 2  # raised whenever log-probabilities come out differently, beyond rounding
 
 # Settings of a model's config that do not change what it computes, while loading, saving and trainers do change them.
 _OTHER_SETTINGS = re.compile(

@@ -72,12 +72,18 @@ class ReferenceValues:
             known = self._known(cache, rows)
             missing = [row for row, is_known in zip(rows, known, strict=True) if not is_known]
             for row, values in zip(missing, self._scored(model, missing), strict=True):
+                _check_finite(row, values)
                 row.reference = values
                 if cache is not None:
                     cache.add(row.prompt, row.answers, values)
         if cache is not None:
             cache.save()
         return len(missing)
+
+    def first(self, reference: Reference, rows: Sequence[PreferenceRow]) -> list[list[float]]:
+        """The reference's log-probabilities of the answers of a few rows."""
+        with reference.active() as model:
+            return self._scored(model, rows)
 
     def _cache(
         self,
@@ -119,7 +125,7 @@ class ReferenceValues:
         """Log-probabilities of each row's answers, in batches of rows of about one length."""
         most = max((len(row.answers) for row in rows), default=0)
         found = torch.zeros(len(rows), most, dtype=torch.float64)
-        order = sorted(range(len(rows)), key=lambda index: rows[index].length)
+        order = sorted(range(len(rows)), key=lambda index: rows[index].length, reverse=True)  # too large shows at once
         own = order[self._accelerator.process_index :: self._accelerator.num_processes]
         share = math.ceil(len(rows) / self._accelerator.num_processes)
         # All processes call the model equally often, as sharded weights need: one that has a row less takes another.
@@ -149,17 +155,20 @@ def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:
     return AUTOCAST.get(str(accelerator.mixed_precision))
 
 
-def write_check(checkpoint: Path, rows: Sequence[PreferenceRow]) -> None:
+def write_check(checkpoint: Path, values: Sequence[Sequence[float]]) -> None:
     """Keep the reference's log-probabilities of the first rows beside a checkpoint."""
-    write_json(checkpoint / CHECK_FILE, [row.reference for row in rows[:CHECKED]])
+    write_json(checkpoint / CHECK_FILE, values)
 
 
-def check_resumed(checkpoint: Path, rows: Sequence[PreferenceRow], dtype: torch.dtype) -> None:
+def check_resumed(
+    checkpoint: Path, rows: Sequence[PreferenceRow], values: Sequence[Sequence[float]], dtype: torch.dtype
+) -> None:
     """See that a training goes on with the reference, and the rows, that its checkpoint had.
 
     Args:
         checkpoint: its folder.
-        rows: of the training, with the reference's log-probabilities.
+        rows: the first of the training.
+        values: the reference's log-probabilities of their answers.
         dtype: in which they are computed, which says what rounding may do.
 
     Raises:
@@ -169,18 +178,25 @@ def check_resumed(checkpoint: Path, rows: Sequence[PreferenceRow], dtype: torch.
     if not path.is_file():
         return
     kept = json.loads(path.read_text(encoding="utf-8"))
-    pairs = zip(rows, kept, strict=False)
-    if len(rows) < len(kept) or not all(_alike(row, values, dtype) for row, values in pairs):
+    triples = zip(rows, values, kept, strict=False)
+    if len(kept) != len(rows) or not all(_alike(row, one, other, dtype) for row, one, other in triples):
         raise UserError(
             f"{checkpoint} was trained against another reference or on other rows than those given: resume with the "
             "model that its training began with (not the checkpoint's own), and the same rows in the same order"
         )
 
 
-def _alike(row: PreferenceRow, values: Sequence[float], dtype: torch.dtype) -> bool:
-    """Whether the row's log-probabilities are these, but for rounding."""
-    found, tolerance = row.reference or [], TOLERANCES[dtype]
-    if len(found) != len(values):
+def _alike(row: PreferenceRow, found: Sequence[float], kept: Sequence[float], dtype: torch.dtype) -> bool:
+    """Whether log-probabilities of the row's answers are the same, but for rounding."""
+    if len(found) != len(kept):
         return False
-    triples = zip(found, values, row.answers, strict=True)
-    return all(abs(one - other) <= tolerance * math.sqrt(len(answer)) for one, other, answer in triples)
+    triples = zip(found, kept, row.answers, strict=True)
+    return all(abs(one - other) <= TOLERANCES[dtype] * math.sqrt(len(answer)) for one, other, answer in triples)
+
+
+def _check_finite(row: PreferenceRow, values: Sequence[float]) -> None:
+    if not all(map(math.isfinite, values)):
+        raise UserError(
+            f"the reference gives {values} as log-probabilities of the answers of row {row.number}: look at its"
+            " weights, or compute in float32 or bfloat16, not float16"
+        )

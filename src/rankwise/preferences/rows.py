@@ -29,6 +29,7 @@ class PreferenceRow:
         reference: log-probabilities of the answers under the reference, in nats, once they are known.
         texts: of the answers.
         weights: of the rejected answers in the loss; 1 each where not given.
+        number: of the row among all of a trainer, from 1.
     """
 
     prompt: list[int]
@@ -36,6 +37,7 @@ class PreferenceRow:
     reference: list[float] | None = None
     texts: list[str] = field(default_factory=list)
     weights: list[float] | None = None
+    number: int = 0
 
     @property
     def length(self) -> int:
@@ -173,8 +175,8 @@ def _prompt(
     fitted = fit_prompt(tokenizer, ids, longest, context)
     if fitted is None:
         raise UserError(
-            f"has a prompt of {len(ids)} tokens, of which nothing is left beside an answer of {longest}, end included, in"
-            f" a context of {context}: allow a longer one, or leave the answer out"
+            f"has a prompt of {len(ids)} tokens, of which nothing is left beside an answer of {longest}, end included,"
+            f" in a context of {context}: allow a longer one, or leave the answer out"
         )
     count(counts, PROMPTS_CUT, int(fitted[1]))
     return fitted[0]

@@ -14,22 +14,28 @@ from accelerate.utils import DistributedType
 from jaxtyping import Bool, Float
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from rankwise.counting import count
 from rankwise.errors import UserError
 from rankwise.likelihood import unwrapped
 from rankwise.preferences.batches import BatchMaker, SequenceBatch, answer_totals, by_answer
+from rankwise.preferences.checks import check_arguments, check_positions
 from rankwise.preferences.config import OWN, SoftmaxDPOConfig
-from rankwise.preferences.drawing import Negatives, longest_answer
+from rankwise.preferences.datasets import read_data
 from rankwise.preferences.loss import softmax_dpo_loss
 from rankwise.preferences.means import RowMeans, RunningMeans
 from rankwise.preferences.measures import preference_measures, ranking_measures
 from rankwise.preferences.negatives import Catalogue
 from rankwise.preferences.reference import choose_reference
-from rankwise.preferences.reference_values import ReferenceValues, autocast_dtype, check_resumed, write_check
-from rankwise.preferences.rows import PreferenceRow, encode_preferences
+from rankwise.preferences.reference_values import (
+    CHECKED,
+    ReferenceValues,
+    autocast_dtype,
+    check_resumed,
+    write_check,
+)
+from rankwise.preferences.rows import PreferenceRow
 from rankwise.ranks.adalora.orthogonality import orthogonality_loss
 from rankwise.tokenise import padding_token
 from rankwise.trees import TreeBatch, why_no_trees
@@ -58,7 +64,7 @@ class SoftmaxDPOTrainer(Trainer):
         model: a causal language model, usually with an adapter; it is changed in place.
         args: the settings.
         train_dataset: rows; a list or a ``datasets.Dataset``.
-        eval_dataset: rows to evaluate on, optional.
+        eval_dataset: rows to evaluate on, optional, with rejected answers of their own whatever training draws.
         processing_class: the tokenizer.
         peft_config: of a new adapter for the model, optional.
         ref_model: a model to take as the reference in place of ``args.reference``.
@@ -89,70 +95,46 @@ class SoftmaxDPOTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
-        if processing_class is None:
-            raise UserError("SoftmaxDPOTrainer needs the tokenizer: give it as processing_class")
-        self.counts: dict[str, int] = {}
-        train_rows, self._negatives = self._training_rows(train_dataset, processing_class, args, catalogue)
-        eval_rows = None
-        if eval_dataset is not None:
-            eval_rows, counts = encode_preferences(eval_dataset, processing_class, args.max_length)
-            self._count(counts)
+        check_arguments(model, args, processing_class, peft_config, kwargs)
+        assert processing_class is not None
+        data = read_data(train_dataset, eval_dataset, processing_class, args, catalogue)
+        self.counts, self._negatives = data.counts, data.negatives
+        check_positions(model, data.longest)
         if peft_config is not None:
+            set_seed(args.seed)
             model = get_peft_model(model, peft_config)
         self.reference = choose_reference(model, args.reference, args.reference_adapter, ref_model)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_rows,
-            eval_dataset=eval_rows,
+            train_dataset=data.train,
+            eval_dataset=data.evaluation,
             processing_class=processing_class,
             data_collator=_listed,
             callbacks=callbacks,
             **kwargs,
         )
+        if self.args.n_gpu > 1:
+            raise UserError(
+                f"{self.args.n_gpu} GPUs in one process would share out parts of a row of trees: start a process for"
+                " each (torchrun or accelerate launch), or let one be visible (CUDA_VISIBLE_DEVICES)"
+            )
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the rows of all accumulated batches
-        self._batch = self._batch_maker(padding_token(processing_class))
+        self._batch = self._batch_maker(padding_token(processing_class), data.longest)
         # Apart: an evaluation may come between two logs of the training.
         self._means, self._evaluated = RunningMeans(), RowMeans(len(self.eval_dataset or ()))
-        self._places = {id(row): place for place, row in enumerate(self.eval_dataset or ())}
+        self._prefix = "eval"
         self._parameters = sum(value.numel() for value in self.model.parameters())
-        self._reference_is_known = False
         # Of answers that are drawn from elsewhere, the reference's log-probabilities are computed step by step.
         self._known_before = args.negatives in OWN
+        self._reference_is_known = False
+        self._first: list[list[float]] | None = None
         self._ahead: deque[Any] = deque()
+        self._ahead_of: Any = None
 
-    def _training_rows(
-        self,
-        dataset: Iterable[Mapping[str, Any]] | None,
-        tokenizer: PreTrainedTokenizerBase,
-        args: SoftmaxDPOConfig,
-        catalogue: Catalogue | None,
-    ) -> tuple[list[PreferenceRow] | None, Negatives | None]:
-        """The rows as tokens, and what draws their rejected answers."""
-        if dataset is None:
-            return None, None
-        listed = list(dataset)
-        kind = args.negatives
-        column = {"given": "rejected", "candidates": "candidates"}.get(kind)
-        room = longest_answer(tokenizer, catalogue) if catalogue is not None and column is None else 0
-        rows, counts = encode_preferences(listed, tokenizer, args.max_length, rejected=column, room=room)
-        self._count(counts)
-        if kind == "given" and args.num_negatives is None:
-            return rows, None
-        seen = [row.get("seen") or () for row in listed]
-        negatives = Negatives(kind, args.stages(), args.seed, rows, seen, catalogue, tokenizer, args.mine_pool)
-        self._count(negatives.counts)
-        return rows, negatives
-
-    def _count(self, counts: Mapping[str, int]) -> None:
-        for name, number in counts.items():
-            count(self.counts, name, number)
-
-    def _batch_maker(self, padding: int) -> BatchMaker:
+    def _batch_maker(self, padding: int, longest: int) -> BatchMaker:
         """Trees where they are wanted and the model takes them."""
-        rows = [row for part in (self.train_dataset, self.eval_dataset) for row in part or ()]
-        longest = max((row.length for row in rows), default=self.args.max_length)
-        reason = why_no_trees(self.model, longest) if self.args.prefix_tree else None
+        reason = why_no_trees(self.model, longest) if self.args.prefix_tree and longest else None
         if reason is not None:
             warnings.warn(f"each answer is computed with its own copy of the prompt: {reason}", stacklevel=3)
         return BatchMaker(padding, self.args.prefix_tree and reason is None, self.args.tokens_per_row)
@@ -163,33 +145,43 @@ class SoftmaxDPOTrainer(Trainer):
         A training that goes on from a checkpoint needs the model as it was when it began, for the reference.
 
         Raises:
-            UserError: the reference's log-probabilities are not those that the checkpoint was trained against.
+            UserError: nothing is trained, there is no checkpoint, or the reference is not the one that the checkpoint
+                was trained against.
         """
-        self.compute_reference()
+        if not any(value.requires_grad for value in self.model.parameters()):
+            raise UserError("no weight of the model is trained: load its adapter with is_trainable=True, or give one")
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
-        if checkpoint and self._checkable:
-            dtype = autocast_dtype(self.accelerator) or unwrapped(self.model).dtype
-            check_resumed(Path(checkpoint), self.train_dataset, dtype)
-        if self.reference is not None and not self._known_before:
-            self.reference.keep()
+            if checkpoint is None:
+                raise UserError(f"there is no checkpoint in {self.args.output_dir} to resume from: give its path")
+        self._begin(Path(checkpoint) if checkpoint else None)
+        self.compute_reference()
         self._ahead.clear()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        return super().train(checkpoint or None, *args, **kwargs)
 
-    @property
-    def _checkable(self) -> bool:
-        """Whether there are log-probabilities of training rows that were known before it."""
-        return self.reference is not None and self._known_before
+    def _begin(self, checkpoint: Path | None) -> None:
+        """See that the reference is the one of the checkpoint; keep it where it is needed while training goes on."""
+        if self.reference is None or self._first is not None:
+            return
+        rows = self.train_dataset[:CHECKED]
+        self._first = self._reference_values().first(self.reference, rows)
+        if checkpoint is not None:
+            dtype = autocast_dtype(self.accelerator) or unwrapped(self.model).dtype
+            check_resumed(checkpoint, rows, self._first, dtype)
+        if not self._known_before:
+            self.reference.keep()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's hook: keep what tells the reference in the checkpoint too."""
         super()._save_checkpoint(model, trial)
-        if self.args.should_save and self._checkable:
-            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            write_check(folder, self.train_dataset)
+        if self.args.should_save and self._first is not None:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            write_check(folder, self._first)
 
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Compute the reference's log-probabilities where they are missing, then evaluate on the trainer's own rows.
 
         Raises:
@@ -201,8 +193,9 @@ class SoftmaxDPOTrainer(Trainer):
             )
         self.compute_reference()
         self._evaluated.clear()  # of losses computed since the last one, by what scores directions, say
+        self._prefix = metric_key_prefix
         was_prepared = bool(self.accelerator._models)
-        found = super().evaluate(None, *args, **kwargs)
+        found: dict[str, float] = super().evaluate(None, ignore_keys, metric_key_prefix)
         if not was_prepared and self.accelerator.distributed_type in REPLICATED:
             # Accelerate takes a model that it has prepared for evaluation as ready for training, and never wraps it
             # then: each process would train on its own.
@@ -215,14 +208,17 @@ class SoftmaxDPOTrainer(Trainer):
         """Fill in the reference's log-probabilities of the rows, once; each process computes a part of them."""
         if self._reference_is_known or self.reference is None:
             return
-        self.model.to(self.args.device)
         parts = (self.train_dataset if self._known_before else None, self.eval_dataset)
         rows = [row for part in parts for row in part or ()]
         if rows:
-            size = self.args.per_device_eval_batch_size
-            values = ReferenceValues(self.accelerator, self._batch, size, self.compute_loss_context_manager)
-            values.fill(self.reference, rows, self.args.reference_cache, self.processing_class)
+            self._reference_values().fill(self.reference, rows, self.args.reference_cache, self.processing_class)
         self._reference_is_known = True
+
+    def _reference_values(self) -> ReferenceValues:
+        if self.place_model_on_device:
+            self.model.to(self.args.device)
+        size = self.args.per_device_eval_batch_size
+        return ReferenceValues(self.accelerator, self._batch, size, self.accelerator.autocast)
 
     def _added_up(self, values: Tensor) -> Tensor:
         """The sum over processes."""
@@ -262,15 +258,14 @@ class SoftmaxDPOTrainer(Trainer):
         policy, exists = answer_totals(model, batch), batch.exists
         lengths = by_answer([[float(len(answer)) for answer in row.answers] for row in rows], 1.0).to(device)
         cross_entropy = -policy[:, 0] / lengths[:, 0]
-        ranking = ranking_measures(policy, exists)
-        if settings.length_normalised:
-            policy, reference = policy / lengths, reference / lengths
-        weights = self._weights(rows, policy - reference, exists)
+        scale = lengths if settings.length_normalised else torch.ones_like(lengths)
+        compared, against = policy / scale, reference / scale
+        weights = self._weights(rows, compared - against, exists)
         losses = softmax_dpo_loss(
-            policy[:, 0],
-            policy[:, 1:],
-            reference[:, 0],
-            reference[:, 1:],
+            compared[:, 0],
+            compared[:, 1:],
+            against[:, 0],
+            against[:, 1:],
             settings.beta,
             exists[:, 1:],
             label_smoothing=settings.label_smoothing,
@@ -278,16 +273,24 @@ class SoftmaxDPOTrainer(Trainer):
         )
         if settings.sft_weight:
             losses = losses + settings.sft_weight * cross_entropy
-        measures = preference_measures(policy, reference, exists, settings.beta, weights) | {
-            "nll/chosen": cross_entropy.detach()
-        }
-        if self.model.training:
-            self._means.add(measures)
-        elif all(id(row) in self._places for row in rows):
-            self._evaluated.add(
-                [self._places[id(row)] for row in rows], {"loss": losses.detach(), **measures, **ranking}
-            )
+        measures = preference_measures(compared, against, exists, settings.beta, weights)
+        measures |= {"logps/chosen": policy[:, 0].detach(), "nll/chosen": cross_entropy.detach()}
+        if settings.length_normalised:
+            whole = preference_measures(policy, reference, exists, settings.beta)
+            measures["logps/rejected"] = whole["logps/rejected"]
+        self._record(rows, measures | {"loss": losses.detach()}, ranking_measures(policy, exists))
         return losses
+
+    def _record(
+        self, rows: Sequence[PreferenceRow], measures: Mapping[str, Tensor], ranking: Mapping[str, Tensor]
+    ) -> None:
+        """Keep what is logged: of training, and of the rows of an evaluation."""
+        if self.model.training:
+            self._means.add({name: values for name, values in measures.items() if name != "loss"})
+            return
+        first = 1 + len(self.train_dataset or ())
+        if all(row.number >= first for row in rows):
+            self._evaluated.add([row.number - first for row in rows], {**measures, **ranking})
 
     def _reference_of(
         self, rows: Sequence[PreferenceRow], batch: TreeBatch | SequenceBatch
@@ -298,7 +301,7 @@ class SoftmaxDPOTrainer(Trainer):
             return by_answer(known, 0.0).to(self.args.device)
         if self.reference is None:
             return torch.zeros(batch.exists.shape, device=self.args.device)
-        with self.reference.active() as model:
+        with self.reference.active() as model, self.accelerator.autocast():
             return answer_totals(model, batch)
 
     def _weights(
@@ -337,11 +340,12 @@ class SoftmaxDPOTrainer(Trainer):
         """Trainer's hook: the batches of a step; of several steps at once where hard answers are mined for them."""
         if self._negatives is None or self.args.negatives != "hard":
             return super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[no-any-return]
-        if not self._ahead:
-            self._ahead.extend(itertools.islice(epoch_iterator, self.args.mine_every * num_batches))
+        if not self._ahead or self._ahead_of is not epoch_iterator:
+            self._ahead_of = epoch_iterator
+            self._ahead = deque(itertools.islice(epoch_iterator, self.args.mine_every * num_batches))
             rows = [row for batch in self._ahead for row in batch["rows"]]
-            with self.compute_loss_context_manager():
-                self._negatives.mine(self.model, rows, self._share, self._pass)
+            with self.accelerator.autocast():
+                self._negatives.mine(self.model, rows, self._pass)
         batches = [self._ahead.popleft() for _ in range(min(num_batches, len(self._ahead)))]
         return batches, self._get_num_items_in_batch(batches, device)
 
@@ -365,8 +369,9 @@ class SoftmaxDPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Trainer's hook: add the means since the last log; an evaluation's loss is its rows' mean as well."""
-        if "eval_loss" in logs:
-            logs |= {f"eval_{name}": value for name, value in self._evaluated.take(self._added_up).items()}
+        prefix = self._prefix
+        if f"{prefix}_loss" in logs:
+            logs |= {f"{prefix}_{name}": value for name, value in self._evaluated.take(self._added_up).items()}
         elif "loss" in logs:
             logs |= self._means.take(self._added_up)
         super().log(logs, *args, **kwargs)
