@@ -102,3 +102,22 @@ def test_a_candidate_longer_than_the_context_is_told_before_the_model_is_loaded(
     recipe = small_runs.recipe("sdpo", tmp_path, model_folder, model={"path": str(model_folder), "context": 9})
     with pytest.raises(UserError, match=r"does not fit 9 tokens: raise model\.context"):
         Run(recipe, small_runs.silent())()
+
+
+@pytest.mark.parametrize("possible", [False, True])
+def test_a_processor_without_bfloat16_is_told(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, possible: bool
+) -> None:
+    """It is slow there, not wrong: the run goes on."""
+    monkeypatch.setattr(rankwise.run, "computes_bfloat16", lambda: possible)
+    recipe = small_runs.recipe(
+        "classification",
+        tmp_path,
+        model_folder,
+        stages=[small_runs.SFT | {"epochs": 0.1}],
+        precision="bfloat16",
+        evaluation={"base": False},
+    )
+    console = small_runs.silent()
+    Run(recipe, console)()
+    assert ("no bfloat16 arithmetic: precision=float32 is many times faster" in small_runs.printed(console)) != possible

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rankwise.likelihood import forward_arguments, target_log_probabilities, unwrapped
+from rankwise.likelihood import target_log_probabilities, unwrapped
 from rankwise.trees.batch import TreeBatch, batch_trees, rounded_up
 from rankwise.trees.build import TokenTree
 from rankwise.trees.masks import attention_mask_for
@@ -26,9 +25,8 @@ def tree_log_probabilities(model: nn.Module, batch: TreeBatch) -> Float[Tensor, 
         model: a causal language model that `why_no_trees` has nothing against, adapted or not.
         batch: trees, on the model's device.
     """
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": attention_mask_for(model, batch.ends)}
-    if "position_ids" in forward_arguments(model):
-        inputs["position_ids"] = batch.position_ids
+    mask = attention_mask_for(model, batch.ends)
+    inputs = {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.position_ids}
     with head_reads(model, batch.reads):
         logits = model(**inputs, use_cache=False).logits[0]
     edges = target_log_probabilities(logits, batch.edge_reads, batch.edge_tokens)
