@@ -31,6 +31,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from glue_tables import SWEEP_TASKS, TASKS, Entry, by_rate, mean_score, report
+from result_file import ResultFile
 from timing import machine
 
 # Where the sweep of each method begins.
@@ -55,21 +56,8 @@ STEP_SECONDS = {"rte": 0.6, "mrpc": 0.5, "stsb": 0.3}
 RUN_SECONDS, ALLOCATION_SECONDS = 25, 180
 
 
-class Results:
+class Results(ResultFile):
     """Finished runs, a JSON line each after a first one with the settings; a finished run is not run again."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @property
-    def lines(self) -> list[Entry]:
-        """All lines as they now are: another command may have added some."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        return [json.loads(line) for line in lines]
-
-    @property
-    def entries(self) -> list[Entry]:
-        return self.lines[1:]
 
     def open(self, settings: Entry) -> None:
         """Write the settings of a new file; those of an old one must be the same."""
@@ -79,10 +67,6 @@ class Results:
             self.add(settings)
         elif found[0] != json.loads(json.dumps(settings)):
             raise SystemExit(f"{self.path} holds runs with other settings ({found[0]}): give another --out")
-
-    def add(self, entry: Entry) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
 
     def find(self, spec: Entry) -> Entry | None:
         """The run with the same split, method, task, rate, seed, epochs and batch, if it is there."""

@@ -29,6 +29,7 @@ import sys
 import time
 from pathlib import Path
 
+from result_file import ResultFile
 from study_data import TEMPLATES
 from study_plan import BASE, POPULARITY, Entry, Run, finals, needed, of, plan, short_runs, spec, supervised_rate
 from study_tables import line, report
@@ -44,21 +45,8 @@ CASES = {("lastfm", "validation"): 800, ("lastfm", "test"): 2495}
 FILM_CASES = 609
 
 
-class Results:
+class Results(ResultFile):
     """Finished runs, a JSON line each after a first one about the machine; a finished run is not run again."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @property
-    def lines(self) -> list[Entry]:
-        """All lines as they now are: another command may have added some."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        return [json.loads(line) for line in lines]
-
-    @property
-    def entries(self) -> list[Entry]:
-        return self.lines[1:]
 
     def open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,10 +55,6 @@ class Results:
                 file.write(json.dumps({"machine": machine(1), "precision": "float32"}) + "\n")
         except FileExistsError:
             pass
-
-    def add(self, entry: Entry) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
 
 
 def claim(run: Run, work: Path) -> Path | None:

@@ -32,42 +32,28 @@ def score(model: nn.Module, prompt: list[int], answer: list[int]) -> float:
     return sum(logs[len(prompt) - 1 + place, token] for place, token in enumerate(answer))
 
 
-def ranked(model: nn.Module, prompt: list[int], indices: list[int], per_token: bool = False) -> list[int]:
+def ranked(model: nn.Module, prompt: list[int], indices: list[int]) -> list[int]:
     """Indices by falling score."""
-    scores = {i: score(model, prompt, ANSWERS[i]) / (len(ANSWERS[i]) if per_token else 1) for i in indices}
+    scores = {i: score(model, prompt, ANSWERS[i]) for i in indices}
     return sorted(scores, key=scores.__getitem__, reverse=True)
 
 
-@pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("skip", [0, 2])
-def test_the_whole_catalogue_is_ranked_without_what_is_excluded(skip: int, per_token: bool) -> None:
-    found = mine_hard(MODEL, PROMPTS, CatalogueTrie(ANSWERS), EXCLUDED, 4, padding=0, skip=skip, per_token=per_token)
+def test_the_whole_catalogue_is_ranked_without_what_is_excluded() -> None:
+    found = mine_hard(MODEL, PROMPTS, CatalogueTrie(ANSWERS), EXCLUDED, 4, padding=0)
     for prompt, excluded, mined in zip(PROMPTS, EXCLUDED, found, strict=True):
-        wrong = [index for index in range(25) if index not in excluded]
-        assert mined == ranked(MODEL, prompt, wrong, per_token)[skip : skip + 4]
+        assert mined == ranked(MODEL, prompt, [index for index in range(25) if index not in excluded])[:4]
 
 
-@pytest.mark.parametrize("per_token", [False, True])
-def test_a_pool_is_ranked_alone(per_token: bool) -> None:
-    trie = CatalogueTrie(ANSWERS)
-    found = mine_hard(MODEL, PROMPTS, trie, EXCLUDED, 3, padding=0, pools=POOLS, per_token=per_token)
+def test_a_pool_is_ranked_alone() -> None:
+    found = mine_hard(MODEL, PROMPTS, CatalogueTrie(ANSWERS), EXCLUDED, 3, padding=0, pools=POOLS)
     for prompt, excluded, pool, mined in zip(PROMPTS, EXCLUDED, POOLS, found, strict=True):
-        assert mined == ranked(MODEL, prompt, [index for index in pool if index not in excluded], per_token)[:3]
+        assert mined == ranked(MODEL, prompt, [index for index in pool if index not in excluded])[:3]
     assert list(map(len, found)) == [3, 3, 1]
 
 
-def test_summed_and_mean_scores_rank_differently_and_the_sum_is_what_is_taken() -> None:
-    trie = CatalogueTrie(ANSWERS)
-    summed, mean = (
-        mine_hard(MODEL, PROMPTS, trie, EXCLUDED, 5, padding=0, per_token=per_token) for per_token in (False, True)
-    )
-    assert summed != mean
-    assert mine_hard(MODEL, PROMPTS, trie, EXCLUDED, 5, padding=0) == summed
-
-
 def test_all_that_is_left_comes_where_more_is_wanted() -> None:
-    found = mine_hard(MODEL, PROMPTS, CatalogueTrie(ANSWERS), EXCLUDED, 100, padding=0, skip=1)
-    assert list(map(len, found)) == [21, 24, 20]
+    found = mine_hard(MODEL, PROMPTS, CatalogueTrie(ANSWERS), EXCLUDED, 100, padding=0)
+    assert list(map(len, found)) == [22, 25, 21]
 
 
 def test_a_pool_may_be_drawn_from_the_texts() -> None:
@@ -116,12 +102,9 @@ def test_answers_are_tokenised_as_those_of_rows(tiny_tokenizer: PreTrainedTokeni
 
 def test_mistakes_are_named() -> None:
     trie = CatalogueTrie(ANSWERS)
-    for count, skip in [(0, 0), (1, -1)]:
-        with pytest.raises(
-            UserError, match=f"mining {count} answers beyond the best {skip} is not possible: count is 1"
-        ):
-            mine_hard(MODEL, PROMPTS, trie, EXCLUDED, count, padding=0, skip=skip)
-    with pytest.raises(UserError, match="prompt 3 of 3 has no hard negative: 21 wrong answers are left and skip is 21"):
-        mine_hard(MODEL, PROMPTS, trie, EXCLUDED, 1, padding=0, skip=21)
-    with pytest.raises(UserError, match="prompt 2 of 3 has no hard negative: 0 wrong answers are left and skip is 0"):
+    with pytest.raises(UserError, match="mining 0 answers for a prompt is not possible: 1 or more"):
+        mine_hard(MODEL, PROMPTS, trie, EXCLUDED, 0, padding=0)
+    with pytest.raises(UserError, match="prompt 2 of 3 has no wrong answer left to mine: leave its row out"):
         mine_hard(MODEL, PROMPTS, trie, [{0}, {4, 5}, {1}], 1, padding=0, pools=[[3], [4, 5], [2]])
+    with pytest.raises(UserError, match="prompt 3 of 3 has no wrong answer left"):
+        mine_hard(MODEL, PROMPTS, trie, [{0}, {1}, set(range(25))], 1, padding=0)

@@ -71,14 +71,16 @@ def test_what_would_fail_late_or_be_ignored_is_refused(
         made.train()
 
 
+@pytest.mark.parametrize("drawn", [{}, {"negatives": "in-batch", "num_negatives": 1}])
 def test_a_reference_that_is_no_number_is_refused(
-    tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, drawn: dict[str, Any]
 ) -> None:
+    """Also where its values are computed step by step."""
     broken = copy.deepcopy(tiny_llama)
     with torch.no_grad():
         broken.lm_head.weight[3, 3] = torch.nan
-    made = trainer(moved(tiny_llama), tiny_tokenizer, tmp_path, ref_model=broken)
-    with pytest.raises(UserError, match=r"the reference gives \[nan, .* as log-probabilities of the answers of row"):
+    made = trainer(moved(tiny_llama), tiny_tokenizer, tmp_path, ref_model=broken, **drawn)
+    with pytest.raises(UserError, match=r"the reference gives \[nan.* as log-probabilities of the answers of row"):
         made.train()
 
 

@@ -145,7 +145,7 @@ def test_all_masks_say_the_same(rows: list[Row], tokens_per_row: int | None) -> 
         expected[row, 0, query, key] = key <= query < int(ends[row, key])
     assert torch.equal(dense_mask(ends), expected)
     for dtype in (torch.float32, torch.bfloat16):
-        added = additive_mask(ends, dtype)
+        added = additive_mask(dense_mask(ends), dtype)
         assert added.dtype == dtype
         assert torch.equal(added == 0, expected)
         assert (added[~expected] == torch.finfo(dtype).min).all()

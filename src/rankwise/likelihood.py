@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -113,10 +114,11 @@ def last_logits(
 def last_logits_and_cache(
     model: nn.Module, input_ids: Int[Tensor, "batch length"], attention_mask: Int[Tensor, "batch length"]
 ) -> tuple[Float[Tensor, "batch vocabulary"], DynamicCache]:
-    """Logits at the last position, float32, and the cache of keys and values; rows are padded on the left."""
+    """Logits at the last position, float32 at least, and the cache of keys and values; rows are padded on the left."""
     inputs = _inputs(model, input_ids, attention_mask, 1)
     output = model(**inputs, past_key_values=DynamicCache(), use_cache=True)
-    return output.logits[:, -1].float(), output.past_key_values
+    logits = output.logits[:, -1]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), output.past_key_values
 
 
 def _inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, count: int) -> dict[str, Any]:
@@ -128,6 +130,18 @@ def _inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, count: 
     if "logits_to_keep" in known:
         inputs["logits_to_keep"] = count
     return inputs
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode meanwhile, and then back in its own."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def forward_arguments(model: nn.Module) -> set[str]:

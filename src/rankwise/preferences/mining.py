@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rankwise.errors import UserError
+from rankwise.likelihood import evaluating
 from rankwise.tokenise import answer_ids
 from rankwise.trees.build import token_tree
 from rankwise.trees.catalogue import CatalogueTrie, catalogue_scores, separate_log_probabilities
@@ -32,11 +32,9 @@ def mine_hard(
     *,
     padding: int,
     pools: Sequence[Sequence[int]] | None = None,
-    skip: int = 0,
-    per_token: bool = False,
     batch_tokens: int = 16384,
 ) -> list[list[int]]:
-    """The ``count`` wrong answers with the highest log-probability after each prompt.
+    """The ``count`` wrong answers with the highest log-probability after each prompt, summed over tokens.
 
     Meanwhile the model is in evaluation mode and has no gradients; then each of its modules is in its own mode again.
 
@@ -49,46 +47,36 @@ def mine_hard(
         padding: id that fills rows.
         pools: for each prompt, indices of the answers to rank, such as `Catalogue.draw` gives: one token tree of the
             prompt and these costs far less than the whole catalogue, which is ranked where they are not given.
-        skip: leave out so many of the best wrong answers, which may well be right and only not observed (top-K shifted
-            by N in arXiv 2407.15831); 0 or more.
-        per_token: rank by the mean log-probability of an answer's tokens, not by the sum. The sum is that of the answer
-            as a whole, by which an evaluation ranks too; it favours short answers.
         batch_tokens: most tokens of a batch.
 
     Returns:
         For each prompt, indices of answers, best first.
 
     Raises:
-        UserError: nothing is left for a prompt, or count or skip is out of its range.
+        UserError: nothing is left for a prompt, or count is below 1.
     """
-    if count < 1 or skip < 0:
-        raise UserError(
-            f"mining {count} answers beyond the best {skip} is not possible: count is 1 or more, skip 0 or more"
-        )
+    if count < 1:
+        raise UserError(f"mining {count} answers for a prompt is not possible: 1 or more")
     if pools is None:
-        _check_left([len(trie) - len(set(barred)) for barred in excluded], skip)
+        _check_left([len(trie) - len(set(barred)) for barred in excluded])
         scored = _whole(model, prompts, trie, excluded, padding, batch_tokens)
     else:
         pairs = zip(pools, excluded, strict=True)
         wrong = [[index for index in dict.fromkeys(pool) if index not in barred] for pool, barred in pairs]
-        _check_left([len(indices) for indices in wrong], skip)
+        _check_left([len(indices) for indices in wrong])
         scored = _pooled(model, prompts, trie, wrong, padding, batch_tokens)
     found: list[list[int]] = [[] for _ in prompts]
-    with _evaluating(model):
+    with evaluating(model):
         for row, indices, scores in scored:
-            ranked = scores / trie.lengths[indices].to(scores) if per_token else scores
-            best = ranked.topk(min(skip + count, len(ranked))).indices[skip:].cpu()
+            best = scores.topk(min(count, len(scores))).indices.cpu()
             found[row] = indices[best].tolist()
     return found
 
 
-def _check_left(left: Sequence[int], skip: int) -> None:
-    for number, wrong in enumerate(left, start=1):
-        if wrong <= skip:
-            raise UserError(
-                f"prompt {number} of {len(left)} has no hard negative: {wrong} wrong answers are left and skip is"
-                f" {skip}; leave the row out, or skip fewer"
-            )
+def _check_left(left: Sequence[int]) -> None:
+    if 0 in left:
+        number = left.index(0) + 1
+        raise UserError(f"prompt {number} of {len(left)} has no wrong answer left to mine: leave its row out")
 
 
 Scored = Iterator[tuple[int, Int[Tensor, " answers"], Float[Tensor, " answers"]]]
@@ -128,15 +116,3 @@ def _pooled(
         totals = answer_log_probabilities_of(model, trees, padding, batch_tokens)
     for row, (indices, values) in enumerate(zip(wrong, totals, strict=True)):
         yield row, torch.tensor(indices), torch.tensor(values)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode meanwhile; then every module is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -81,9 +81,16 @@ class ReferenceValues:
         return len(missing)
 
     def first(self, reference: Reference, rows: Sequence[PreferenceRow]) -> list[list[float]]:
-        """The reference's log-probabilities of the answers of a few rows."""
+        """The reference's log-probabilities of the answers of a few rows.
+
+        Raises:
+            UserError: one is not finite.
+        """
         with reference.active() as model:
-            return self._scored(model, rows)
+            found = self._scored(model, rows)
+        for row, values in zip(rows, found, strict=True):
+            _check_finite(row, values)
+        return found
 
     def _cache(
         self,

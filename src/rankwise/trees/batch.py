@@ -45,11 +45,6 @@ class TreeBatch:
         named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return TreeBatch(**{name: tensor.to(device, non_blocking=True) for name, tensor in named.items()})
 
-    def pin_memory(self) -> TreeBatch:
-        """The same in page-locked memory; torch's data loader asks for it."""
-        named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return TreeBatch(**{name: tensor.pin_memory() for name, tensor in named.items()})
-
 
 def batch_trees(
     trees: Sequence[TokenTree], padding: int, tokens_per_row: int | None = None, multiple_of: int = MULTIPLE_OF

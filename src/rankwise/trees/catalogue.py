@@ -16,15 +16,14 @@ from transformers import DynamicCache
 from rankwise.errors import UserError
 from rankwise.likelihood import (
     answer_log_probabilities,
-    forward_arguments,
-    position_ids,
+    last_logits_and_cache,
     target_log_probabilities,
     tokens_for_logits,
     unwrapped,
 )
 from rankwise.tokenise import IGNORED, pad_left
 from rankwise.trees.build import token_tree
-from rankwise.trees.masks import FLEX, attention_of, dense_mask
+from rankwise.trees.masks import FLEX, as_taken, attention_of, dense_mask
 from rankwise.trees.support import why_no_trees
 
 CHUNK = 256  # nodes; measured best for narrow models: in wider ones attention costs more than it saves
@@ -209,8 +208,8 @@ def _score_batch(
 ) -> Float[Tensor, "prompts answers"]:
     device = next(model.parameters()).device
     ids, own = (tensor.to(device) for tensor in pad_left(prompts, padding))
-    logits, cache = _read(model, ids, own)
-    first = _log_probabilities(logits, torch.zeros_like(trie.first), trie.first)
+    logits, cache = last_logits_and_cache(model, ids, own)  # no layer of it forgets what a window leaves
+    first = _log_probabilities(logits[:, None], torch.zeros_like(trie.first), trie.first)
     edges = first.new_empty(len(prompts), trie.edges)
     edges[:, : len(trie.first)] = first
     for chunk in trie.chunks(nodes):
@@ -228,14 +227,6 @@ def _log_probabilities(
     return target_log_probabilities(logits.flatten(0, 1), rows, columns).view(prompts, -1)
 
 
-def _read(model: nn.Module, ids: Tensor, own: Tensor) -> tuple[Float[Tensor, "prompts 1 vocabulary"], DynamicCache]:
-    """What comes after the prompts, and their keys and values; no layer of this cache forgets what a window leaves."""
-    fewer = {"logits_to_keep": 1} if "logits_to_keep" in forward_arguments(model) else {}
-    inputs = {"input_ids": ids, "attention_mask": own, "position_ids": position_ids(own)}
-    output = model(**inputs, **fewer, past_key_values=DynamicCache(), use_cache=True)
-    return output.logits[:, -1:], output.past_key_values
-
-
 def _continue(
     model: nn.Module, cache: DynamicCache, own: Bool[Tensor, "prompts length"], chunk: Chunk
 ) -> Float[Tensor, "prompts nodes vocabulary"]:
@@ -245,7 +236,7 @@ def _continue(
     among = dense_mask(chunk.ends[None].to(device)).expand(prompts, -1, -1, -1)
     output = model(
         input_ids=chunk.tokens.to(device).expand(prompts, -1),
-        attention_mask=_as_attention_takes_it(model, torch.cat([before, among], dim=3)),
+        attention_mask=as_taken(model, torch.cat([before, among], dim=3)),
         position_ids=own.sum(dim=1, keepdim=True) - 1 + chunk.depths.to(device),
         past_key_values=cache,
         use_cache=True,
@@ -253,13 +244,6 @@ def _continue(
     cache.crop(-nodes)
     logits: Tensor = output.logits
     return logits
-
-
-def _as_attention_takes_it(model: nn.Module, seen: Bool[Tensor, "prompts 1 nodes keys"]) -> Tensor:
-    if attention_of(model) != "eager":
-        return seen
-    dtype = unwrapped(model).dtype
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 @contextlib.contextmanager

@@ -24,10 +24,11 @@ def dense_mask(ends: Int[Tensor, "rows width"]) -> Bool[Tensor, "rows 1 width wi
     return (not_later & (places[:, None] < ends[:, None, :]))[:, None]
 
 
-def additive_mask(ends: Int[Tensor, "rows width"], dtype: torch.dtype) -> Float[Tensor, "rows 1 width width"]:
+def additive_mask(
+    seen: Bool[Tensor, "rows 1 queries keys"], dtype: torch.dtype
+) -> Float[Tensor, "rows 1 queries keys"]:
     """0 where a query sees a key, else the dtype's lowest number: for attention that adds its mask to the scores."""
-    seen = dense_mask(ends)
-    return torch.zeros(seen.shape, dtype=dtype, device=ends.device).masked_fill(~seen, torch.finfo(dtype).min)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 def block_mask(ends: Int[Tensor, "rows width"]) -> Any:
@@ -52,7 +53,9 @@ def attention_of(model: nn.Module) -> str:
 
 def attention_mask_for(model: nn.Module, ends: Int[Tensor, "rows width"]) -> Any:
     """The mask as the model's attention wants it; `why_no_trees` says which attention takes one."""
-    attention = attention_of(model)
-    if attention == FLEX:
-        return block_mask(ends)
-    return additive_mask(ends, unwrapped(model).dtype) if attention == "eager" else dense_mask(ends)
+    return block_mask(ends) if attention_of(model) == FLEX else as_taken(model, dense_mask(ends))
+
+
+def as_taken(model: nn.Module, seen: Bool[Tensor, "rows 1 queries keys"]) -> Tensor:
+    """A dense mask as the model's attention takes it: eager attention adds it, the others read it as it is."""
+    return additive_mask(seen, unwrapped(model).dtype) if attention_of(model) == "eager" else seen

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from rankwise.likelihood import answer_log_probabilities, unwrapped
+from rankwise.likelihood import answer_log_probabilities, evaluating, unwrapped
 from rankwise.trees.batch import batch_trees
 from rankwise.trees.build import token_tree
 from rankwise.trees.scoring import tree_log_probabilities
@@ -36,7 +34,7 @@ def trees_are_exact(model: nn.Module, seed: int = 0) -> bool:
     device = next(model.parameters()).device
     tree = batch_trees([token_tree(prompt, answers)], padding=0).to(device)
     plain = dataclasses.replace(tree, ends=torch.full_like(tree.ends, tree.ends.shape[1]))
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         right = _separate(model, prompt, answers, device)
         mistake, error = ((tree_log_probabilities(model, one)[0] - right).abs().median() for one in (plain, tree))
     return bool(error <= torch.maximum(2 * _epsilon(model) ** 0.5 * mistake, 1e-6 * right.abs().median()))
@@ -54,15 +52,3 @@ def _epsilon(model: nn.Module) -> float:
     """Of the coarsest number that the model computes in, float32 at best; quantised weights count as bfloat16."""
     dtypes = {value.dtype if value.is_floating_point() else torch.bfloat16 for value in model.parameters()}
     return max(torch.finfo(dtype).eps for dtype in dtypes | {torch.float32})
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and back in its own."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftType
 from torch import Tensor, nn
 
 from rankwise.errors import UserError
+from rankwise.likelihood import evaluating
 from rankwise.peft_bridge import active_adapter, adapted_layers
 from rankwise.peft_bridge.matrices import factor_parameters, refusal
 
@@ -64,7 +65,7 @@ def importance(model: nn.Module, loss: Callable[[nn.Module], Tensor | float]) ->
     adapter = check_adapter(model)
     columns = {name: factor_parameters(layer, adapter)[1] for name, layer in adapted_layers(model, adapter)}
     trained = {name: b.detach().clone() for name, b in columns.items()}
-    with _evaluating(model), _restored(columns, trained):
+    with evaluating(model), _restored(columns, trained):
         without = _each(columns, trained, lambda: _finite(loss(model)), alone=False)
         for b in columns.values():
             b.zero_()
@@ -97,18 +98,6 @@ def _finite(value: Tensor | float) -> float:
             "rate, or look for rows without an answer"
         )
     return found
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and back in its own."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager
