@@ -58,6 +58,10 @@ def test_the_base_is_the_reference_where_the_stage_says_so(model_folder: Path, t
         ({"negatives": [1, 4]}, r"stages.1.negatives \[1, 4\] is more than data.negatives"),
         ({"draw": "hardest"}, "hardest"),
         ({"label_smoothing": 0.5}, "label_smoothing"),
+        ({"draw": "in-batch", "batch_size": 3}, "batch_size 3 is not possible: 3 negatives of a batch need 4 rows"),
+        ({"draw": "uniform", "weigh_negatives": True}, "weigh_negatives True is not possible: uniform negatives"),
+        ({"mine_every": 2}, "mine_every 2 is not possible: it is for hard negatives only"),
+        ({"draw": "hard", "mine_pool": 2}, "mine_pool 2 is not possible: 3 negatives are mined from it"),
     ],
 )
 def test_mistakes_are_named(model_folder: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:

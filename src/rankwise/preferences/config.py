@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from rankwise.errors import UserError
 from rankwise.preferences.negatives import Kind, stages_of_negatives
 from rankwise.preferences.reference import SOURCES
+from rankwise.schema.negatives import negatives_misfit
 
 COLUMNS = {"given": "rejected", "candidates": "candidates"}  # that negatives of the rows themselves stand in
 OWN = tuple(COLUMNS)
@@ -95,22 +96,13 @@ class SoftmaxDPOConfig(TrainingArguments):
         stages = self.stages()
         needed = stages is not None or self.negatives in OWN
         self._check("num_negatives", needed, f"say how many {self.negatives} negatives a row gets")
-        most = stages[-1][1] if stages else 0
-        if self.negatives == "in-batch":
-            enough = self.per_device_train_batch_size > most
-            self._check(
-                "per_device_train_batch_size", enough, f"{most} negatives of a batch need {most + 1} rows in it"
-            )
-        by_chance = self.negatives == "popularity" or not self.weigh_negatives
-        self._check(
-            "weigh_negatives", by_chance, f"{self.negatives} negatives all have one chance: only popularity's not"
-        )
-        mined = self.negatives == "hard"
         self._check("mine_every", self.mine_every >= 1, "it must be 1 or above")
-        self._check("mine_every", mined or self.mine_every == 1, "it is for hard negatives only")
-        self._check("mine_pool", mined or self.mine_pool is None, "it is for hard negatives only")
-        pool = self.mine_pool is None or self.mine_pool >= most
-        self._check("mine_pool", pool, f"{most} negatives are mined from it; None is the whole catalogue")
+        most = stages[-1][1] if stages else 0
+        batch = self.per_device_train_batch_size
+        misfit = negatives_misfit(self.negatives, most, batch, self.weigh_negatives, self.mine_every, self.mine_pool)
+        if misfit is not None:
+            name, remedy = misfit
+            self._check("per_device_train_batch_size" if name == "batch" else name, False, remedy)
 
     def stages(self) -> list[tuple[float, int]] | None:
         """Starts of the stages as shares of training, and negatives in each; None for all that rows have."""

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from rankwise.schema.base import Count, Positive, Section
+from rankwise.schema.negatives import negatives_misfit
 
 Threshold = Annotated[float, Field(ge=0)]
 
@@ -144,6 +145,18 @@ class SoftmaxDpoStage(Stage):
         if isinstance(given, list) and (not given or sorted(given) != given):
             raise ValueError(f"{given} does not grow: give one number, or a list of them that never falls")
         return given
+
+    @model_validator(mode="after")
+    def _negatives_fit(self) -> SoftmaxDpoStage:
+        """Settings that only some draws have are given for those alone."""
+        most = self.most_negatives
+        misfit = negatives_misfit(
+            self.draw, most, self.batch_size, self.weigh_negatives, self.mine_every, self.mine_pool
+        )
+        if misfit is not None:
+            name = "batch_size" if misfit[0] == "batch" else misfit[0]
+            raise ValueError(f"{name} {getattr(self, name)} is not possible: {misfit[1]}")
+        return self
 
     @property
     def most_negatives(self) -> int:
