@@ -46,6 +46,18 @@ class Parts(dict[str, Any]):
         return iter(ROWS)
 
 
+def test_hard_answers_are_not_mined_with_weights_that_are_spread_over_processes(
+    tiny_llama: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Processes would call the model in different numbers, and wait for each other for ever."""
+    monkeypatch.setattr(LlamaForCausalLM, "is_distributed_loading_by_transformers", True)
+    with pytest.raises(UserError, match="weights that are spread over processes would wait for all of them"):
+        trainer(tiny_llama, tiny_tokenizer, tmp_path, negatives="hard", num_negatives=1)
+
+
 def test_what_would_fail_late_or_be_ignored_is_refused(
     adapted: PeftModel, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

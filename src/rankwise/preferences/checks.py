@@ -29,6 +29,12 @@ def check_arguments(
         raise UserError("SoftmaxDPOTrainer needs the tokenizer: give it as processing_class")
     if peft_config is not None and isinstance(model, PeftModel):
         raise UserError("the model has an adapter already: leave peft_config out, or give the model without it")
+    spread = args.fsdp or args.deepspeed or getattr(unwrapped(model), "is_distributed_loading_by_transformers", False)
+    if args.negatives == "hard" and spread:
+        raise UserError(
+            "hard negatives are mined by each process alone, and weights that are spread over processes would wait for"
+            " all of them: draw others, or give each process the whole model"
+        )
     if others.get("compute_metrics") is not None:
         raise UserError("compute_metrics would never be called: leave it out, and see the measures that are logged")
 
