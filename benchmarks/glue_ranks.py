@@ -45,9 +45,10 @@ RATES = {
     "lora-small": (3e-4, 1e-3, 3e-3),
 }
 SWEEP_SEED = 100
-# Times --epochs, in the runs on dev. STS-B has as many rows as the two others together. RTE's were doubled after a run
-# of LoRA with two passes (rate 1e-3, seed 0) had been seen at chance on dev (0.498).
-PASSES = {"rte": 2.0, "stsb": 0.5}
+# Times --epochs, in the runs on dev. STS-B has as many rows as the two others together. RTE has no more than MRPC: on a
+# held-out tenth (LoRA, rate 1e-3) twice as many gave an accuracy of 0.582 for 0.554, with an error of 0.03, and a loss
+# of 1.12 for 0.69.
+PASSES = {"stsb": 0.5}
 KEPT = ("epochs", "sweep_epochs", "batch", "precision", "threads", "passes")
 TRAIN_ROWS = {"rte": 2490, "mrpc": 3668, "stsb": 5749}
 # For an estimate before the first run: seconds of a step of 16 rows, of starting and measuring a run, and of ALoRA's
