@@ -29,6 +29,7 @@ SECTIONS: dict[str, tuple[type[schema.Section], ...]] = {
         schema.InteractionData,
         schema.SdpoData,
         schema.InstructionData,
+        schema.PreferenceData,
         schema.ClassificationData,
         schema.TextData,
     ),

@@ -38,6 +38,20 @@ def instructions(folder: Path) -> dict[str, Any]:
     return {"kind": "instructions", "train": _jsonl(folder / "instructions.jsonl", rows)}
 
 
+def preferences(folder: Path) -> dict[str, Any]:
+    """Questions with a right answer and three wrong ones."""
+    rows = [
+        {
+            "prompt": f"Question: which is the {colour} {thing}?",
+            "chosen": f" The {thing}.",
+            "rejected": [f" The {other}." for other in THINGS if other != thing][:3],
+        }
+        for colour in COLOURS
+        for thing in THINGS
+    ]
+    return {"kind": "preferences", "train": _jsonl(folder / "preferences.jsonl", rows)}
+
+
 def classification(folder: Path) -> dict[str, Any]:
     """Sentences whose last word tells the label."""
     rows = [
@@ -91,6 +105,11 @@ def _jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
 KINDS: dict[str, tuple[Any, dict[str, Any], list[dict[str, Any]]]] = {
     "text": (text, {"kind": "milora", "r": 4}, [LONG]),
     "instructions": (instructions, {"kind": "lora", "r": 4}, [LONG]),
+    "preferences": (
+        preferences,
+        {"kind": "milora", "r": 4},
+        [SFT, DPO | {"name": "softmax-DPO", "negatives": 2, "draw": "candidates"}],
+    ),
     "classification": (
         classification,
         {"kind": "sora", "r": 4, "threshold": 0.03, "gate_lr": 0.05},

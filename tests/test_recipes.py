@@ -149,7 +149,11 @@ def test_a_recipe_cannot_be_changed():
             {"kind": "sft", "name": "b", "start": "c"},
             "stages.1.start 'c' is no earlier stage; possible: one of sft",
         ),
-        ("stages.1", {"kind": "softmax_dpo"}, "stages.1.kind softmax_dpo needs data of kind interactions or sdpo"),
+        (
+            "stages.1",
+            {"kind": "softmax_dpo"},
+            "stages.1.kind softmax_dpo needs data of kind interactions, sdpo or pref",
+        ),
     ],
 )
 def test_a_mistake_is_one_clear_line(place, value, message):

@@ -67,6 +67,7 @@ def metrics(results: dict[str, Any]) -> dict[str, dict[str, float]]:
 ROWS = {
     "text": ["base model", "sft"],
     "instructions": ["base model", "sft"],
+    "preferences": ["base model", "sft", "softmax-DPO"],
     "classification": ["most frequent", "base model", "sft"],
     "interactions": ["random", "popularity", "base model", "sft", "DPO", "softmax-DPO"],
     "sdpo": ["random", "popularity", "base model", "sft", "softmax-DPO"],
@@ -75,6 +76,7 @@ RANKED = ["HR@1", "HR@5", "NDCG@5", "MRR", "HR@1 greedy", "HR@1 greedy of valid"
 COLUMNS = {
     "text": ["loss", "perplexity"],
     "instructions": ["loss", "perplexity"],
+    "preferences": ["reward accuracy", "accuracy", "accuracy per token", "loss"],
     "classification": ["accuracy", "F1"],
     "interactions": RANKED,
     "sdpo": RANKED,
@@ -110,7 +112,9 @@ def test_results_of_every_stage_and_baseline(finished: dict[str, Finished], kind
     results = finished[kind].results
     assert results["columns"] == COLUMNS[kind]
     assert [row["name"] for row in results["rows"]] == ROWS[kind]
-    assert all(list(row["metrics"]) == COLUMNS[kind] for row in results["rows"] if row["name"] in ("base model", "sft"))
+    measured = {row["name"]: list(row["metrics"]) for row in results["rows"]}
+    assert measured["sft"] == COLUMNS[kind]
+    assert measured["base model"] == [name for name in COLUMNS[kind] if name != "reward accuracy"]
     assert len({row["cases"] for row in results["rows"]}) == 1
     assert {"data", "evaluation", "export", *ROWS[kind][ROWS[kind].index("sft") :]} == set(results["seconds"])
     assert results["export"]["layout"] == "uniform"

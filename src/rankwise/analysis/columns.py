@@ -51,6 +51,16 @@ _COLUMNS: tuple[tuple[str, Column], ...] = (
     ),
     (r"\bmrr\b|reciprocal rank", Column("mean of 1 / place of the true item.")),
     (r"mean (rank|place)", Column("mean place of the true item; 1 is first.", "lower")),
+    (
+        r"\breward accuracy\b",
+        Column(
+            "share of cases whose right answer gained more log-probability over the base than others.", percent=True
+        ),
+    ),
+    (
+        r"\baccuracy per token\b",
+        Column("share of cases whose right answer has the largest mean log-probability of a token.", percent=True),
+    ),
     (r"\baccuracy\b", Column("share of cases answered right.", percent=True)),
     (r"\bexact match\b", Column("share of cases whose answer equals the reference.", percent=True)),
     (

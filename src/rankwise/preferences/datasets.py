@@ -17,6 +17,7 @@ from rankwise.preferences.rows import PreferenceRow, encode_preferences
 from rankwise.tokenise import answer_ids
 
 Rows = Iterable[Mapping[str, Any]]
+BEYOND = "rejected answers beyond the number of negatives, never trained on"
 
 
 @dataclass
@@ -107,11 +108,13 @@ def _encode(
     stages = settings.stages()
     if settings.negatives == "given" and stages is not None:
         pairs = zip(data.train, seen, strict=True)
-        data.train = [_first(row, barred, stages[-1][1]) for row, barred in pairs]
+        data.train = [_first(row, barred, stages[-1][1], data.counts) for row, barred in pairs]
 
 
-def _first(row: PreferenceRow, seen: Iterable[str], most: int) -> PreferenceRow:
+def _first(row: PreferenceRow, seen: Iterable[str], most: int, counts: dict[str, int]) -> PreferenceRow:
     """The row with so many of its rejected answers: no others are ever trained on."""
     barred = set(seen)
-    kept = [place for place, text in enumerate(row.texts) if place == 0 or text not in barred][: 1 + most]
+    kept = [place for place, text in enumerate(row.texts) if place == 0 or text not in barred]
+    count(counts, BEYOND, len(kept[1 + most :]))
+    kept = kept[: 1 + most]
     return replace(row, answers=[row.answers[at] for at in kept], texts=[row.texts[at] for at in kept])

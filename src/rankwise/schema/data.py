@@ -37,6 +37,16 @@ class InstructionData(Section):
     rows: Count | None = Field(None, description="Most rows to train on, drawn by the seed.")
 
 
+class PreferenceData(Section):
+    """Prompts with a chosen answer and rejected ones, as texts or chat messages."""
+
+    kind: Literal["preferences"]
+    train: File = Field(description="JSON, JSONL, CSV or Parquet: prompt, chosen, and rejected, one answer or a list.")
+    validation: File | None = Field(None, description="Held-out rows; a share of train where not given.")
+    holdout: Share = Field(0.1, description="Share of the rows held out where there is no validation file.")
+    rows: Count | None = Field(None, description="Most rows to train on, drawn by the seed.")
+
+
 class ClassificationData(Section):
     """One or two sentences with a label."""
 
@@ -90,5 +100,6 @@ class SdpoData(RecommendationSettings):
 
 
 Data = Annotated[
-    TextData | InstructionData | ClassificationData | InteractionData | SdpoData, Field(discriminator="kind")
+    TextData | InstructionData | PreferenceData | ClassificationData | InteractionData | SdpoData,
+    Field(discriminator="kind"),
 ]

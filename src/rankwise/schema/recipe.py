@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from rankwise.schema.adapters import AdaloraSettings, Adapter, MiloraSettings, SoraSettings
 from rankwise.schema.base import EMBEDDED, Count, Section
-from rankwise.schema.data import ClassificationData, Data, RecommendationSettings
-from rankwise.schema.stages import AnyStage
+from rankwise.schema.data import ClassificationData, Data, PreferenceData, RecommendationSettings
+from rankwise.schema.stages import AnyStage, SoftmaxDpoStage
 
 RESERVED = ("random", "popularity", "most frequent", "base model")
 
@@ -84,15 +84,24 @@ class Recipe(Section):
             if stage.start is not None and stage.start not in names:
                 known = f"one of {', '.join(names)}" if names else "nothing: no stage is before it"
                 raise ValueError(f"stages.{number}.start {stage.start!r} is no earlier stage; possible: {known}")
-            if stage.kind == "softmax_dpo" and not isinstance(self.data, RecommendationSettings):
-                raise ValueError(f"stages.{number}.kind softmax_dpo needs data of kind interactions or sdpo")
-            if stage.kind == "softmax_dpo" and stage.draw in ("given", "candidates"):
-                if stage.most_negatives > self.data.negatives:  # type: ignore[union-attr]
-                    raise ValueError(
-                        f"stages.{number}.negatives {stage.negatives} is more than data.negatives: raise that"
-                    )
+            if stage.kind == "softmax_dpo":
+                self._answers_fit(number, stage)
             names += made
         return self
+
+    def _answers_fit(self, number: int, stage: SoftmaxDpoStage) -> None:
+        """The data have the answers that a preference stage wants."""
+        data = self.data
+        if not isinstance(data, RecommendationSettings | PreferenceData):
+            raise ValueError(f"stages.{number}.kind softmax_dpo needs data of kind interactions, sdpo or preferences")
+        if isinstance(data, PreferenceData) and stage.draw in ("uniform", "popularity", "hard"):
+            raise ValueError(
+                f"stages.{number}.draw {stage.draw} draws from all titles, which data of kind preferences have not: "
+                "use given, candidates or in-batch"
+            )
+        own = stage.draw in ("given", "candidates")
+        if own and isinstance(data, RecommendationSettings) and stage.most_negatives > data.negatives:
+            raise ValueError(f"stages.{number}.negatives {stage.negatives} is more than data.negatives: raise that")
 
     @model_validator(mode="after")
     def _thresholds_fit(self) -> Recipe:

@@ -44,7 +44,8 @@ class AnswerTask:
     def preference_rows(self, limit: int | None) -> tuple[Rows, Catalogue]:
         """None of these data has rejected answers."""
         raise UserError(
-            f"data of kind {self.kind} has no rejected answers: a softmax_dpo stage needs interactions or sdpo"
+            f"data of kind {self.kind} has no rejected answers: a softmax_dpo stage needs interactions, sdpo or"
+            " preferences"
         )
 
     def baselines(self) -> dict[str, Metrics]:

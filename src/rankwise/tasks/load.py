@@ -18,6 +18,7 @@ from rankwise.schema import (
     ClassificationData,
     InstructionData,
     InteractionData,
+    PreferenceData,
     Recipe,
     RecommendationSettings,
     SdpoData,
@@ -27,6 +28,7 @@ from rankwise.tasks.answers import AnswerTask
 from rankwise.tasks.classification import read_classification
 from rankwise.tasks.instructions import read_instructions
 from rankwise.tasks.labels import LabelTask
+from rankwise.tasks.preferences import PreferenceTask, read_preferences
 from rankwise.tasks.recommendation import RecommendationTask
 from rankwise.tasks.splits import hold_out
 from rankwise.tasks.task import Task
@@ -69,6 +71,9 @@ def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) 
         return _text(recipe, data, tokenizer, context)
     if isinstance(data, InstructionData):
         return _instructions(recipe, data, tokenizer, context)
+    if isinstance(data, PreferenceData):
+        train, held_out, counts = _parts(recipe, data, lambda path: read_preferences(Path(path)))
+        return PreferenceTask(train, held_out, tokenizer, recipe.model, context, counts, recipe.seed)
     return _classification(recipe, data, tokenizer, context)
 
 
@@ -159,7 +164,7 @@ def _classification(recipe: Recipe, data: ClassificationData, tokenizer: PreTrai
 
 def _parts(
     recipe: Recipe,
-    data: TextData | InstructionData | ClassificationData,
+    data: TextData | InstructionData | PreferenceData | ClassificationData,
     read: Callable[[str], tuple[list[Row], Counts]],
 ) -> tuple[list[Row], list[Row], Counts]:
     """Training and held-out rows, each within its limit, and the counts of both."""

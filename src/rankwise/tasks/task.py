@@ -18,7 +18,7 @@ class Task(Protocol):
     """Data made ready for training, with a way to measure a model on it.
 
     Attributes:
-        kind: shown in the results: recommend, instructions, text or classification.
+        kind: shown in the results: recommend, preferences, instructions, text or classification.
         columns: names of the metrics, in the order of the table.
         cases: how many cases a measurement is over.
         counts: what was read, dropped, cut or left out.
@@ -41,8 +41,8 @@ class Task(Protocol):
     def sft_rows(self) -> Sequence[Mapping[str, Any]]:
         """Encoded rows for supervised training."""
 
-    def preference_rows(self, limit: int | None) -> tuple[Sequence[Mapping[str, Any]], Catalogue]:
-        """Rows of prompt, chosen and rejected, at most ``limit``, and all answers, to draw rejected ones from.
+    def preference_rows(self, limit: int | None) -> tuple[Sequence[Mapping[str, Any]], Catalogue | None]:
+        """Rows of prompt, chosen and rejected, at most ``limit``, and all answers to draw rejected ones from, if known.
 
         A row's ``candidates`` may be drawn too, and what is in its ``seen`` never.
         """
