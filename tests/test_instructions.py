@@ -9,7 +9,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from rankwise.errors import UserError
+from rankwise.preferences.rows import encode_preferences
 from rankwise.tasks.instructions import alpaca_prompt, read_instructions
+from rankwise.tokenise import encode_answers
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
@@ -79,8 +81,21 @@ def test_chat_of_several_turns_answers_the_last(tmp_path: Path, chat_tokenizer: 
     read = read_instructions(path, tokenizer=chat_tokenizer)
     assert read.form == "chat"
     prompt = "[system]Be brief.\n[user]Hi\n[assistant]Hello\n[user]2+2?\n[assistant]"
-    assert read.rows == [{"prompt": prompt, "completion": "4"}]
+    assert read.rows == [{"prompt": prompt, "completion": "4\n"}]
     assert read.counts == {}
+
+
+def test_an_answer_is_joined_as_in_preference_training(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """The mark that ends a turn, which need not be the end-of-text token, is learned."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = TEMPLATE.replace("}}\n", "}}<end_of_turn>\n")
+    chat = turns("Hi", "Hello", "2+2?", "4")
+    read = read_instructions(written(tmp_path, [{"messages": chat}]), tokenizer=tokenizer)
+    assert read.rows[0]["completion"] == "4<end_of_turn>\n"
+    row = {"prompt": chat[:3], "chosen": chat[3:], "rejected": turns("5", roles=("assistant",))}
+    [preference], _ = encode_preferences([row], tokenizer, 128)
+    [supervised], _ = encode_answers(read.rows, tokenizer, 128)
+    assert supervised["input_ids"] == preference.prompt + preference.answers[0]
 
 
 def test_bad_chats_are_dropped_each_under_its_reason(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -96,12 +111,12 @@ def test_bad_chats_are_dropped_each_under_its_reason(tmp_path: Path, chat_tokeni
         turns("Hi", "Hello", roles=("wizard", "assistant")),
     ]
     read = read_instructions(written(tmp_path, [{"messages": chat} for chat in chats]), tokenizer=chat_tokenizer)
-    assert read.rows == [{"prompt": "[user]Hi\n[assistant]", "completion": "Hello"}]
+    assert read.rows == [{"prompt": "[user]Hi\n[assistant]", "completion": "Hello\n"}]
     assert read.counts == {
         "rows without an answer": 3,
         "rows without a prompt": 1,
         "chats that are no list of role and content": 3,
-        "chats that the chat template refuses": 1,
+        "chats that the chat template refuses, or whose prompt it writes otherwise before an answer": 1,
         "chats cut after their last answer": 1,
     }
 

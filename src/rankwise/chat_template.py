@@ -49,5 +49,38 @@ def render(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], *, answer_
     return texts
 
 
+def render_answers(tokenizer: PreTrainedTokenizerBase, prompt: Chat, answers: Sequence[Chat]) -> tuple[str, list[str]]:
+    """A prompt with several answers to it, each as what follows the prompt's text where it is written with the answer.
+
+    The prompt is rendered up to where the assistant's answer begins, then with each answer: the marks with which the
+    template closes an answer are the answer's. White space after a closing end-of-text token, which a model never
+    writes, is left out.
+
+    Args:
+        tokenizer: with a chat template and an end-of-text token.
+        prompt: one message or more.
+        answers: one message or more in each.
+
+    Returns:
+        The prompt's text, and those of the answers.
+
+    Raises:
+        UserError: the template refuses the messages, or it writes the prompt otherwise where an answer follows.
+    """
+    [opened] = render(tokenizer, [prompt], answer_follows=True)
+    whole = render(tokenizer, [prompt + answer for answer in answers])
+    if not all(text.startswith(opened) for text in whole):
+        raise UserError(
+            f"has a prompt that the chat template writes otherwise when an answer follows (alone it ends"
+            f" {opened[-40:]!r}): use a template that writes it the same way in both"
+        )
+    return opened, [_closed(text[len(opened) :], tokenizer.eos_token) for text in whole]
+
+
+def _closed(text: str, end: str) -> str:
+    stripped = text.rstrip()
+    return stripped if stripped.endswith(end) else text
+
+
 def _is_message(turn: object) -> bool:
     return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)

@@ -7,15 +7,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rankwise.chat_template import Chat, is_chat, render
+from rankwise.chat_template import Chat, is_chat, render_answers
 from rankwise.errors import UserError
 
 
 def chat_texts(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str]]:
-    """Render a row of chats.
-
-    The prompt is rendered up to where the assistant's answer begins, then with each answer; an answer's text is what
-    follows the prompt's. White space after a closing end-of-text token, which a model never writes, is left out.
+    """Render a row of chats, as :func:`rankwise.chat_template.render_answers` does.
 
     Args:
         row: ``chosen``, one list of messages; ``rejected``, one or a list of such; and ``prompt``, a list of messages.
@@ -32,14 +29,7 @@ def chat_texts(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tu
     prompt, answers = _messages(row)
     if not all(any(turn["content"].strip() for turn in answer) for answer in answers):
         raise UserError("has an answer without content: leave it out")
-    [opened] = render(tokenizer, [prompt], answer_follows=True)
-    whole = render(tokenizer, [prompt + answer for answer in answers])
-    if not all(text.startswith(opened) for text in whole):
-        raise UserError(
-            f"has a prompt that the chat template writes otherwise when an answer follows (alone it ends"
-            f" {opened[-40:]!r}): use a template that writes it the same way in both"
-        )
-    return opened, [_answer(text[len(opened) :], tokenizer.eos_token) for text in whole]
+    return render_answers(tokenizer, prompt, answers)
 
 
 def _messages(row: Mapping[str, Any]) -> tuple[Chat, list[Chat]]:
@@ -69,8 +59,3 @@ def _split(whole: Sequence[Chat]) -> tuple[Chat, list[Chat]]:
     if not common:
         raise UserError("has no prompt, and its conversations have no common beginning, which would be the prompt")
     return whole[0][:common], [chat[common:] for chat in whole]
-
-
-def _answer(text: str, end: str) -> str:
-    closed = text.rstrip()
-    return closed if closed.endswith(end) else text

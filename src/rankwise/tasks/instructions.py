@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Unpack
 
 from transformers import PreTrainedTokenizerBase
 
-from rankwise.chat_template import is_chat, render, require_template
+from rankwise.chat_template import is_chat, render_answers, require_template
 from rankwise.counting import count
 from rankwise.errors import UserError, nearest
 from rankwise.tasks.tables import TableOptions, as_text, columns_of, read_rows, require_columns
@@ -22,7 +22,7 @@ ALPACA_PROMPT_WITH_INPUT = "### Task\n{instruction}\n\n### Material\n{input}\n\n
 NO_PROMPT = "rows without a prompt"
 NO_ANSWER = "rows without an answer"
 NO_CHAT = "chats that are no list of role and content"
-REFUSED = "chats that the chat template refuses"
+REFUSED = "chats that the chat template refuses, or whose prompt it writes otherwise before an answer"
 AFTER_ANSWER = "chats cut after their last answer"
 
 
@@ -50,9 +50,9 @@ def read_instructions(
     - ``alpaca``: columns ``instruction``, ``output`` and, where there is one, ``input``, set into our short
       template.
     - ``chat``: a column ``messages``, each a list of ``{"role", "content"}``. The last message of the
-      assistant is the completion and all before it, rendered by the tokenizer's chat template, the prompt: of
-      a chat with several turns only the last answer is trained on. Messages after it are ignored and their
-      chats counted.
+      assistant, as the tokenizer's chat template writes and closes it, is the completion and all before it the
+      prompt: of a chat with several turns only the last answer is trained on. Messages after it are ignored and
+      their chats counted.
     - ``auto``: the first of these whose columns are all there; the result says which.
 
     Args:
@@ -101,15 +101,15 @@ def chat_pair(messages: object, tokenizer: PreTrainedTokenizerBase) -> Pair | st
     if not is_chat(messages):
         return NO_CHAT
     last = _last_answer(messages)
-    if last is None:
+    if last is None or not messages[last]["content"].strip():
         return NO_ANSWER
     if last == 0:
         return NO_PROMPT
     try:
-        [prompt] = render(tokenizer, [messages[:last]], answer_follows=True)
+        prompt, [completion] = render_answers(tokenizer, messages[:last], [messages[last : last + 1]])
     except UserError:
         return REFUSED
-    return _pair(prompt, as_text(messages[last]["content"]))
+    return _pair(prompt, completion)
 
 
 def _pair(prompt: str, completion: str) -> Pair | str:
