@@ -13,7 +13,7 @@ from rankwise.errors import UserError
 from rankwise.preferences.mining import answer_trie, mine_hard
 from rankwise.preferences.negatives import Catalogue
 from rankwise.tokenise import encode_completion
-from rankwise.trees.catalogue import CatalogueTrie
+from rankwise.trees.trie import CatalogueTrie
 
 PROMPTS = [[7], [3, 9, 4, 11, 30], [5, 6, 7, 8]]
 GENERATOR = random.Random(0)

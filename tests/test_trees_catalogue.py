@@ -12,7 +12,8 @@ from torch import nn
 
 from rankwise.errors import UserError
 from rankwise.trees import catalogue
-from rankwise.trees.catalogue import CatalogueTrie, catalogue_scores, score_catalogue, separate_log_probabilities
+from rankwise.trees.catalogue import catalogue_scores, score_catalogue, separate_log_probabilities
+from rankwise.trees.trie import CatalogueTrie, Chunk
 from tiny_trees import FAMILIES, make
 
 PROMPTS = [[7], [3, 9, 4, 11, 30], [12, 12], [5, 6, 7, 8, 9, 10, 11, 12, 13], [40, 2]]
@@ -177,7 +178,7 @@ def test_chunks_hold_each_beginning_once_and_are_no_larger_than_they_may(answers
     assert edges == {(answer[0],) for answer in answers}
 
 
-def path_to(chunk: catalogue.Chunk, node: int) -> tuple[int, ...]:
+def path_to(chunk: Chunk, node: int) -> tuple[int, ...]:
     """Tokens of what a node sees, itself included."""
     return tuple(chunk.tokens[k].item() for k in range(node + 1) if node < chunk.ends[k])
 

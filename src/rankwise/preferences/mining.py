@@ -13,9 +13,10 @@ from rankwise.errors import UserError
 from rankwise.likelihood import evaluating
 from rankwise.tokenise import answer_ids
 from rankwise.trees.build import token_tree
-from rankwise.trees.catalogue import CatalogueTrie, catalogue_scores, separate_log_probabilities
+from rankwise.trees.catalogue import catalogue_scores, separate_log_probabilities
 from rankwise.trees.scoring import answer_log_probabilities_of
 from rankwise.trees.support import why_no_trees
+from rankwise.trees.trie import CatalogueTrie
 
 
 def answer_trie(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> CatalogueTrie:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,111 +20,11 @@ from rankwise.likelihood import (
     unwrapped,
 )
 from rankwise.tokenise import IGNORED, pad_left
-from rankwise.trees.build import token_tree
 from rankwise.trees.masks import FLEX, as_taken, attention_of, dense_mask
 from rankwise.trees.support import why_no_trees
+from rankwise.trees.trie import CatalogueTrie, Chunk
 
 CHUNK = 256  # nodes; measured best for narrow models: in wider ones attention costs more than it saves
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Nodes that go through the model together: some in depth-first order, and before them the path to the first.
-
-    Attributes:
-        tokens: ids of the nodes.
-        depths: of each node, 1 for an answer's first token.
-        ends: of each node, the place after its last descendant, which may lie beyond the chunk.
-        place: of the edges that leave the nodes behind the path, among all edges.
-        sources: of each of these edges, its node's place in the chunk.
-        targets: of each of these edges, the token's id.
-    """
-
-    tokens: Int[Tensor, " nodes"]
-    depths: Int[Tensor, " nodes"]
-    ends: Int[Tensor, " nodes"]
-    place: slice
-    sources: Int[Tensor, " edges"]
-    targets: Int[Tensor, " edges"]
-
-
-class CatalogueTrie:
-    """Answers as one token trie that stands after any prompt: equal beginnings are in it once.
-
-    Args:
-        answers: token ids of each, one or more; one may be the beginning of another, and some may be equal.
-
-    Attributes:
-        answers: as given.
-        lengths: tokens of each answer.
-        longest: tokens of the longest, for which a prompt has to leave room.
-        nodes: how many tokens something is predicted from, the prompt's aside.
-        first: ids of the tokens that an answer begins with; their edges come first.
-
-    Raises:
-        UserError: there is no answer, or one is empty.
-    """
-
-    def __init__(self, answers: Sequence[Sequence[int]]) -> None:
-        tree = token_tree([0], answers)  # node 0 stands for the last token of any prompt
-        self.answers = answers
-        self.lengths = torch.tensor([len(answer) for answer in answers])
-        self.longest, self.nodes = int(self.lengths.max()), len(tree) - 1
-        self._tokens, self._depths, self._ends = map(torch.tensor, (tree.tokens, tree.depths, tree.ends))
-        self._sources, order = torch.tensor(tree.sources).sort(stable=True)
-        self._targets, places = torch.tensor(tree.targets)[order], order.argsort()
-        self.first = self._targets[self._sources == 0]
-        leading = {tree.sources[edge]: before for path in tree.paths for before, edge in pairwise(path)}
-        into = places[torch.tensor([leading.get(node, 0) for node in range(len(tree))])]  # the edge to each node
-        self._parents = self._sources[into].tolist()
-        self._before = into[self._sources]  # of each edge, the one that leads to its source; none to node 0
-        depths = self._depths[self._sources]
-        self._levels = [(depths == depth).nonzero()[:, 0] for depth in range(1, self.longest)]
-        self._last = places[torch.tensor([path[-1] for path in tree.paths])]
-
-    def __len__(self) -> int:
-        return len(self.answers)
-
-    def chunks(self, most: int) -> Iterator[Chunk]:
-        """Chunks of at most ``most`` nodes, unless a path alone is longer; each node stands behind the path once."""
-        first = 1
-        while first <= self.nodes:
-            path = self._path(first)
-            after = min(first + max(1, most - len(path)), self.nodes + 1)
-            yield self._chunk(path, first, after)
-            first = after
-
-    def _path(self, node: int) -> list[int]:
-        above: list[int] = []
-        while node := self._parents[node]:
-            above.append(node)
-        return above[::-1]
-
-    def _chunk(self, path: list[int], first: int, after: int) -> Chunk:
-        picked = torch.tensor([*path, *range(first, after)])
-        start, stop = torch.searchsorted(self._sources, torch.tensor([first, after])).tolist()
-        place = slice(start, stop)
-        return Chunk(
-            tokens=self._tokens[picked],
-            depths=self._depths[picked],
-            ends=self._ends[picked] - first + len(path),
-            place=place,
-            sources=self._sources[place] - first + len(path),
-            targets=self._targets[place],
-        )
-
-    def totals(self, edges: Float[Tensor, "prompts edges"]) -> Float[Tensor, "prompts answers"]:
-        """Summed log-probability of each answer, from those of all edges; these are overwritten."""
-        before, last = self._before.to(edges.device), self._last.to(edges.device)
-        for level in self._levels:  # downwards: the sum up to an edge is that up to the one before, and its own
-            level = level.to(edges.device)
-            edges[:, level] += edges[:, before[level]]
-        return edges[:, last]
-
-    @property
-    def edges(self) -> int:
-        """How many tokens of answers are predicted, each shared one once."""
-        return len(self._targets)
 
 
 def score_catalogue(
@@ -188,13 +86,14 @@ def catalogue_scores(
         return
     most = tokens_for_logits(model, batch_tokens)
     nodes = min(chunk, most, max(trie.nodes, 1))
-    for picked in _batches([len(prompt) + nodes for prompt in prompts], batch_tokens, most // nodes):
-        with _dense_attention(model):
+    for picked in batches([len(prompt) + nodes for prompt in prompts], batch_tokens, most // nodes):
+        with dense_attention(model):
             scores = _score_batch(model, [prompts[index] for index in picked], trie, padding, nodes)
         yield picked, scores
 
 
-def _batches(lengths: Sequence[int], batch_tokens: int, most: int) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], batch_tokens: int, most: int) -> Iterator[list[int]]:
+    """Places of rows whose lengths are alike, longest first: at most so many tokens, padding included, and rows."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     while order:
         count = max(1, min(batch_tokens // lengths[order[0]], most))
@@ -209,18 +108,19 @@ def _score_batch(
     device = next(model.parameters()).device
     ids, own = (tensor.to(device) for tensor in pad_left(prompts, padding))
     logits, cache = last_logits_and_cache(model, ids, own)  # no layer of it forgets what a window leaves
-    first = _log_probabilities(logits[:, None], torch.zeros_like(trie.first), trie.first)
+    first = edge_log_probabilities(logits[:, None], torch.zeros_like(trie.first), trie.first)
     edges = first.new_empty(len(prompts), trie.edges)
     edges[:, : len(trie.first)] = first
     for chunk in trie.chunks(nodes):
         logits = _continue(model, cache, own.bool(), chunk)
-        edges[:, chunk.place] = _log_probabilities(logits, chunk.sources, chunk.targets)
+        edges[:, chunk.place] = edge_log_probabilities(logits, chunk.sources, chunk.targets)
     return trie.totals(edges)
 
 
-def _log_probabilities(
+def edge_log_probabilities(
     logits: Float[Tensor, "prompts nodes vocabulary"], sources: Int[Tensor, " edges"], targets: Int[Tensor, " edges"]
 ) -> Float[Tensor, "prompts edges"]:
+    """Of each edge after each prompt, in nats, float32 at least; sources are places of nodes in the logits."""
     prompts, nodes, _ = logits.shape
     rows = nodes * torch.arange(prompts)[:, None] + sources
     rows, columns = (tensor.flatten().to(logits.device) for tensor in (rows, targets.expand(prompts, -1)))
@@ -247,7 +147,7 @@ def _continue(
 
 
 @contextlib.contextmanager
-def _dense_attention(model: nn.Module) -> Iterator[None]:
+def dense_attention(model: nn.Module) -> Iterator[None]:
     """Within it eager attention stands in for FlexAttention, which would be compiled anew for each shape."""
     own = attention_of(model)
     if own == FLEX:
