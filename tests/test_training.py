@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerContr
 import small_runs
 from rankwise.errors import UserError
 from rankwise.optimisation import training_tools
+from rankwise.preferences.datasets import BEYOND
 from rankwise.progress import ProgressBar, StopOnNan
 from rankwise.ranks import SoraConfig, gates
 from rankwise.schema import LoraSettings, SftStage, SoftmaxDpoStage, SoraSettings
@@ -239,12 +240,13 @@ def test_gates_have_a_learning_rate_of_their_own(
 def test_a_preference_stage_takes_only_its_negatives(
     adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """The first loss is log(1 + negatives), whatever the rows hold; a prompt too long is counted."""
+    """The first loss is log(1 + negatives), whatever the rows hold; what is cut or left out is counted."""
     rows = [{"prompt": "#" * length, "chosen": "?", "rejected": ["@", "%", "$"]} for length in (3, 9, 90)]
     for negatives in (1, 2):
         name = f"dpo-{negatives}"
         stage = SoftmaxDpoStage(kind="softmax_dpo", name=name, negatives=negatives, batch_size=3, warmup=0.0)
-        assert train(adapted, tiny_tokenizer, tmp_path, stage, rows) == {"prompts cut to the context": 1}
+        counts = {"prompts cut to the context": 1, BEYOND: 3 * (3 - negatives)}
+        assert train(adapted, tiny_tokenizer, tmp_path, stage, rows) == counts
         [first, *_] = [line for line in lines(tmp_path) if line["stage"] == name]
         assert first["loss"] == pytest.approx(math.log(1 + negatives), abs=1e-5)
         assert "rewards/margins" in first
