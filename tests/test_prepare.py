@@ -73,6 +73,8 @@ def test_rows_of_a_log(small: InteractionSettings) -> None:
     assert set(prepared.catalogue) == set().union(*met.values())
     assert set(prepared.train[0]) == {"user", "prompt", "chosen", "rejected", "target", "history", "seen"}
     assert prepared.counts["train rows"] == len(prepared.train)
+    assert {user: set(titles) for user, titles in prepared.histories.iter_rows()} == met
+    assert prepared.most_history == max(len(row["history"]) for row in prepared.test)
 
 
 def test_popularity_counts_training_interactions_only(small: InteractionSettings) -> None:
@@ -105,7 +107,9 @@ def test_limits_draw_by_seed_and_count_what_is_left_out(small: InteractionSettin
 
 
 def test_the_same_seed_gives_the_same_rows_and_another_does_not(small: InteractionSettings) -> None:
-    assert prepare_interactions(small) == prepare_interactions(small)
+    one, other = prepare_interactions(small), prepare_interactions(small)
+    for name in ("train", "validation", "test", "catalogue", "popularity", "counts"):
+        assert getattr(one, name) == getattr(other, name)
     assert prepare_interactions(small).test != prepare_interactions(replace(small, seed=1)).test
 
 

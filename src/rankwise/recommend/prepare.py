@@ -25,6 +25,8 @@ from rankwise.recommend.splits import Case, leave_last_out
 from rankwise.sampling import sample
 
 Row = dict[str, Any]
+_NOBODY = pl.DataFrame(schema={"user": pl.String, "titles": pl.List(pl.String)})
+_NOTHING = pl.DataFrame(schema={"item": pl.String, "title": pl.String})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +56,17 @@ class InteractionSettings(RowSettings):
     history: int = 10  # items in a prompt, at most
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # frames have no truth value
 class Prepared:
     """Rows of the three parts, the titles to rank, their popularity in training, and what was left out.
 
-    A row has ``user``, ``prompt``, ``chosen``, ``rejected`` (list), ``target``, ``history`` (titles) and ``seen``
-    (titles that are no wrong answers for this user: it is not written to files); a row of validation and test has
-    ``candidates`` (titles, the target among them) too.
+    ``histories`` has a row for each ``user`` of the log, with ``titles``: all that the user chose, the last two too,
+    oldest first. ``items`` has each ``item`` (its id) with its ``title``, those that nobody chose too. Published files
+    have neither users nor ids.
+
+    A row of a part has ``user``, ``prompt``, ``chosen``, ``rejected`` (list), ``target``, ``history`` (titles) and
+    ``seen`` (titles that are no wrong answers for this user: it is not written to files); a row of validation and test
+    has ``candidates`` (titles, the target among them) too.
     """
 
     train: list[Row]
@@ -69,6 +75,9 @@ class Prepared:
     catalogue: list[str]
     popularity: dict[str, int]
     counts: dict[str, int]
+    most_history: int  # titles in a prompt
+    histories: pl.DataFrame
+    items: pl.DataFrame
 
 
 def rows(
@@ -103,6 +112,8 @@ def build(
     popularity: dict[str, int],
     counts: Mapping[str, int],
     settings: RowSettings,
+    histories: pl.DataFrame = _NOBODY,
+    items: pl.DataFrame = _NOTHING,
 ) -> Prepared:
     """Rows out of the cases of ``train``, ``validation`` and ``test``, sampled and counted."""
     template = load_template(settings.template)
@@ -116,7 +127,15 @@ def build(
         added |= {f"{name} rows": len(cases), f"{name} rows left out": left_out}
         if name != "train":
             added[f"{name} cases that cannot be won by substring"] = cases_that_cannot_be_won(cases)
-    return Prepared(**made, catalogue=list(catalogue), popularity=popularity, counts={**counts, **added})
+    return Prepared(
+        **made,
+        catalogue=list(catalogue),
+        popularity=popularity,
+        counts={**counts, **added},
+        most_history=max(len(case.history) for cases in parts.values() for case in cases),
+        histories=histories,
+        items=items,
+    )
 
 
 def prepare_interactions(settings: InteractionSettings) -> Prepared:
@@ -126,7 +145,7 @@ def prepare_interactions(settings: InteractionSettings) -> Prepared:
         UserError: a file, column or setting is wrong, or nothing is left to train on.
     """
     check_rows(settings)
-    log, counts = _titled_log(settings)
+    log, items, counts = _titled_log(settings)
     split = leave_last_out(log, settings.history, settings.minimum_interactions, settings.minimum_history)
     if not split.train:
         raise UserError(
@@ -134,7 +153,12 @@ def prepare_interactions(settings: InteractionSettings) -> Prepared:
             " items or fewer; give a longer log or a smaller minimum_history"
         )
     parts = {"train": split.train, "validation": split.validation, "test": split.test}
-    return build(parts, split.catalogue, split.popularity, counts | split.counts, settings)
+    return build(parts, split.catalogue, split.popularity, counts | split.counts, settings, user_histories(log), items)
+
+
+def user_histories(log: pl.DataFrame) -> pl.DataFrame:
+    """Each ``user`` of a log with the ``titles`` of all interactions, oldest first."""
+    return log.sort("user", "time", maintain_order=True).group_by("user", maintain_order=True).agg(titles="title")
 
 
 def check_rows(settings: RowSettings) -> None:
@@ -153,22 +177,22 @@ def check_rows(settings: RowSettings) -> None:
         )
 
 
-def _titled_log(settings: InteractionSettings) -> tuple[pl.DataFrame, dict[str, int]]:
+def _titled_log(settings: InteractionSettings) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, int]]:
+    """The log with titles, the items, and the counts of both."""
     if settings.items is None:
         log, counts = read_interactions(settings.ratings, settings.rating_columns, settings.minimum_rating)
-        return _items_as_titles(log, settings.tidy_titles, counts)
-    items, item_counts = read_items(settings.items, settings.item_columns, settings.tidy_titles)
-    log, counts = read_interactions(settings.ratings, settings.rating_columns, settings.minimum_rating)
+        items, item_counts = _items_as_titles(log, settings.tidy_titles), dict[str, int]()
+    else:
+        items, item_counts = read_items(settings.items, settings.item_columns, settings.tidy_titles)
+        log, counts = read_interactions(settings.ratings, settings.rating_columns, settings.minimum_rating)
     titled, title_counts = attach_titles(log, items)
-    return titled, counts | item_counts | title_counts
+    return titled, items.select("item", "title"), counts | item_counts | title_counts
 
 
-def _items_as_titles(log: pl.DataFrame, tidy: bool, counts: dict[str, int]) -> tuple[pl.DataFrame, dict[str, int]]:
-    titles = log.select(item="item", title=pl.col("item").str.replace_all(r"\s+", " ")).unique("item", keep="first")
-    if tidy:
-        titles = titles.with_columns(pl.col("title").map_elements(tidy_title, return_dtype=pl.String))
-    titled, title_counts = attach_titles(log, titles)
-    return titled, counts | title_counts
+def _items_as_titles(log: pl.DataFrame, tidy: bool) -> pl.DataFrame:
+    items = log.select(item="item", title=pl.col("item").str.replace_all(r"\s+", " "))
+    items = items.unique("item", keep="first", maintain_order=True)
+    return items.with_columns(pl.col("title").map_elements(tidy_title, return_dtype=pl.String)) if tidy else items
 
 
 def write_rows(folder: Path, prepared: Prepared) -> Path:
