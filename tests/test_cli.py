@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import yaml
 
@@ -18,7 +20,7 @@ from rankwise.cli import main, parser
 from rankwise.errors import UserError
 from rankwise.recommend.synthetic import SyntheticSettings, write_synthetic
 
-COMMANDS = ["demo", "train", "prepare", "init", "evaluate", "export", "inspect", "report"]
+COMMANDS = ["demo", "train", "prepare", "init", "evaluate", "recommend", "export", "inspect", "report"]
 HEAVY = ["torch", "transformers", "peft", "polars", "plotly", "pydantic"]
 
 
@@ -85,7 +87,7 @@ def test_top_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None
         main(["--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    assert all(f"    {command} " in shown for command in COMMANDS)
+    assert [line.split()[0] for line in shown.splitlines() if re.match(r"    \w", line)] == COMMANDS
 
 
 def test_help_and_version_import_nothing_heavy() -> None:
@@ -170,6 +172,28 @@ def test_evaluate_measures_again(runs: list[Path], capsys: pytest.CaptureFixture
     assert {row["cases"] for row in said(capsys)[0]["rows"]} == {3}
 
 
+def test_recommend_to_one_and_to_all(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(runs[0])
+    assert main(["recommend", run, "--user", "u1", "--top", "3", "--json"]) == 0
+    of_user, err = said(capsys)
+    titles = [one["title"] for one in of_user["recommendations"]]
+    assert len(titles) == 3 and not set(titles) & set(of_user["history"]) and of_user["exact"]
+    assert titles[0] in err
+    assert main(["recommend", run, "--history", *of_user["history"], "--top", "3", "--json"]) == 0
+    assert said(capsys)[0]["recommendations"] == of_user["recommendations"]
+    assert main(["recommend", run, "--user", "u1", "--candidates", *titles[::-1], "--json"]) == 0
+    assert [one["title"] for one in said(capsys)[0]["recommendations"]] == titles
+
+    (tmp_path / "users.txt").write_text("u1\nu2\n\nu1\n", encoding="utf-8")
+    for users, count in (([], 16), (["--users", str(tmp_path / "users.txt")], 2)):
+        out = tmp_path / f"all-{count}"
+        assert main(["recommend", run, "--out", str(out), *users, "--top", "3", "--json"]) == 0
+        assert said(capsys)[0] == {"folder": str(out), "users": count}
+        table = pl.read_parquet(out / "part-*.parquet")
+        assert table.height == 3 * count
+        assert table.filter(user="u1")["title"].to_list() == titles
+
+
 def test_export_and_inspect(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(runs[0]), str(tmp_path / "small"), "--rank", "2", "--stage", "sft", "--json"]) == 0
     report, err = said(capsys)
@@ -217,6 +241,13 @@ def test_report_of_one_run_and_of_several(runs: list[Path], capsys: pytest.Captu
         (["init", "embedded", "--out", "OUT", "--rank", "0"], "--rank 0 is not possible: it must be 1 or more"),
         (["export", "DONE", "OUT", "--energy", "1.5"], "energy 1.5 is not possible"),
         (["inspect", "no/adapter"], "no/adapter is not a folder"),
+        (["recommend", "no/run", "--user", "u1"], "no/run has no recipe.yaml"),
+        (["recommend", "DONE", "--user", "nobody"], "user 'nobody' is none of 16 in the log"),
+        (["recommend", "DONE", "--history", "No such film"], "'No such film' is none of the"),
+        (["recommend", "DONE", "--user", "u1", "--stage", "sftt"], "did you mean 'sft'?"),
+        (["recommend", "DONE", "--user", "u1", "--users", "no.txt"], "--users needs --out"),
+        (["recommend", "DONE", "--out", "OUT", "--candidates", "a", "b"], "--candidates cannot be with --out"),
+        (["recommend", "DONE", "--out", "OUT", "--users", "no.txt"], "--users no.txt cannot be read as text"),
         (["report", "no/run"], "no/run is not a folder"),
         (["report", "DONE", "DONE"], "is given twice"),
         (["demo", "--ratings", "ratings.csv"], "demo needs both --ratings and --items, or neither"),

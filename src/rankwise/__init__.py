@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from rankwise.exporting import ExportReport, export
     from rankwise.preferences import SoftmaxDPOConfig, SoftmaxDPOTrainer, softmax_dpo_loss
     from rankwise.ranks import SoraConfig, prune, soft_threshold, sora_optimizer
+    from rankwise.recommend.recommender import Recommender
+    from rankwise.recommending import load_recommender
 
 __version__ = "0.1.0"
 
@@ -24,6 +26,8 @@ _HOMES = {
     "SoftmaxDPOConfig": "rankwise.preferences",
     "SoftmaxDPOTrainer": "rankwise.preferences",
     "softmax_dpo_loss": "rankwise.preferences",
+    "Recommender": "rankwise.recommend.recommender",
+    "load_recommender": "rankwise.recommending",
     "ExportReport": "rankwise.exporting",
     "export": "rankwise.exporting",
 }
@@ -31,11 +35,13 @@ _HOMES = {
 __all__ = [
     "ExportReport",
     "MiloraConfig",
+    "Recommender",
     "SoftmaxDPOConfig",
     "SoftmaxDPOTrainer",
     "SoraConfig",
     "export",
     "largest_triplets",
+    "load_recommender",
     "prune",
     "smallest_triplets",
     "soft_threshold",

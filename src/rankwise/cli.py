@@ -105,6 +105,35 @@ def evaluate(arguments: Arguments, console: Console) -> Any:
     return evaluate_run(Path(arguments.run), arguments.overrides, console)
 
 
+def recommend(arguments: Arguments, console: Console) -> Any:
+    """Show the best titles of the whole catalogue for a user or a history, or write those of all users as Parquet."""
+    from rankwise.recommending import load_recommender, recommend_once, recommend_to_folder
+
+    names = {"candidates": arguments.candidates, "users": arguments.users}
+    unused = [name for name, value in names.items() if value and (arguments.out is None) == (name == "users")]
+    if unused:
+        raise UserError(f"--{unused[0]} {'needs' if arguments.out is None else 'cannot be with'} --out")
+    users = None if arguments.users is None else _lines(Path(arguments.users))
+    options = {
+        "top": arguments.top,
+        "exclude_seen": not arguments.include_seen,
+        "length_normalised": arguments.normalise,
+        "most_nodes": arguments.most_nodes,
+    }
+    recommender = load_recommender(arguments.run, arguments.stage)
+    if arguments.out is not None:
+        settings = {"run": str(Path(arguments.run).resolve()), "stage": arguments.stage}
+        return recommend_to_folder(recommender, Path(arguments.out), console, users=users, settings=settings, **options)
+    return recommend_once(
+        recommender,
+        console,
+        user=arguments.user,
+        history=arguments.history,
+        candidates=arguments.candidates,
+        **options,
+    )
+
+
 def export(arguments: Arguments, console: Console) -> Any:
     """Write a run's adapter, or one from its own folder, as plain LoRA of a smaller rank or as merged weights."""
     from rankwise.evaluation import export_folder
@@ -179,6 +208,8 @@ def parser() -> argparse.ArgumentParser:
     made = _add(commands, evaluate, "rankwise evaluate runs/films evaluation.split=validation")
     made.add_argument("run", metavar="RUN", help="a run's folder")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+
+    _recommend_arguments(_add(commands, recommend, "rankwise recommend runs/films --history 'Heat (1995)' --top 5"))
 
     made = _add(commands, export, "rankwise export runs/films smaller/ --rank 8")
     made.add_argument("source", metavar="SOURCE", help="a run's folder, or an adapter's: a trainer's checkpoint, say")
@@ -276,6 +307,29 @@ def _init_arguments(made: argparse.ArgumentParser) -> None:
     keep = made.add_mutually_exclusive_group()
     keep.add_argument("--cache", metavar="FOLDER", help="of finished matrices (~/.cache/rankwise/starts)")
     keep.add_argument("--no-cache", action="store_true", help="keep no finished matrices and use none")
+
+
+def _recommend_arguments(made: argparse.ArgumentParser) -> None:
+    made.add_argument("run", metavar="RUN", help="the folder of a run on interactions or published lists")
+    whom = made.add_mutually_exclusive_group(required=True)
+    whom.add_argument("--user", help="of the run's log")
+    whom.add_argument("--history", nargs="+", metavar="TITLE", help="titles or item ids, oldest first")
+    whom.add_argument("--out", metavar="FOLDER", help="for the Parquet files of many users; all of the log")
+    made.add_argument("--users", metavar="FILE", help="with --out: only these, one on each line")
+    made.add_argument("--candidates", nargs="+", metavar="TITLE", help="rank these instead of the whole catalogue")
+    made.add_argument("--top", type=int, default=10, help="titles for each (%(default)s)")
+    made.add_argument("--stage", help="whose adapter to take (the last)")
+    made.add_argument("--include-seen", action="store_true", help="titles of the history may be recommended again")
+    made.add_argument("--normalise", action="store_true", help="rank by log-probability per token, not per title")
+    made.add_argument("--most-nodes", type=int, metavar="N", help="tokens of titles to read at most (all that matter)")
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank."""
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--users {path} cannot be read as text: {error}") from error
 
 
 def _pair(word: str) -> tuple[str, int]:

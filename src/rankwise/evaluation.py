@@ -32,7 +32,7 @@ def evaluate_run(run: Path, overrides: Sequence[str], console: Console) -> dict[
     Raises:
         UserError: the folder is no finished run, or its data is gone.
     """
-    recipe = _recipe(run, overrides)
+    recipe = open_run(run, overrides)
     check_files(recipe.data)
     tokenizer = load_tokenizer(recipe.model.path)
     task = load_task(recipe, tokenizer, context_limit(recipe.model, tokenizer))
@@ -75,7 +75,7 @@ def export_folder(
     if (source / "recipe.yaml").is_file():
         if model is not None:
             raise UserError(f"the base of a run is in its recipe, and {source} is a run: leave --model out")
-        trained = _trained_stage(source, stage)
+        trained = trained_stage(source, open_run(source), stage)
     elif (source / CONFIG).is_file():
         if stage is not None:
             raise UserError(f"stage {stage!r} is of a run, and {source} is an adapter: leave --stage out")
@@ -90,8 +90,12 @@ def export_folder(
     return asdict(report)
 
 
-def _trained_stage(run: Path, stage: str | None) -> PeftModel:
-    recipe = _recipe(run, ())
+def trained_stage(run: Path, recipe: Recipe, stage: str | None = None) -> PeftModel:
+    """The base with the adapter as a stage of a run left it, the last finished one where none is named.
+
+    Raises:
+        UserError: there is no such stage.
+    """
     names = [known.name for known in recipe.stages]
     if stage is not None and stage not in names:
         raise UserError(f"stage {stage!r} is not in {run}: {nearest(stage, names)}")
@@ -114,7 +118,12 @@ def print_export(folder: Path, report: ExportReport, console: Console) -> None:
         console.print(f"  {name} {value:.2e}", highlight=False)
 
 
-def _recipe(run: Path, overrides: Sequence[str]) -> Recipe:
+def open_run(run: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a finished run, with overrides.
+
+    Raises:
+        UserError: the folder is no run.
+    """
     quiet_libraries()
     return load_recipe(_existing(run, "recipe.yaml"), overrides)
 

@@ -38,6 +38,7 @@ from rankwise.peft_bridge import active_adapter, adapted_layers
 from rankwise.progress import logs_shown
 from rankwise.ranks import AllGatesClosed, SoraConfig, gate_counts, match_ranks, prune
 from rankwise.recipes import dump_recipe
+from rankwise.recommend.store import STORE, write_store
 from rankwise.schema import AdaloraSettings, AnyStage, LoraSettings, MiloraSettings, Recipe, SoraSettings
 from rankwise.tasks.load import check_files, load_task
 from rankwise.tasks.task import Task
@@ -50,7 +51,8 @@ class Run:
     """One run of a recipe in its folder.
 
     The folder gets ``recipe.yaml``, ``versions.json``, ``metrics.jsonl``, ``stages/<name>/`` (the adapter after each
-    stage), ``results.json``, ``ranks.json``, ``adapter/`` (the finished plain LoRA) and ``report.html``.
+    stage), ``results.json``, ``ranks.json``, ``adapter/`` (the finished plain LoRA) and ``report.html``; and, for
+    recommendation, ``store/``: its titles and histories.
     """
 
     def __init__(self, recipe: Recipe, console: Console, resume: bool = False) -> None:
@@ -189,6 +191,8 @@ class Run:
         """Write what is known before training, so that even a run that fails can be read."""
         write_text(self.folder / "recipe.yaml", dump_recipe(self.recipe))
         write_json(self.folder / "versions.json", versions())
+        if task.store is not None:
+            write_store(self.folder / STORE, task.store)
         start = {"task": task.kind, "columns": list(task.columns), "rows": [], "counts": dict(task.counts)}
         start["labels"] = task.labels
         self.results = {**start, **self.results}

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, Trainer
 from rankwise.errors import UserError
 from rankwise.models import load_language_model
 from rankwise.preferences.negatives import Catalogue
+from rankwise.recommend.store import Store
 from rankwise.sampling import sample
 from rankwise.schema import ModelSettings
 from rankwise.tasks.language_loss import answer_loss
@@ -26,6 +27,7 @@ class AnswerTask:
     labels: list[str] = []  # noqa: RUF012 - none, and never changed
     columns: tuple[str, ...] = ("loss", "perplexity")
     trainer: Callable[..., Trainer] | None = None
+    store: Store | None = None
 
     def __init__(self, kind: str, train: Rows, held_out: Rows, model: ModelSettings, counts: dict[str, int]) -> None:
         """Keep the rows; ``kind`` is ``text`` or ``instructions``."""

@@ -15,6 +15,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 from rankwise.errors import UserError
 from rankwise.models import load_classifier
 from rankwise.preferences.negatives import Catalogue
+from rankwise.recommend.store import Store
 from rankwise.sampling import sample
 from rankwise.schema import ModelSettings
 from rankwise.tasks.task import Metrics
@@ -39,6 +40,7 @@ class LabelTask:
     kind = "classification"
     task_type = "SEQ_CLS"
     columns: tuple[str, ...] = ("accuracy", "F1")
+    store: Store | None = None
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from rankwise.preferences.negatives import Catalogue
 from rankwise.preferences.rows import PreferenceRow, encode_preferences
 from rankwise.recommend.metrics import Scores
 from rankwise.recommend.ranking import EncodedCase, score_candidates
+from rankwise.recommend.store import Store
 from rankwise.sampling import sample
 from rankwise.schema import ModelSettings
 from rankwise.tasks.tables import read_rows, require_columns
@@ -89,6 +90,7 @@ class PreferenceTask:
     labels: list[str] = []  # noqa: RUF012 - none, and never changed
     columns: tuple[str, ...] = ("reward accuracy", "accuracy", "accuracy per token", "loss")
     trainer: Callable[..., Trainer] | None = None
+    store: Store | None = None
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ from rankwise.recommend.metrics import ranking_metrics, substring_protocol
 from rankwise.recommend.prepare import Prepared
 from rankwise.recommend.prompts import Template
 from rankwise.recommend.ranking import encode_cases, generate_answers, score_candidates
+from rankwise.recommend.store import Store, make_store
 from rankwise.sampling import sample
 from rankwise.schema import ModelSettings
 from rankwise.tasks.task import Metrics
@@ -49,6 +50,7 @@ class RecommendationTask:
         self._prepared, self._tokenizer, self._model = prepared, tokenizer, model
         self._seed, self._generate, self._template = seed, generate, template
         self._seen: dict[frozenset[str], frozenset[str]] = {}
+        self.store: Store | None = make_store(prepared, template)
         self._evaluation, left_out = sample(getattr(prepared, split), cases, seed)
         if not self._evaluation:
             raise UserError(f"the {split} part has no case to evaluate on")

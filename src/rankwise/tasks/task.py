@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from rankwise.preferences.negatives import Catalogue
+from rankwise.recommend.store import Store
 
 Metrics = dict[str, float]
 
@@ -25,6 +26,7 @@ class Task(Protocol):
         task_type: PEFT's name for the kind of model.
         labels: names of the labels, in classification; none otherwise.
         trainer: makes the trainer of an sft stage; the answer trainer where it is None.
+        store: what the finished model needs of the data to recommend; None where it does something else.
     """
 
     kind: str
@@ -34,6 +36,7 @@ class Task(Protocol):
     task_type: str
     labels: list[str]
     trainer: Callable[..., Trainer] | None
+    store: Store | None
 
     def load_model(self) -> PreTrainedModel:
         """The base model, of the kind that the task needs."""

@@ -30,6 +30,7 @@ STEP = 32  # nodes that a prompt reads at a time
 EXPECTED = 1024  # nodes that a prompt may be expected to read at most
 WHOLE = 16  # nodes of a branch that is read at once, to its leaves
 SHARE = 0.0625  # of the trie; a search that has read as much has cost about half of the whole walk
+NOT_A_NUMBER = "the model's scores are NaN: its weights or its adapter are broken, or its precision is too low"
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def top_answers(
         For each prompt, its best answers.
 
     Raises:
-        UserError: there is no prompt, one is empty, or ``count`` or ``most_nodes`` is below 1.
+        UserError: there is no prompt, one is empty, ``count`` or ``most_nodes`` is below 1, or a score is NaN.
     """
     for name, value in (("count", count), ("most_nodes", most_nodes)):
         if value is not None and value < 1:
@@ -206,7 +207,7 @@ def _walked(
     for picked, scores in catalogue_scores(model, chosen, trie, padding, batch_tokens):
         for index, row in zip(picked, scores.double().cpu(), strict=True):
             search = searches[places[index]]
-            values = row / trie.lengths if search.normalised else row
+            values = _checked(row / trie.lengths if search.normalised else row)
             values[list(search.barred)] = -float("inf")
             best = values.sort(descending=True, stable=True).indices[
                 : min(search.count, len(trie) - len(search.barred))
@@ -222,7 +223,7 @@ def _search(model: nn.Module, prompts: Sequence[Sequence[int]], searches: Sequen
     logits, cache = last_logits_and_cache(model, ids, own)
     first = searches[0].trie.first
     roots = edge_log_probabilities(logits[:, None], torch.zeros_like(first), first)
-    for search, values in zip(searches, roots.double().tolist(), strict=True):
+    for search, values in zip(searches, _checked(roots).double().tolist(), strict=True):
         for edge, value in enumerate(values):
             search.reach(edge, value, ())
     lengths, seen, left = own.sum(dim=1), own.bool(), list(searches)
@@ -237,6 +238,12 @@ def _search(model: nn.Module, prompts: Sequence[Sequence[int]], searches: Sequen
             lengths, seen = lengths[rows], seen[rows]
             left, taken = [left[row] for row in going], [taken[row] for row in going]
         _read(model, cache, lengths, seen, left, taken)
+
+
+def _checked(scores: Tensor) -> Tensor:
+    if scores.isnan().any():
+        raise UserError(NOT_A_NUMBER)
+    return scores
 
 
 def _places(branches: Sequence[_Branch]) -> Iterator[tuple[int, _Branch]]:
@@ -291,6 +298,6 @@ def _read(
     )
     counts = [len(part) for part in targets]
     flat = output.logits.flatten(0, 1)[None]
-    values = edge_log_probabilities(flat, torch.cat(sources), torch.cat(targets))[0].double().cpu()
+    values = _checked(edge_log_probabilities(flat, torch.cat(sources), torch.cat(targets))[0].double().cpu())
     for (search, branch, place), part in zip(owners, torch.split(values, counts), strict=True):
         search.learn(branch, place, part.tolist())

@@ -1,0 +1,85 @@
+"""Recommendations for many users, as a folder of Parquet files that a run which was cut off goes on with."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from rankwise.errors import UserError
+from rankwise.files import write_bytes, write_json
+from rankwise.recommend.recommender import Recommender
+
+PART = 1000  # users of a file
+TOGETHER = 64  # users whose prompts are read together
+SETTINGS = "settings.json"
+SCHEMA: dict[str, Any] = {
+    "user": pl.String,
+    "rank": pl.Int64,
+    "title": pl.String,
+    "items": pl.List(pl.String),
+    "score": pl.Float64,
+    "exact": pl.Boolean,
+}
+
+
+def recommend_users(
+    recommender: Recommender, users: Sequence[str], folder: Path, settings: dict[str, Any], **options: Any
+) -> Iterator[int]:
+    """Write the best titles of each user into ``folder/part-00000.parquet`` and so on, a thousand users in each.
+
+    A part is there whole or not at all; parts that are there already are not made again. Columns: ``user``, ``rank``
+    from 1, ``title``, the ids of its ``items``, ``score``, and whether the ranking is ``exact``.
+
+    Args:
+        recommender: what recommends.
+        users: of the log; each needs a history there.
+        folder: new, empty, or with parts of the same users and settings.
+        settings: what the recommendations depend on, kept in ``settings.json`` to tell whether old parts fit.
+        **options: of :meth:`Recommender.recommend`.
+
+    Yields:
+        How many users are done, after each few.
+
+    Raises:
+        UserError: a user is unknown, or the folder holds something else.
+    """
+    histories = [recommender.store.history(user) for user in users]
+    settings = {**settings, **options, "users": list(users)}
+    _open(folder, settings)
+    for start in range(0, len(users), PART):
+        path = folder / f"part-{start // PART:05d}.parquet"
+        stop = min(start + PART, len(users))
+        if not path.exists():
+            rows: list[tuple[Any, ...]] = []
+            for place in range(start, stop, TOGETHER):
+                some = slice(place, min(place + TOGETHER, stop))
+                rows += _rows(recommender, users[some], histories[some], options)
+                yield some.stop
+            buffer = io.BytesIO()
+            pl.DataFrame(rows, schema=SCHEMA, orient="row").write_parquet(buffer)
+            write_bytes(path, buffer.getvalue())
+        yield stop
+
+
+def _open(folder: Path, settings: dict[str, Any]) -> None:
+    """A new folder gets the settings; one that is there must have the same."""
+    path = folder / SETTINGS
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not path.is_file():
+            raise UserError(f"{folder} is there, and holds no recommendations: choose another folder")
+        if json.loads(path.read_text(encoding="utf-8")) != settings:
+            raise UserError(f"{folder} holds recommendations of other users or settings: choose another folder")
+    write_json(path, settings)
+
+
+def _rows(
+    recommender: Recommender, users: Sequence[str], histories: Sequence[Sequence[str]], options: dict[str, Any]
+) -> Iterator[tuple[Any, ...]]:
+    for user, ranking in zip(users, recommender.recommend(histories, **options), strict=True):
+        for rank, one in enumerate(ranking.best, start=1):
+            yield user, rank, one.title, one.items, one.score, ranking.exact

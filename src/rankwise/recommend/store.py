@@ -1,0 +1,150 @@
+"""What recommending needs beside a model, kept in a run's folder: titles, the items behind them, users' histories."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import polars as pl
+
+from rankwise.errors import UserError
+from rankwise.files import new_folder, write_json
+from rankwise.recommend.prepare import Prepared
+from rankwise.recommend.prompts import Template
+
+STORE = "store"  # of a run's folder
+TITLES, HISTORIES, SETTINGS = "titles.parquet", "histories.parquet", "settings.json"
+CLOSEST = 3  # known names that an unknown one is answered with
+
+
+@dataclass(frozen=True, eq=False)
+class Store:
+    """A catalogue, its users, and how a prompt is made of a history.
+
+    Attributes:
+        titles: each ``title`` once, sorted, with its ``popularity`` in training and the ids of its ``items``.
+        histories: each ``user`` with the ``titles`` of all interactions, oldest first.
+        template: of the prompts that the model was trained on.
+        most_history: titles in a prompt, the latest ones.
+    """
+
+    titles: pl.DataFrame
+    histories: pl.DataFrame
+    template: Template
+    most_history: int
+
+    @cached_property
+    def items(self) -> dict[str, list[str]]:
+        """The ids of the items behind each title."""
+        return dict(self.titles.select("title", "items").iter_rows())
+
+    def history(self, user: str) -> list[str]:
+        """All titles that a user of the log chose, oldest first.
+
+        Raises:
+            UserError: there is no such user.
+        """
+        place = self._users.get(user)
+        if place is None:
+            raise UserError(f"user {user!r} is none of {len(self._users)} in the log; {_closest(user, self._users)}")
+        titles: list[str] = self.histories["titles"][place].to_list()
+        return titles
+
+    def find(self, names: Sequence[str]) -> list[str]:
+        """The titles that a person means: by title, letters' case aside, or by the id of an item.
+
+        Raises:
+            UserError: a name is none of these; the closest titles are named.
+        """
+        return [self._find(name) for name in names]
+
+    def _find(self, name: str) -> str:
+        if name in self.items:
+            return name
+        found = self._by_name.get(_plain(name))
+        if found is None:
+            raise UserError(f"{name!r} is none of the {len(self.items)} titles; {_closest(name, self.items)}")
+        return found
+
+    @cached_property
+    def _users(self) -> dict[str, int]:
+        return {user: place for place, user in enumerate(self.histories["user"].to_list())}
+
+    @cached_property
+    def _by_name(self) -> dict[str, str]:
+        """Titles by what else they are called: a title goes before an id, and the first of several titles wins."""
+        ids = {_plain(item): title for title, items in self.items.items() for item in items}
+        return ids | {_plain(title): title for title in reversed(self.items)}
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.split()).casefold()
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    """A few of the known names, the closest where some are."""
+    plain: dict[str, str] = {}
+    for one in known:
+        plain.setdefault(_plain(one), one)
+    wanted = _plain(name)
+    close = difflib.get_close_matches(wanted, plain, CLOSEST, cutoff=0.5)
+    close += [one for one in plain if wanted and wanted in one and one not in close][: CLOSEST - len(close)]
+    if close:
+        return f"the closest: {', '.join(repr(plain[one]) for one in close)}"
+    return f"such as {', '.join(repr(one) for one in list(plain.values())[:CLOSEST])}"
+
+
+def make_store(prepared: Prepared, template: Template) -> Store:
+    """The store of prepared data: every title of the catalogue and of the item list, chosen by somebody or not."""
+    popularity = pl.DataFrame(
+        {"title": list(prepared.popularity), "popularity": list(prepared.popularity.values())},
+        schema={"title": pl.String, "popularity": pl.Int64},
+    )
+    items = prepared.items.group_by("title").agg(items=pl.col("item").sort())
+    titles = (
+        pl.concat([prepared.items["title"], pl.Series("title", prepared.catalogue, dtype=pl.String)])
+        .unique()
+        .sort()
+        .to_frame()
+        .join(popularity, on="title", how="left")
+        .join(items, on="title", how="left")
+        .with_columns(pl.col("popularity").fill_null(0), pl.col("items").fill_null([]))
+    )
+    return Store(titles, prepared.histories, template, prepared.most_history)
+
+
+def write_store(folder: Path, store: Store) -> None:
+    """Write a store; the folder appears whole or not at all, in place of one that was there."""
+    with new_folder(folder) as made:
+        store.titles.write_parquet(made / TITLES)
+        store.histories.write_parquet(made / HISTORIES)
+        write_json(made / SETTINGS, {"most_history": store.most_history, "template": asdict(store.template)})
+
+
+def read_store(folder: Path) -> Store:
+    """Read what :func:`write_store` wrote.
+
+    Raises:
+        UserError: the folder is not there, or one of its files is missing or damaged.
+    """
+    try:
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        titles, histories = (pl.read_parquet(folder / name) for name in (TITLES, HISTORIES))
+        template = Template(**_texts(settings["template"]))
+        return Store(titles, histories, template, int(settings["most_history"]))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder} has no {Path(str(error.filename or TITLES)).name}: recommendations need a finished run on"
+            " interactions or published lists"
+        ) from error
+    except (ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder} is damaged ({reason}): run its recipe again with --resume") from error
+
+
+def _texts(values: Mapping[str, object]) -> dict[str, str]:
+    return {name: str(value) for name, value in values.items()}

@@ -1,0 +1,106 @@
+"""A finished run as a recommender: for a user of its log, for a history, or for everybody."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from rankwise.errors import UserError
+from rankwise.evaluation import open_run, trained_stage
+from rankwise.models import context_limit, load_tokenizer
+from rankwise.recommend.batch import recommend_users
+from rankwise.recommend.recommender import Ranking, Recommender
+from rankwise.recommend.store import STORE, read_store
+
+
+def load_recommender(run: str | Path, stage: str | None = None) -> Recommender:
+    """The recommender that a run trained, from what its folder keeps: its data may be gone.
+
+    Args:
+        run: the run's folder.
+        stage: whose adapter to take; the last one's where None.
+
+    Raises:
+        UserError: it is no finished run on interactions or published lists, or has no such stage.
+    """
+    run = Path(run)
+    recipe = open_run(run)
+    store = read_store(run / STORE)
+    tokenizer = load_tokenizer(recipe.model.path)
+    model = trained_stage(run, recipe, stage)
+    return Recommender(model, tokenizer, store, context_limit(recipe.model, tokenizer))
+
+
+def recommend_once(
+    recommender: Recommender,
+    console: Console,
+    *,
+    user: str | None,
+    history: Sequence[str] | None,
+    candidates: Sequence[str] | None,
+    top: int,
+    **options: Any,
+) -> dict[str, Any]:
+    """Show the best titles for a user of the log or for a history; out of candidates, where some are given."""
+    store = recommender.store
+    titles = store.history(str(user)) if history is None else store.find(history)
+    if candidates is None:
+        [ranking] = recommender.recommend([titles], top, **options)
+    else:
+        ranking = recommender.rank(titles, candidates, top)
+    _say(recommender.counts, console)
+    console.print(ranking_table(ranking))
+    if not ranking.exact:
+        console.print("the search was cut short: other titles may be better", style="dim")
+    return {
+        "user": user,
+        "history": list(titles),
+        "exact": ranking.exact,
+        "recommendations": [one._asdict() for one in ranking.best],
+    }
+
+
+def ranking_table(ranking: Ranking) -> Table:
+    """A console table of a ranking."""
+    table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)
+    for name in ("rank", "title", "items", "log-probability"):
+        table.add_column(name, justify="left" if name in ("title", "items") else "right", overflow="fold")
+    for rank, one in enumerate(ranking.best, start=1):
+        table.add_row(str(rank), Text(one.title), Text(", ".join(one.items)), f"{one.score:.3f}")
+    return table
+
+
+def recommend_to_folder(
+    recommender: Recommender,
+    folder: Path,
+    console: Console,
+    *,
+    users: Sequence[str] | None,
+    settings: dict[str, Any],
+    **options: Any,
+) -> dict[str, Any]:
+    """Recommend to the users that are named, or to all of the log, into a folder of Parquet files."""
+    named = recommender.store.histories["user"].to_list() if users is None else list(dict.fromkeys(users))
+    if not named:
+        raise UserError("there is no user to recommend to: the run's data has none, or the list of users is empty")
+    columns = (TextColumn("users"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("users", total=len(named))
+        for done in recommend_users(recommender, named, folder, settings, **options):
+            bar.update(task, completed=done)
+    _say(recommender.counts, console)
+    console.print(f"recommendations: {folder}: {len(named)} users", highlight=False)
+    return {"folder": str(folder), "users": len(named)}
+
+
+def _say(counts: Mapping[str, int], console: Console) -> None:
+    for name, number in counts.items():
+        if number:
+            console.print(f"  {name}: {number}", style="dim", highlight=False)
