@@ -94,7 +94,7 @@ def test_measures_are_those_of_separate_sequences(
     assert made.cases == 3
     tiny_llama.train()
     expected = {"accuracy": right / 3, "accuracy per token": per_token / 3, "loss": nats / tokens}
-    assert made.evaluate(tiny_llama) == pytest.approx(expected, rel=1e-5)
+    assert made.evaluate(tiny_llama).metrics == pytest.approx(expected, rel=1e-5)
     assert tiny_llama.training
     assert made.evaluate_training(tiny_llama, 3, seed=1) == pytest.approx(expected, rel=1e-5)
 
@@ -107,7 +107,7 @@ def test_rewards_are_what_an_adapter_adds_to_the_base(
     exchanged = row | {"chosen": " A dog.", "rejected": [" The fox."]}
     made = task([row, exchanged], tiny_tokenizer)
     model = get_peft_model(tiny_llama, LoraConfig(target_modules="all-linear", init_lora_weights=False))
-    found = made.evaluate(model)
+    found = made.evaluate(model).metrics
     assert list(found) == list(made.columns)
     assert found["reward accuracy"] == 0.5
     rewards = []
@@ -120,10 +120,10 @@ def test_rewards_are_what_an_adapter_adds_to_the_base(
                 total = total + model(ids, labels=ids.clone().index_fill_(1, torch.arange(start), -100)).loss
         rewards.append(float(total) * (ids.shape[1] - start))
     better = row if rewards[0] > rewards[1] else exchanged
-    assert task([better], tiny_tokenizer).evaluate(model)["reward accuracy"] == 1.0
+    assert task([better], tiny_tokenizer).evaluate(model).metrics["reward accuracy"] == 1.0
     with model.disable_adapter():
-        assert list(made.evaluate(model)) == list(made.columns[1:])
-        assert list(made.evaluate(model)) == list(made.columns[1:])
+        assert list(made.evaluate(model).metrics) == list(made.columns[1:])
+        assert list(made.evaluate(model).metrics) == list(made.columns[1:])
 
 
 def test_supervised_rows_are_prompts_with_the_chosen_answer(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

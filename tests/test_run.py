@@ -96,7 +96,7 @@ def test_the_folder_holds_what_is_documented(finished: dict[str, Finished], kind
         "ranks.json",
         "adapter",
         "report.html",
-        *(["store"] if kind in ("interactions", "sdpo") else []),
+        *(["store", "cases"] if kind in ("interactions", "sdpo") else []),
     }
     assert sorted(path.name for path in (folder / "stages").iterdir()) == sorted(stages)
     saved = (folder / "recipe.yaml").read_text(encoding="utf-8")

@@ -107,7 +107,7 @@ def test_training_rows_are_measured_as_the_held_out_ones(
     task._held_out, task._train = drawn, task._held_out
     assert task.evaluate_training(model, 1000, 5) == results["rows"][-1]["metrics"]
     task.cases = len(drawn)
-    assert task.evaluate(model) == found == results["rows"][-1]["training_metrics"]
+    assert task.evaluate(model).metrics == found == results["rows"][-1]["training_metrics"]
     seen = []
     monkeypatch.setattr(task, "_measured", lambda _, rows: seen.append(list(rows)) or {})
     task.evaluate_training(model, 2, 3)
@@ -189,10 +189,10 @@ def test_losses_of_training_rows_are_those_of_held_out_rows(tiny_llama: LlamaFor
     one, other = (
         AnswerTask("text", *parts, ModelSettings(), {}) for parts in ((rows[:4], rows[4:]), (rows[4:], rows[:4]))
     )
-    assert one.evaluate_training(tiny_llama, 9, 0) == other.evaluate(tiny_llama)
-    assert other.evaluate_training(tiny_llama, 9, 0) == one.evaluate(tiny_llama)
+    assert one.evaluate_training(tiny_llama, 9, 0) == other.evaluate(tiny_llama).metrics
+    assert other.evaluate_training(tiny_llama, 9, 0) == one.evaluate(tiny_llama).metrics
     drawn = AnswerTask("text", rows, sample(rows, 3, 5)[0], ModelSettings(), {})
-    assert drawn.evaluate_training(tiny_llama, 3, 5) == drawn.evaluate(tiny_llama)
+    assert drawn.evaluate_training(tiny_llama, 3, 5) == drawn.evaluate(tiny_llama).metrics
 
 
 def test_recommendation_has_no_such_measure(model_folder: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from rankwise.analysis.tables import result_table
 from rankwise.errors import UserError, nearest
 from rankwise.exporting import ExportReport, Layout, export
 from rankwise.files import write_json
-from rankwise.measuring import measured
+from rankwise.measuring import measured, measured_row
 from rankwise.models import context_limit, load_classifier, load_language_model, load_tokenizer, quiet_libraries
 from rankwise.recipes import load_recipe
 from rankwise.run import load_stage, with_adapter
@@ -38,7 +38,7 @@ def evaluate_run(run: Path, overrides: Sequence[str], console: Console) -> dict[
     task = load_task(recipe, tokenizer, context_limit(recipe.model, tokenizer))
     stage = _last_stage(run, recipe)
     model = _trained(run, recipe, stage)
-    rows = [{"name": name, "metrics": metrics, "cases": task.cases} for name, metrics in task.baselines().items()]
+    rows = [measured_row(name, found, task.cases) for name, found in task.baselines().items()]
     rows.append(measured(task, model, stage, recipe))
     results = {"task": task.kind, "columns": list(task.columns), "rows": rows, "counts": task.counts}
     write_json(run / "evaluation.json", results)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 
+from rankwise.files import write_bytes
 from rankwise.peft_bridge import active_adapter
 from rankwise.ranks import SoraConfig, gate_counts
+from rankwise.recommend.cases import intervals
 from rankwise.schema import Recipe
-from rankwise.tasks.task import Task
+from rankwise.tasks.task import Measurement, Task
 
 
-def measured(task: Task, model: PeftModel, name: str, recipe: Recipe, *, base: bool = False) -> dict[str, Any]:
+def measured(
+    task: Task, model: PeftModel, name: str, recipe: Recipe, cases: Path | None = None, *, base: bool = False
+) -> dict[str, Any]:
     """A row of ``results.json``.
 
     Args:
@@ -21,19 +27,43 @@ def measured(task: Task, model: PeftModel, name: str, recipe: Recipe, *, base: b
         model: the base with its adapter, which is on, or off for the base's own row.
         name: of the row.
         recipe: says how many training rows to measure on too, and the seed that draws them.
+        cases: as in :func:`measured_row`.
         base: whether the row is the base's own.
 
     Returns:
-        ``name``; ``metrics`` of ``cases`` held-out cases; ``training_metrics`` of ``training_cases`` training rows,
+        What :func:`measured_row` returns; ``training_metrics`` of ``training_cases`` training rows,
         where the recipe asks for them; and ``adapter``, what its gates leave (:func:`rankwise.ranks.gate_counts`),
         where it has gates.
     """
-    row: dict[str, Any] = {"name": name, "metrics": task.evaluate(model), "cases": task.cases}
+    row = measured_row(name, task.evaluate(model), task.cases, cases)
     if limit := recipe.evaluation.training_cases:
         row["training_metrics"] = task.evaluate_training(model, limit, recipe.seed)
         row["training_cases"] = min(limit, len(task.sft_rows()))
     if not base and isinstance(model.peft_config[active_adapter(model)], SoraConfig):
         row["adapter"] = gate_counts(model)
+    return row
+
+
+def measured_row(name: str, found: Measurement, number: int, cases: Path | None = None) -> dict[str, Any]:
+    """A row of ``results.json`` from a measurement.
+
+    Args:
+        name: of the row.
+        found: what was measured.
+        number: of held-out cases.
+        cases: a folder that gets the measurement's cases, as ``<name>.parquet``, where it has some; None for nowhere.
+
+    Returns:
+        ``name``; ``metrics`` of ``cases`` held-out cases; and, where the cases are known one by one, the 95 % bootstrap
+        ``intervals`` of those metrics that are means over them.
+    """
+    row: dict[str, Any] = {"name": name, "metrics": found.metrics, "cases": number}
+    if found.cases is not None:
+        row["intervals"] = intervals(found.cases)
+        if cases is not None:
+            buffer = io.BytesIO()
+            found.cases.write_parquet(buffer)
+            write_bytes(cases / f"{name}.parquet", buffer.getvalue())
     return row
 
 

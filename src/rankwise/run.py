@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, set_seed
 import rankwise
 from rankwise.analysis.ranks import read_ranks
 from rankwise.analysis.report import write_report
-from rankwise.analysis.runfolder import read_entry
+from rankwise.analysis.runfolder import CASES, read_entry
 from rankwise.analysis.tables import result_table
 from rankwise.directions import MiloraConfig
 from rankwise.directions.basehash import check_base
@@ -31,7 +31,7 @@ from rankwise.directions.saving import live_hashes
 from rankwise.errors import UserError
 from rankwise.exporting import export
 from rankwise.files import new_folder, write_json, write_jsonl, write_text
-from rankwise.measuring import measured, row_line
+from rankwise.measuring import measured, measured_row, row_line
 from rankwise.models import context_limit, load_tokenizer, quiet_libraries
 from rankwise.optimisation import ALLOCATIONS
 from rankwise.peft_bridge import active_adapter, adapted_layers
@@ -52,7 +52,7 @@ class Run:
 
     The folder gets ``recipe.yaml``, ``versions.json``, ``metrics.jsonl``, ``stages/<name>/`` (the adapter after each
     stage), ``results.json``, ``ranks.json``, ``adapter/`` (the finished plain LoRA) and ``report.html``; and, for
-    recommendation, ``store/``: its titles and histories.
+    recommendation, ``store/``, its titles and histories, and ``cases/``, what each row of the results is a mean of.
     """
 
     def __init__(self, recipe: Recipe, console: Console, resume: bool = False) -> None:
@@ -89,9 +89,9 @@ class Run:
         with logs_shown(self.console):
             model = with_adapter(base, self.recipe, task.task_type, self._saved(done))
         self._adapted = [name for name, _ in adapted_layers(model, active_adapter(model))]
-        for name, metrics in task.baselines().items():
+        for name, found in task.baselines().items():
             if name not in done:
-                self._row({"name": name, "metrics": metrics, "cases": task.cases})
+                self._row(measured_row(name, found, task.cases, self.folder / CASES))
         if self.recipe.evaluation.base and BASE not in done:
             with model.disable_adapter():
                 self._measure(task, model, BASE)
@@ -206,7 +206,7 @@ class Run:
 
     def _measure(self, task: Task, model: PeftModel, name: str) -> None:
         with self._timed("evaluation"):
-            row = measured(task, model, name, self.recipe, base=name == BASE)
+            row = measured(task, model, name, self.recipe, self.folder / CASES, base=name == BASE)
         self._row(row)
 
     def _row(self, row: dict[str, Any]) -> None:

@@ -29,6 +29,26 @@ _DECODED = "where an answer is decoded greedily and is valid if it holds exactly
 # The first pattern that is found in the lower-cased name counts; {k} is the name's number after "@".
 _COLUMNS: tuple[tuple[str, Column], ...] = (
     (
+        r"(hr|hit rate)@(?P<k>\d+) full",
+        Column(
+            "share of cases with the true item among the first {k} of the whole catalogue, the user's own left out."
+        ),
+    ),
+    (
+        r"ndcg@(?P<k>\d+) full",
+        Column("mean of 1 / log2(1 + place of the true item in the whole catalogue), counted as 0 beyond place {k}."),
+    ),
+    (r"mrr full", Column("mean of 1 / place of the true item in the whole catalogue.")),
+    (r"coverage@(?P<k>\d+)", Column("share of the catalogue that is among the first {k} of at least one case.", None)),
+    (
+        r"novelty@(?P<k>\d+)",
+        Column("mean of -log2 of a title's share of all interactions, in bits, over the first {k} of all cases.", None),
+    ),
+    (
+        r"popularity lift@(?P<k>\d+)",
+        Column("how much more popular the first {k} are than the users' own histories: 0 as much, 1 twice.", None),
+    ),
+    (
         r"hr@1\b.*\bvalid",
         Column(
             f"share of right answers among the valid ones, {_DECODED}. "

@@ -13,6 +13,7 @@ import yaml
 from rankwise.analysis.ranks import CONFIG, read_adapter
 from rankwise.errors import UserError
 
+CASES = "cases"  # a folder of Parquet files, one a row of the results
 _ABSENT = {
     "recipe.yaml": "the settings are not known",
     "results.json": "the run has not been evaluated",

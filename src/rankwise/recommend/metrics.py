@@ -86,6 +86,7 @@ class ProtocolResult:
     valid_ratio: float
     cases: int
     cannot_be_won: int  # cases in which the right answer itself would be invalid
+    outcomes: tuple[tuple[bool, bool], ...]  # of each case, whether its text is valid, and whether it is right
 
 
 def substring_protocol(
@@ -104,7 +105,7 @@ def substring_protocol(
         raise ValueError(
             f"{len(texts)} texts, {len(candidates)} lists and {len(targets)} targets: must be equal, not 0"
         )
-    outcomes = [_outcome(*case) for case in zip(texts, candidates, targets, strict=True)]
+    outcomes = tuple(_outcome(*case) for case in zip(texts, candidates, targets, strict=True))
     valid, right = sum(valid for valid, _ in outcomes), sum(right for _, right in outcomes)
     return ProtocolResult(
         hit_rate=right / len(outcomes),
@@ -112,6 +113,7 @@ def substring_protocol(
         valid_ratio=valid / len(outcomes),
         cases=len(outcomes),
         cannot_be_won=sum(cannot_be_won(*case) for case in zip(candidates, targets, strict=True)),
+        outcomes=outcomes,
     )
 
 

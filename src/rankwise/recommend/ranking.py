@@ -28,7 +28,11 @@ class EncodedCase(NamedTuple):
 
 
 def encode_cases(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[Sequence[str]], context: int
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    answers: Sequence[Sequence[str]],
+    context: int,
+    least_room: int = 0,
 ) -> tuple[list[EncodedCase], int]:
     """Token ids of evaluation cases, and how many prompts were cut on the left.
 
@@ -39,13 +43,14 @@ def encode_cases(
         prompts: one text a case.
         answers: one list of texts a case; lists may differ in length.
         context: most tokens of a prompt with an answer.
+        least_room: tokens that a prompt leaves in any case, such as those of the longest title of a catalogue.
 
     Raises:
         UserError: a candidate alone does not fit.
     """
     cases, cut = [], 0
     for prompt, texts in zip(prompts, answers, strict=True):
-        made = encode_answer_set(tokenizer, prompt, texts, context, least_room=GENERATED)
+        made = encode_answer_set(tokenizer, prompt, texts, context, max(GENERATED, least_room))
         if made is None:
             longest = max(texts, key=len)
             raise UserError(f"candidate {longest[:80]!r} does not fit {context} tokens: raise model.context")

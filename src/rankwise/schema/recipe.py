@@ -32,6 +32,10 @@ class EvaluationSettings(Section):
     training_cases: Count | None = Field(
         None, description="Also measure on this many training rows, drawn by the seed; not in recommendation."
     )
+    catalogue_cases: Count | None = Field(
+        None,
+        description="In recommendation, also rank the whole catalogue in this many cases; in none if not given.",
+    )
     generate: bool = Field(True, description="In recommendation, also the papers' protocol: greedy text, substrings.")
     base: bool = Field(True, description="Also measure the base model.")
 

@@ -15,7 +15,7 @@ from rankwise.recommend.store import Store
 from rankwise.sampling import sample
 from rankwise.schema import ModelSettings
 from rankwise.tasks.language_loss import answer_loss
-from rankwise.tasks.task import Metrics
+from rankwise.tasks.task import Measurement, Metrics
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -50,13 +50,13 @@ class AnswerTask:
             " preferences"
         )
 
-    def baselines(self) -> dict[str, Metrics]:
+    def baselines(self) -> dict[str, Measurement]:
         """Nothing beside the base model."""
         return {}
 
-    def evaluate(self, model: nn.Module) -> Metrics:
+    def evaluate(self, model: nn.Module) -> Measurement:
         """Cross-entropy of held-out answers, in nats per token, and its exponential."""
-        return self._measured(model, self._held_out)
+        return Measurement(self._measured(model, self._held_out))
 
     def evaluate_training(self, model: nn.Module, limit: int, seed: int) -> Metrics:
         """The same over training rows."""

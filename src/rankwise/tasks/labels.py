@@ -18,7 +18,7 @@ from rankwise.preferences.negatives import Catalogue
 from rankwise.recommend.store import Store
 from rankwise.sampling import sample
 from rankwise.schema import ModelSettings
-from rankwise.tasks.task import Metrics
+from rankwise.tasks.task import Measurement, Metrics
 from rankwise.tokenise import padding_token
 
 Rows = Sequence[Mapping[str, Any]]
@@ -76,14 +76,14 @@ class LabelTask:
         """Labels are no answers to prefer."""
         raise UserError("data of kind classification has no rejected answers: use an sft stage")
 
-    def baselines(self) -> dict[str, Metrics]:
+    def baselines(self) -> dict[str, Measurement]:
         """The most frequent label of the training part."""
         most = Counter(row["labels"] for row in self._train).most_common(1)[0][0]
-        return {"most frequent": self._metrics(self._held_out, [most] * self.cases)}
+        return {"most frequent": Measurement(self._metrics(self._held_out, [most] * self.cases))}
 
-    def evaluate(self, model: nn.Module) -> Metrics:
+    def evaluate(self, model: nn.Module) -> Measurement:
         """Accuracy, and F1 of the second label where there are two, else the mean F1 over labels."""
-        return self._measured(model, self._held_out)
+        return Measurement(self._measured(model, self._held_out))
 
     def evaluate_training(self, model: nn.Module, limit: int, seed: int) -> Metrics:
         """The same over training rows."""

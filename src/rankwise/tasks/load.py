@@ -64,6 +64,7 @@ def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) 
             context,
             split=evaluation.split,
             cases=evaluation.cases,
+            catalogue_cases=evaluation.catalogue_cases,
             generate=evaluation.generate,
             seed=recipe.seed,
         )

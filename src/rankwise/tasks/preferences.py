@@ -22,7 +22,7 @@ from rankwise.recommend.store import Store
 from rankwise.sampling import sample
 from rankwise.schema import ModelSettings
 from rankwise.tasks.tables import read_rows, require_columns
-from rankwise.tasks.task import Metrics
+from rankwise.tasks.task import Measurement, Metrics
 from rankwise.tokenise import IGNORED, padding_token
 
 Rows = Sequence[Mapping[str, Any]]
@@ -125,13 +125,13 @@ class PreferenceTask:
         """The rows as they were read, whose rejected answers are their candidates too; there is no catalogue."""
         return [{**row, "candidates": row["rejected"]} for row in sample(self._train, limit, self._seed)[0]], None
 
-    def baselines(self) -> dict[str, Metrics]:
+    def baselines(self) -> dict[str, Measurement]:
         """Nothing beside the base model."""
         return {}
 
-    def evaluate(self, model: nn.Module) -> Metrics:
+    def evaluate(self, model: nn.Module) -> Measurement:
         """Rank the answers of every held-out row."""
-        return self._measured(model, self._held_out)
+        return Measurement(self._measured(model, self._held_out))
 
     def evaluate_training(self, model: nn.Module, limit: int, seed: int) -> Metrics:
         """The same over training rows."""

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
+import polars as pl
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from rankwise.errors import UserError
+from rankwise.likelihood import evaluating
 from rankwise.models import load_language_model
 from rankwise.preferences.negatives import Catalogue
 from rankwise.recommend.baselines import popularity_scores, random_scores, target_places
-from rankwise.recommend.metrics import ranking_metrics, substring_protocol
+from rankwise.recommend.cases import means, ranked_cases
+from rankwise.recommend.full_ranking import CASES, LISTS, full_ranking
+from rankwise.recommend.metrics import Scores, substring_protocol
 from rankwise.recommend.prepare import Prepared
 from rankwise.recommend.prompts import Template
 from rankwise.recommend.ranking import encode_cases, generate_answers, score_candidates
 from rankwise.recommend.store import Store, make_store
 from rankwise.sampling import sample
 from rankwise.schema import ModelSettings
-from rankwise.tasks.task import Metrics
-from rankwise.tokenise import encode_answers, padding_token
+from rankwise.tasks.task import Measurement, Metrics
+from rankwise.tokenise import answer_ids, encode_answers, padding_token
+from rankwise.trees.catalogue import catalogue_scores
+from rankwise.trees.trie import CatalogueTrie
 
 PROTOCOL = ("HR@1 greedy", "HR@1 greedy of valid", "valid ratio")
 
@@ -43,26 +50,47 @@ class RecommendationTask:
         *,
         split: str = "test",
         cases: int | None = None,
+        catalogue_cases: int | None = None,
         generate: bool = True,
         seed: int = 0,
     ) -> None:
         """Choose the evaluation cases and tokenise the training rows."""
+        if catalogue_cases and template.shows_candidates:
+            raise UserError(
+                f"evaluation.catalogue_cases is {catalogue_cases}, but the prompts of template {template.name!r} tell "
+                "the candidates: take a template without {candidates}"
+            )
         self._prepared, self._tokenizer, self._model = prepared, tokenizer, model
+        self._padding = padding_token(tokenizer)
         self._seed, self._generate, self._template = seed, generate, template
         self._seen: dict[frozenset[str], frozenset[str]] = {}
-        self.store: Store | None = make_store(prepared, template)
+        store = make_store(prepared, template)
+        self.store: Store | None = store
         self._evaluation, left_out = sample(getattr(prepared, split), cases, seed)
         if not self._evaluation:
             raise UserError(f"the {split} part has no case to evaluate on")
-        self.columns: tuple[str, ...] = ("HR@1", "HR@5", "NDCG@5", "MRR", *(PROTOCOL if generate else ()))
+        self._titles: list[str] = store.titles["title"].to_list()
+        every = range(len(self._evaluation))
+        self._full = sample(every, catalogue_cases, seed)[0] if catalogue_cases else []
+        self.columns: tuple[str, ...] = (
+            *("HR@1", "HR@5", "NDCG@5", "MRR"),
+            *((*CASES, *LISTS) if self._full else ()),
+            *(PROTOCOL if generate else ()),
+        )
         self.cases = len(self._evaluation)
         rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in prepared.train]
         self._rows, cut = encode_answers(rows, tokenizer, context)
         self.counts = {**prepared.counts, **{f"training {name}": number for name, number in cut.items()}}
         prompts = [row["prompt"] for row in self._evaluation]
         answers = [[template.render_answer(title) for title in row["candidates"]] for row in self._evaluation]
-        self._cases, prompts_cut = encode_cases(tokenizer, prompts, answers, context)
+        room = self._trie.longest if self._full else 0
+        self._cases, prompts_cut = encode_cases(tokenizer, prompts, answers, context, room)
         self.counts |= {"evaluation cases left out": left_out, "evaluation prompts cut to the context": prompts_cut}
+
+    @cached_property
+    def _trie(self) -> CatalogueTrie:
+        """All titles as answers."""
+        return CatalogueTrie(answer_ids(self._tokenizer, [self._template.render_answer(one) for one in self._titles]))
 
     def load_model(self) -> PreTrainedModel:
         """A causal language model."""
@@ -88,30 +116,57 @@ class RecommendationTask:
             self._seen[titles] = frozenset(map(self._template.render_answer, titles))
         return self._seen[titles]
 
-    def baselines(self) -> dict[str, Metrics]:
+    def baselines(self) -> dict[str, Measurement]:
         """Chance, and what is most popular in training."""
-        candidates, targets = self._candidates()
-        scores = {
-            "random": random_scores(candidates),
-            "popularity": popularity_scores(candidates, self._prepared.popularity),
+        candidates, _ = self._candidates()
+        popularity = self._prepared.popularity
+        [chance], [popular] = random_scores([self._titles]), popularity_scores([self._titles], popularity)
+        return {
+            "random": self._measured(random_scores(candidates), ((case, chance) for case in range(len(self._full)))),
+            "popularity": self._measured(
+                popularity_scores(candidates, popularity), ((case, popular) for case in range(len(self._full)))
+            ),
         }
-        places = target_places(candidates, targets)
-        return {name: ranking_metrics(values, places) for name, values in scores.items()}
 
-    def evaluate(self, model: nn.Module) -> Metrics:
-        """Rank every case's candidates, and run the papers' protocol where it is wanted."""
-        was_training = model.training
-        model.eval()
+    def evaluate(self, model: nn.Module) -> Measurement:
+        """Rank every case's candidates, and the catalogue and the papers' protocol where they are wanted."""
+        with evaluating(model):
+            scores = score_candidates(model, self._cases, self._padding)
+            found = self._measured(scores, self._full_scores(model))
+            return self._with_protocol(model, found) if self._generate else found
+
+    def _measured(self, scores: Sequence[Scores], full: Iterable[tuple[int, Scores]]) -> Measurement:
+        """Of scores of each case's candidates, and of all titles in the cases that rank them."""
         candidates, targets = self._candidates()
-        scores = score_candidates(model, self._cases, padding_token(self._tokenizer))
-        metrics = ranking_metrics(scores, target_places(candidates, targets))
-        if self._generate:
-            texts = generate_answers(model, self._tokenizer, self._cases)
-            found = substring_protocol(texts, candidates, targets)
-            values = (found.hit_rate, found.hit_rate_valid, found.valid_ratio)
-            metrics |= dict(zip(PROTOCOL, values, strict=True))
-        model.train(was_training)
-        return metrics
+        popularity = self._prepared.popularity
+        users = [str(row["user"]) for row in self._evaluation]
+        cases = ranked_cases(users, targets, scores, target_places(candidates, targets), popularity)
+        metrics = means(cases)
+        if self._full:
+            more, columns = full_ranking([self._evaluation[at] for at in self._full], self._titles, popularity, full)
+            metrics |= more
+            some = columns.with_columns(pl.Series("case", self._full, dtype=pl.UInt32))
+            every = cases.with_row_index("case")
+            cases = every.join(some, on="case", how="left", maintain_order="left").drop("case")
+        return Measurement(metrics, cases)
+
+    def _full_scores(self, model: nn.Module) -> Iterator[tuple[int, Scores]]:
+        """The scores of all titles in the cases that rank them, by their place among these."""
+        if not self._full:
+            return
+        prompts = [self._cases[at].prompt for at in self._full]
+        for picked, rows in catalogue_scores(model, prompts, self._trie, self._padding):
+            yield from zip(picked, rows.double().cpu().numpy(), strict=True)
+
+    def _with_protocol(self, model: nn.Module, found: Measurement) -> Measurement:
+        candidates, targets = self._candidates()
+        texts = generate_answers(model, self._tokenizer, self._cases)
+        result = substring_protocol(texts, candidates, targets)
+        values = (result.hit_rate, result.hit_rate_valid, result.valid_ratio)
+        valid, right = zip(*result.outcomes, strict=True)
+        assert found.cases is not None
+        cases = found.cases.with_columns(pl.Series(PROTOCOL[0], right), pl.Series(PROTOCOL[2], valid))
+        return Measurement(found.metrics | dict(zip(PROTOCOL, values, strict=True)), cases)
 
     def evaluate_training(self, model: nn.Module, limit: int, seed: int) -> Metrics:
         """Training rows have few rejected items, no list of candidates, so their metrics would not compare."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import polars as pl
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
@@ -12,6 +13,13 @@ from rankwise.preferences.negatives import Catalogue
 from rankwise.recommend.store import Store
 
 Metrics = dict[str, float]
+
+
+class Measurement(NamedTuple):
+    """Metrics of a model, one for each column that it has; and the cases that some are means of, a row each."""
+
+    metrics: Metrics
+    cases: pl.DataFrame | None = None
 
 
 @runtime_checkable
@@ -50,11 +58,11 @@ class Task(Protocol):
         A row's ``candidates`` may be drawn too, and what is in its ``seen`` never.
         """
 
-    def baselines(self) -> dict[str, Metrics]:
-        """Metrics of what needs no model, by name."""
+    def baselines(self) -> dict[str, Measurement]:
+        """What needs no language model, by name."""
 
-    def evaluate(self, model: nn.Module) -> Metrics:
-        """Metrics of a model, one for each column; leaves its mode as it was."""
+    def evaluate(self, model: nn.Module) -> Measurement:
+        """Measure a model; leaves its mode as it was."""
 
     def evaluate_training(self, model: nn.Module, limit: int, seed: int) -> Metrics:
-        """The same over at most ``limit`` of the training rows, drawn by ``seed``."""
+        """The same metrics over at most ``limit`` of the training rows, drawn by ``seed``."""
