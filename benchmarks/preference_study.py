@@ -13,8 +13,8 @@ measures what was chosen, with three seeds.
 
 Results are written as they come, a JSON line each. The same command goes on where it was stopped, and several of them,
 started with the same file and folder, share the work. Supervised models, prepared rows and the reference's values are
-kept in the folder. Each run has a process of its own, which imports the library anew: leave its code alone
-meanwhile, or run a copy of it. Times are those of the processor, on one thread; all is computed in float32.
+kept in the folder; a supervised model that is missing there is trained again. Each run has a process of its own, which
+imports the library anew: leave its code alone meanwhile, or run a copy of it. Times are those of the processor, on one thread; all is computed in float32.
 """
 
 from __future__ import annotations
@@ -113,10 +113,18 @@ def left(entries: list[Entry], options: argparse.Namespace) -> list[Run]:
         chain = [run]
         while (before := needed(chain[0], everything)) is not None:
             chain.insert(0, before)
+        if run in done:
+            continue
         if needs_rate(run):
-            chain = [*short_runs(run.data), *chain]
-        found |= dict.fromkeys(one for one in chain if one not in done)
+            found |= dict.fromkeys(one for one in short_runs(run.data) if one not in done)
+        found |= dict.fromkeys(one for one in chain[:-1] if one not in done or not is_made(one.folder, options))
+        found[run] = None
     return list(found)
+
+
+def is_made(start: str, options: argparse.Namespace) -> bool:
+    """Whether the model is in the folder; without a folder, as when only an estimate is asked for, it is assumed."""
+    return options.work is None or (options.work / "starts" / start).is_dir()
 
 
 def needs_rate(run: Run) -> bool:
@@ -128,7 +136,7 @@ def ready(run: Run, entries: list[Entry], options: argparse.Namespace) -> bool:
     """Whether the rate of supervised training is known, and the model that the run begins with is there."""
     if needs_rate(run) and supervised_rate(entries, run.data) is None:
         return False
-    return run.start in (BASE, POPULARITY) or (options.work / "starts" / run.start).is_dir()
+    return run.start in (BASE, POPULARITY) or is_made(run.start, options)
 
 
 def work_off(results: Results, options: argparse.Namespace) -> None:
@@ -144,10 +152,12 @@ def work_off(results: Results, options: argparse.Namespace) -> None:
             time.sleep(5)
             continue
         try:
-            if run not in {of(one) for one in results.entries}:
+            known = run in {of(one) for one in results.entries}
+            if not known or (run.kind == "supervised" and not is_made(run.folder, options)):
                 entry = in_own_process(run, options.work)
-                results.add(entry)
                 print(line(entry), flush=True)
+                if not known:
+                    results.add(entry)
         finally:
             path.unlink(missing_ok=True)
 
