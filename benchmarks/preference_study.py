@@ -14,7 +14,8 @@ measures what was chosen, with three seeds.
 Results are written as they come, a JSON line each. The same command goes on where it was stopped, and several of them,
 started with the same file and folder, share the work. Supervised models, prepared rows and the reference's values are
 kept in the folder; a supervised model that is missing there is trained again. Each run has a process of its own, which
-imports the library anew: leave its code alone meanwhile, or run a copy of it. Times are those of the processor, on one thread; all is computed in float32.
+imports the library anew: leave its code alone meanwhile, or run a copy of it. Times are those of the processor, on one
+thread; all is computed in float32.
 """
 
 from __future__ import annotations
