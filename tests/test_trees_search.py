@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankwise.errors import UserError
-from rankwise.trees import search
+from rankwise.trees import frontier, search
 from rankwise.trees.catalogue import score_catalogue
-from rankwise.trees.search import TopAnswers, top_answers
+from rankwise.trees.frontier import TopAnswers
+from rankwise.trees.search import top_answers
 from rankwise.trees.trie import CatalogueTrie
 from tiny_trees import FAMILIES, make
 
@@ -74,8 +75,9 @@ def test_the_whole_walk_takes_over_where_a_search_would_read_too_much() -> None:
 @pytest.mark.parametrize("step", [1, 4, 1000])
 @pytest.mark.parametrize("whole", [1, 5, 1000])
 def test_steps_and_branches_of_any_size(step: int, whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("STEP", step), ("WHOLE", whole), ("SHARE", 2.0)):
-        monkeypatch.setattr(search, name, value)
+    monkeypatch.setattr(search, "SHARE", 2.0)
+    for name, value in (("LEAST", step), ("MOST", step), ("WHOLE", whole)):
+        monkeypatch.setattr(frontier, name, value)
     trie = CatalogueTrie(ANSWERS)
     full = score_catalogue(MODEL, PROMPTS, trie, 0)
     assert_same(top_answers(MODEL, PROMPTS, trie, 9, 0), [ranked(row, trie, 9, set()) for row in full])
@@ -86,7 +88,7 @@ def test_a_search_that_is_cut_short_says_so() -> None:
     [whole] = top_answers(MODEL, PROMPTS[1:2], trie, 25, 0, most_nodes=trie.nodes)
     [short] = top_answers(MODEL, PROMPTS[1:2], trie, 25, 0, most_nodes=3)
     assert whole.exact
-    assert not short.exact and short.read <= 3 + search.WHOLE
+    assert not short.exact and short.read <= 3 + frontier.WHOLE
     scores = score_catalogue(MODEL, PROMPTS[1:2], trie, 0)[0]
     assert short.scores == pytest.approx(scores[short.places].tolist(), abs=1e-10)
     assert all(one <= other for one, other in zip(short.scores, whole.scores, strict=False))

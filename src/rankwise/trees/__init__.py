@@ -4,8 +4,9 @@ from rankwise.trees.batch import TreeBatch, batch_trees
 from rankwise.trees.build import TokenTree, token_tree
 from rankwise.trees.catalogue import catalogue_scores, score_catalogue
 from rankwise.trees.constraint import CatalogueConstraint
+from rankwise.trees.frontier import TopAnswers
 from rankwise.trees.scoring import answer_log_probabilities_of, tree_log_probabilities
-from rankwise.trees.search import TopAnswers, top_answers
+from rankwise.trees.search import top_answers
 from rankwise.trees.support import why_no_trees
 from rankwise.trees.trie import CatalogueTrie
 

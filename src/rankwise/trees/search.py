@@ -7,127 +7,28 @@ never read.
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from itertools import count as counted
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from rankwise.errors import UserError
 from rankwise.likelihood import last_logits_and_cache, tokens_for_logits
 from rankwise.tokenise import pad_left
 from rankwise.trees.catalogue import batches, catalogue_scores, dense_attention, edge_log_probabilities
+from rankwise.trees.frontier import MOST, Branch, Frontier, TopAnswers
 from rankwise.trees.masks import as_taken
+from rankwise.trees.memory import Memory
 from rankwise.trees.support import why_no_trees
 from rankwise.trees.trie import CatalogueTrie
 
-STEP = 32  # nodes that a prompt reads at a time
-EXPECTED = 1024  # nodes that a prompt may be expected to read at most
-WHOLE = 16  # nodes of a branch that is read at once, to its leaves
-SHARE = 0.0625  # of the trie; a search that has read as much has cost about half of the whole walk
+SHARE = 0.25  # of the trie: a search that has read as much gives way to the whole walk
+EXPECTED = 1024  # nodes that a prompt may be expected to keep at most
 NOT_A_NUMBER = "the model's scores are NaN: its weights or its adapter are broken, or its precision is too low"
-
-
-@dataclass(frozen=True)
-class TopAnswers:
-    """The best answers after a prompt.
-
-    Attributes:
-        places: of the answers in the catalogue, best first; at equal scores the one that comes first in it.
-        scores: of each, in nats; per token where lengths are normalised.
-        read: nodes of the trie that went through the model.
-        exact: whether no other answer can be better: the search was not cut short.
-    """
-
-    places: list[int]
-    scores: list[float]
-    read: int
-    exact: bool
-
-
-class _Branch(NamedTuple):
-    """Nodes that are read together: one, or one with all its descendants."""
-
-    first: int
-    after: int
-    total: float  # log-probability up to the first
-    path: tuple[int, ...]  # where its ancestors' keys and values stand behind the prompt's
-
-
-@dataclass
-class _Search:
-    """What a prompt has found, and what it has yet to read."""
-
-    trie: CatalogueTrie
-    count: int
-    barred: Collection[int]
-    normalised: bool
-    most: int
-    read: int = 0
-    found: list[tuple[float, int]] = field(default_factory=list)  # a heap: the worst first
-    frontier: list[tuple[float, int, float, tuple[int, ...]]] = field(default_factory=list)  # a heap: the best first
-
-    @property
-    def enough(self) -> float:
-        """What a bound must reach to matter."""
-        return self.found[0][0] if len(self.found) == self.count else -float("inf")
-
-    def reach(self, edge: int, total: float, path: tuple[int, ...] | None) -> None:
-        """An edge of a known log-probability: answers that end there, and, with a path, the node that it leads to."""
-        depth = self.trie.edge_depths[edge]
-        for place in self.trie.answers_at.get(edge, ()):
-            if place not in self.barred:
-                entry = (total / depth if self.normalised else total, -place)
-                push = heapq.heappush if len(self.found) < self.count else heapq.heappushpop
-                push(self.found, entry)
-        child = self.trie.children[edge]
-        if child and path is not None:
-            bound = total / self.trie.longest_through[edge] if self.normalised else total
-            if bound >= self.enough:
-                heapq.heappush(self.frontier, (-bound, child, total, path))
-
-    def take(self, step: int) -> list[_Branch]:
-        """The branches to read next, the best first, of about ``step`` nodes; none where the search is over."""
-        taken: list[_Branch] = []
-        nodes = 0
-        while self.frontier and nodes < step and self.read + nodes < self.most:
-            bound, node, total, path = self.frontier[0]
-            if -bound < self.enough:
-                self.frontier.clear()
-                break
-            size = self.trie.sizes[node]
-            after = node + (size if size <= WHOLE else 1)
-            if taken and nodes + after - node > step:
-                break
-            heapq.heappop(self.frontier)
-            taken.append(_Branch(node, after, total, path))
-            nodes += after - node
-        self.read += nodes
-        return taken
-
-    def learn(self, branch: _Branch, place: int, values: Sequence[float]) -> None:
-        """The log-probabilities of the edges that leave a branch, whose first node stands at ``place``."""
-        starts, totals = self.trie.starts, {branch.first: branch.total}
-        whole = branch.after - branch.first == self.trie.sizes[branch.first]
-        path = None if whole else (*branch.path, place)
-        edges = range(starts[branch.first], starts[branch.after])
-        sources = self.trie.source_list
-        for edge, value in zip(edges, values, strict=True):
-            total = totals[sources[edge]] + value
-            if whole and (child := self.trie.children[edge]):
-                totals[child] = total
-            self.reach(edge, total, path)
-
-    def result(self) -> TopAnswers:
-        """What was found, and whether anything that is left could be better."""
-        best = sorted(self.found, key=lambda entry: (-entry[0], -entry[1]))
-        exact = not self.frontier or -self.frontier[0][0] < self.enough
-        return TopAnswers([-place for _, place in best], [score for score, _ in best], self.read, exact)
 
 
 @torch.no_grad()
@@ -148,7 +49,7 @@ def top_answers(
     Best-first search: of the beginnings that are known, those with the highest bounds are read next, a few at a time,
     each after the keys and values of its prompt and of what it goes on from. The bound of a beginning is its own
     log-probability; where lengths are normalised, that over the length of the longest answer that goes on from it. A
-    prompt that has read a sixteenth of the trie gets the whole walk instead, which then costs less.
+    prompt that has read a quarter of the trie gets the whole walk instead.
 
     Args:
         model: a causal language model, adapted or not, in evaluation mode.
@@ -176,11 +77,11 @@ def top_answers(
         raise UserError(f"answers are ranked after prompts of at least one token each, and {which}")
     barred = [frozenset(places) for places in excluded] if excluded is not None else [frozenset[int]()] * len(prompts)
     most = max(1, round(SHARE * trie.nodes)) if most_nodes is None else most_nodes
-    searches = [_Search(trie, count, places, length_normalised, most) for places in barred]
+    searches = [Frontier(trie, count, places, length_normalised, most) for places in barred]
     if why_no_trees(model, max(map(len, prompts)) + trie.longest - 1):  # the whole ranking warns, and says why
         return _walked(model, prompts, searches, range(len(prompts)), padding, batch_tokens)
     lengths = [len(prompt) + min(most, EXPECTED) for prompt in prompts]
-    for picked in batches(lengths, batch_tokens, tokens_for_logits(model, 2**30) // STEP):
+    for picked in batches(lengths, batch_tokens, max(1, tokens_for_logits(model, 2**30) // MOST)):
         with dense_attention(model):
             _search(model, [prompts[index] for index in picked], [searches[index] for index in picked], padding)
     found = [search.result() for search in searches]
@@ -193,7 +94,7 @@ def top_answers(
 def _walked(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
-    searches: Sequence[_Search],
+    searches: Sequence[Frontier],
     places: Sequence[int],
     padding: int,
     batch_tokens: int,
@@ -216,7 +117,7 @@ def _walked(
     return [found[index] for index in range(len(places))]
 
 
-def _search(model: nn.Module, prompts: Sequence[Sequence[int]], searches: Sequence[_Search], padding: int) -> None:
+def _search(model: nn.Module, prompts: Sequence[Sequence[int]], searches: Sequence[Frontier], padding: int) -> None:
     """Read on for all prompts together, until each search is over."""
     device = next(model.parameters()).device
     ids, own = (tensor.to(device) for tensor in pad_left(prompts, padding))
@@ -226,18 +127,18 @@ def _search(model: nn.Module, prompts: Sequence[Sequence[int]], searches: Sequen
     for search, values in zip(searches, _checked(roots).double().tolist(), strict=True):
         for edge, value in enumerate(values):
             search.reach(edge, value, ())
-    lengths, seen, left = own.sum(dim=1), own.bool(), list(searches)
+    memory, lengths, seen, left = Memory(cache), own.sum(dim=1), own.bool(), list(searches)
     while True:
-        taken = [search.take(STEP) for search in left]
+        taken = [search.take() for search in left]
         going = [row for row, branches in enumerate(taken) if branches]
         if not going:
             return
         if len(going) < len(left):
             rows = torch.tensor(going, device=device)
-            cache.batch_select_indices(rows)
+            memory.select(rows)
             lengths, seen = lengths[rows], seen[rows]
             left, taken = [left[row] for row in going], [taken[row] for row in going]
-        _read(model, cache, lengths, seen, left, taken)
+        _read(model, memory, lengths, seen, left, taken)
 
 
 def _checked(scores: Tensor) -> Tensor:
@@ -246,58 +147,100 @@ def _checked(scores: Tensor) -> Tensor:
     return scores
 
 
-def _places(branches: Sequence[_Branch]) -> Iterator[tuple[int, _Branch]]:
-    """Each branch with the number of nodes before it."""
-    place = 0
-    for branch in branches:
-        yield place, branch
-        place += branch.after - branch.first
-
-
-def _within(trie: CatalogueTrie, first: int, after: int) -> Bool[np.ndarray, "nodes nodes"]:
+def _within(trie: CatalogueTrie, branch: Branch) -> Bool[np.ndarray, "nodes nodes"]:
     """Which nodes of a branch see which: those on their paths."""
-    nodes, ends = np.arange(first, after), trie.ends[first:after].numpy()
+    nodes, ends = np.arange(branch.first, branch.after), trie.ends[branch.first : branch.after].numpy()
     return (nodes[:, None] >= nodes) & (nodes[:, None] < ends)
+
+
+class _Step(NamedTuple):
+    """Branches of each prompt as rows, filled on the right; columns are what is recalled, and then the nodes.
+
+    Attributes:
+        recalled: slots of the nodes that the branches go on from, filled on the left.
+        nodes: numbers of what is read.
+        sees: which columns each node sees.
+        kept: columns of the nodes that others may go on from, filled on the left.
+        slots: of each branch, in order, the one that its node gets if it is kept.
+        sources: of each edge that leaves the nodes, the place of its node among all nodes.
+        targets: of each edge, its token.
+        edges: how many edges leave each branch.
+    """
+
+    recalled: Int[Tensor, "prompts recalled"]
+    nodes: Int[Tensor, "prompts width"]
+    sees: Bool[Tensor, "prompts width columns"]
+    kept: Int[Tensor, "prompts kept"]
+    slots: list[int]
+    sources: Int[Tensor, " edges"]
+    targets: Int[Tensor, " edges"]
+    edges: list[int]
+
+
+def _step(trie: CatalogueTrie, taken: Sequence[Sequence[Branch]], slots: int) -> _Step:
+    """What is read next, where ``slots`` are taken."""
+    paths = [sorted({slot for branch in branches for slot in branch.path}) for branches in taken]
+    recalled, _ = pad_left(paths, 0)
+    behind, width = recalled.shape[1], max(sum(map(len, branches)) for branches in taken)
+    kept_counts = [sum(not branch.whole for branch in branches) for branches in taken]
+    nodes = torch.zeros(len(taken), width, dtype=torch.long)
+    sees = np.zeros((len(taken), width, behind + width), dtype=bool)
+    sees[:, np.arange(width), behind + np.arange(width)] = True  # filling sees itself: some attention fails on nothing
+    kept: list[list[int]] = [[] for _ in taken]
+    given, sources, targets = [], [], []
+    for row, branches in enumerate(taken):
+        column = dict(zip(paths[row], counted(behind - len(paths[row])), strict=False))
+        free = counted(slots + max(kept_counts) - kept_counts[row])
+        place = 0
+        for branch in branches:
+            after = place + len(branch)
+            nodes[row, place:after] = torch.arange(branch.first, branch.after)
+            sees[row, place:after, behind + place : behind + after] = _within(trie, branch)
+            sees[row, place:after, [column[slot] for slot in branch.path]] = True
+            edges = slice(trie.starts[branch.first], trie.starts[branch.after])
+            sources.append(row * width + place - branch.first + trie.sources[edges])
+            targets.append(trie.targets[edges])
+            given.append(-1 if branch.whole else next(free))
+            if not branch.whole:
+                kept[row].append(place)
+            place = after
+    return _Step(
+        recalled=recalled,
+        nodes=nodes,
+        sees=torch.from_numpy(sees),
+        kept=pad_left(kept, 0)[0],
+        slots=given,
+        sources=torch.cat(sources),
+        targets=torch.cat(targets),
+        edges=list(map(len, targets)),
+    )
 
 
 def _read(
     model: nn.Module,
-    cache: DynamicCache,
+    memory: Memory,
     lengths: Tensor,
     seen: Bool[Tensor, "prompts length"],
-    searches: Sequence[_Search],
-    taken: Sequence[Sequence[_Branch]],
+    searches: Sequence[Frontier],
+    taken: Sequence[Sequence[Branch]],
 ) -> None:
-    """Read branches of each prompt, whose keys and values stay in the cache, and tell the searches."""
+    """Read branches of each prompt, keep what others may go on from, and tell the searches."""
     trie, device = searches[0].trie, lengths.device
-    behind = cache.get_seq_length() - seen.shape[1]
-    width = max(sum(branch.after - branch.first for branch in branches) for branches in taken)
-    nodes = torch.zeros(len(taken), width, dtype=torch.long)
-    sees = np.zeros((len(taken), width, behind + width), dtype=bool)
-    sees[:, np.arange(width), behind + np.arange(width)] = True  # filling sees itself: some attention fails on nothing
-    sources, targets, owners = [], [], []
-    for row, branches in enumerate(taken):
-        for place, branch in _places(branches):
-            size = branch.after - branch.first
-            nodes[row, place : place + size] = torch.arange(branch.first, branch.after)
-            among = slice(place, place + size), slice(behind + place, behind + place + size)
-            sees[row][among] = _within(trie, branch.first, branch.after)
-            sees[row, place : place + size, list(branch.path)] = True
-            edges = slice(trie.starts[branch.first], trie.starts[branch.after])
-            sources.append(row * width + place - branch.first + trie.sources[edges])
-            targets.append(trie.targets[edges])
-            owners.append((searches[row], branch, behind + place))
-    before = seen[:, None, None].expand(-1, -1, width, -1)
-    mask = torch.cat([before, torch.from_numpy(sees)[:, None].to(device)], dim=3)
+    step = _step(trie, taken, memory.slots)
+    width = step.nodes.shape[1]
+    before = seen[:, None].expand(-1, width, -1)
+    cache = memory.recall(step.recalled.to(device))
     output = model(
-        input_ids=trie.tokens[nodes].to(device),
-        attention_mask=as_taken(model, mask),
-        position_ids=lengths[:, None] - 1 + trie.depths[nodes].to(device),
+        input_ids=trie.tokens[step.nodes].to(device),
+        attention_mask=as_taken(model, torch.cat([before, step.sees.to(device)], dim=2)[:, None]),
+        position_ids=lengths[:, None] - 1 + trie.depths[step.nodes].to(device),
         past_key_values=cache,
         use_cache=True,
     )
-    counts = [len(part) for part in targets]
+    memory.keep(cache, cache.get_seq_length() - width + step.kept.to(device))
     flat = output.logits.flatten(0, 1)[None]
-    values = _checked(edge_log_probabilities(flat, torch.cat(sources), torch.cat(targets))[0].double().cpu())
-    for (search, branch, place), part in zip(owners, torch.split(values, counts), strict=True):
-        search.learn(branch, place, part.tolist())
+    values = _checked(edge_log_probabilities(flat, step.sources, step.targets)[0].double().cpu())
+    owners = [(search, branch) for search, branches in zip(searches, taken, strict=True) for branch in branches]
+    parts = torch.split(values, step.edges)
+    for (search, branch), slot, part in zip(owners, step.slots, parts, strict=True):
+        search.learn(branch, slot, part.tolist())
