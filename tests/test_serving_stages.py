@@ -25,7 +25,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "lora": {"adapter": {"kind": "lora", "r": 4}},
     "sora": {"adapter": {"kind": "sora", "r": 4, "threshold": 0.02, "gate_lr": 0.05, "shrink_after": 2}},
     "adalora": {"adapter": {"kind": "adalora", "r": 2}, "stages": [small_runs.LONG]},
-    "allocating": {"adapter": {"kind": "allocating_lora", "r": 4, "validation_rows": 8}},
+    "allocating": {"adapter": {"kind": "allocating_lora", "r": 4, "validation_rows": 8, "events": 1}},
 }
 
 

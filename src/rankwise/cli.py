@@ -134,6 +134,20 @@ def recommend(arguments: Arguments, console: Console) -> Any:
     )
 
 
+def serve(arguments: Arguments, console: Console) -> Any:
+    """Answer over HTTP what a run recommends, with a page that compares its stages: until it is stopped."""
+    from rankwise.serving.settings import ServerSettings, read_token
+
+    token = read_token(None if arguments.token_file is None else Path(arguments.token_file))
+    names = ("host", "port", "batch", "queue", "timeout")
+    settings = ServerSettings(token=token, **{name: getattr(arguments, name) for name in names})
+    try:
+        from rankwise.serving.server import serve_run
+    except ModuleNotFoundError as error:
+        raise UserError(f"serving needs {error.name}: pip install 'rankwise[serve]'") from error
+    return {"address": serve_run(Path(arguments.run), arguments.stage, settings, console)}
+
+
 def export(arguments: Arguments, console: Console) -> Any:
     """Write a run's adapter, or one from its own folder, as plain LoRA of a smaller rank or as merged weights."""
     from rankwise.evaluation import export_folder
@@ -210,6 +224,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
 
     _recommend_arguments(_add(commands, recommend, "rankwise recommend runs/films --history 'Heat (1995)' --top 5"))
+
+    _serve_arguments(_add(commands, serve, "rankwise serve runs/films --port 8000"))
 
     made = _add(commands, export, "rankwise export runs/films smaller/ --rank 8")
     made.add_argument("source", metavar="SOURCE", help="a run's folder, or an adapter's: a trainer's checkpoint, say")
@@ -322,6 +338,17 @@ def _recommend_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("--include-seen", action="store_true", help="titles of the history may be recommended again")
     made.add_argument("--normalise", action="store_true", help="rank by log-probability per token, not per title")
     made.add_argument("--most-nodes", type=int, metavar="N", help="tokens of titles to read at most (all that matter)")
+
+
+def _serve_arguments(made: argparse.ArgumentParser) -> None:
+    made.add_argument("run", metavar="RUN", help="the folder of a run on interactions or published lists")
+    made.add_argument("--stage", nargs="+", metavar="STAGE", help="stages to serve (all, and the base model)")
+    made.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    made.add_argument("--port", type=int, default=8000, help="to listen on; 0 for any that is free (%(default)s)")
+    made.add_argument("--token-file", metavar="FILE", help="with the token that requests must carry (RANKWISE_TOKEN)")
+    made.add_argument("--batch", type=int, default=16, help="most requests answered together (%(default)s)")
+    made.add_argument("--queue", type=int, default=128, help="most requests that wait (%(default)s)")
+    made.add_argument("--timeout", type=float, default=30.0, help="seconds for each request (%(default)s)")
 
 
 def _lines(path: Path) -> list[str]:
