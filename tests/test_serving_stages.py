@@ -84,7 +84,7 @@ def test_some_stages_alone(run: Path) -> None:
 
 
 def test_runs_that_cannot_be_served(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="stage 'sftt' is not in .*: did you mean 'sft'"):
+    with pytest.raises(UserError, match=r"stage 'sftt' is not in .*: did you mean 'sft'"):
         load_stages(run, ["sftt"])
     with pytest.raises(UserError, match=r"has no recipe\.yaml"):
         load_stages(tmp_path)

@@ -22,8 +22,19 @@ from rankwise.serving.guard import GONE, Guard, Watch
 from rankwise.serving.metrics import Metrics
 from rankwise.serving.pages import PAGES, add_pages
 from rankwise.serving.problems import explain
-from rankwise.serving.schema import MOST_CHARACTERS, MOST_FOUND, Answer, Asked, FoundTitle, FoundTitles, Health
-from rankwise.serving.schema import Problem, Recommended, ServedStages, Stage
+from rankwise.serving.schema import (
+    MOST_CHARACTERS,
+    MOST_FOUND,
+    Answer,
+    Asked,
+    FoundTitle,
+    FoundTitles,
+    Health,
+    Problem,
+    Recommended,
+    ServedStages,
+    Stage,
+)
 from rankwise.serving.settings import ServerSettings
 from rankwise.serving.stages import Stages
 from rankwise.serving.title_search import TitleSearch

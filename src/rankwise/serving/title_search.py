@@ -33,8 +33,6 @@ class TitleSearch:
         that hold all of its words.
         """
         wanted = plain(query)
-        if query.strip() and not wanted:
-            return []
         fits = ((_fit(entry.plain, wanted), entry) for entry in self._entries)
         found = ((fit, -entry.popularity, entry.title) for fit, entry in fits if fit is not None)
         return [title for _, _, title in heapq.nsmallest(limit, found)]
