@@ -213,9 +213,7 @@ def test_the_mouse_and_the_options(page: Page, stages: Stages) -> None:
 
 
 @pytest.mark.parametrize("title", EVIL)
-def test_titles_are_only_ever_text(
-    page: Page, stages: Stages, title: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_titles_are_only_ever_text(page: Page, stages: Stages, title: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def recommend(histories: Any, *_: Any, **__: Any) -> list[Ranking]:
         return [Ranking([Recommendation(title, -1.0, [title]) for title in EVIL], True, 1) for _ in histories]
 

@@ -73,7 +73,6 @@ def create_app(stages: Stages, settings: ServerSettings, name: str = "") -> Fast
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
-        responses={status: {"model": Problem} for status in (401, 422)},
     )
     _add_problems(app)
     _add_state(app, stages, worker, metrics, name)
@@ -112,7 +111,7 @@ def _add_problems(app: FastAPI) -> None:
 
 
 def _add_state(app: FastAPI, stages: Stages, worker: Worker, metrics: Metrics, name: str) -> None:
-    @app.get("/stages", dependencies=TOKEN)
+    @app.get("/stages", dependencies=TOKEN, responses=_problems(401))
     async def list_stages() -> ServedStages:
         """The stages of the run, and the two to compare."""
         known = [Stage(name=stage, kind=kind) for stage, kind in stages.kinds.items()]
@@ -125,7 +124,7 @@ def _add_state(app: FastAPI, stages: Stages, worker: Worker, metrics: Metrics, n
             response.status_code = 503
         return Health(status="ok" if worker.alive else "stopped")
 
-    @app.get("/metrics", dependencies=TOKEN, response_class=Response)
+    @app.get("/metrics", dependencies=TOKEN, responses=_problems(401), response_class=Response)
     async def read_metrics() -> Response:
         """Requests by status, times, batches and the queue, in Prometheus's text format."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -134,7 +133,7 @@ def _add_state(app: FastAPI, stages: Stages, worker: Worker, metrics: Metrics, n
 def _add_titles(app: FastAPI, store: Store) -> None:
     search = TitleSearch(store.titles["title"].to_list(), store.titles["popularity"].to_list())
 
-    @app.get("/titles", dependencies=TOKEN)
+    @app.get("/titles", dependencies=TOKEN, responses=_problems(401, 422))
     async def find_titles(
         q: Annotated[str, Query(max_length=MOST_CHARACTERS, description=PART)] = "",
         limit: Annotated[int, Query(ge=1, le=MOST_FOUND)] = 10,
@@ -146,7 +145,7 @@ def _add_titles(app: FastAPI, store: Store) -> None:
 
 def _add_recommend(app: FastAPI, stages: Stages, worker: Worker, settings: ServerSettings) -> None:
     store = stages.recommender.store
-    problems: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (404, 413, 503, 504)}
+    problems = _problems(401, 404, 413, 422, 503, 504)
 
     @app.post("/recommend", dependencies=TOKEN, responses=problems, response_model=Answer)
     async def recommend(asked: Asked, request: Request) -> Answer | Response:
@@ -164,8 +163,9 @@ def _add_recommend(app: FastAPI, stages: Stages, worker: Worker, settings: Serve
         )
         answer = asyncio.wrap_future(worker.submit(question))
         gone = asyncio.create_task(_client_left(request))
+        either: set[asyncio.Future[Any]] = {answer, gone}
         try:
-            await asyncio.wait({answer, gone}, timeout=settings.timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, timeout=settings.timeout, return_when=asyncio.FIRST_COMPLETED)
             if answer.cancelled():
                 return JSONResponse({"detail": "the server is stopping"}, 503)
             if answer.done():
@@ -179,6 +179,10 @@ def _add_recommend(app: FastAPI, stages: Stages, worker: Worker, settings: Serve
 
 
 TOKEN = [Security(HTTPBearer(auto_error=False, description="Where the server was given one."))]
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": Problem} for status in statuses}
 
 
 def _history(store: Store, asked: Asked) -> list[str]:
