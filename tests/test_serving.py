@@ -15,8 +15,12 @@ from starlette.testclient import TestClient
 
 import rankwise as rw
 import serving_runs
-from rankwise.run import BASE
+import small_runs
+from rankwise.errors import UserError
+from rankwise.recipes import make_recipe
+from rankwise.run import BASE, Run
 from rankwise.serving.stages import Stages, load_stages
+from rankwise.trees.search import NOT_A_NUMBER
 from serving_runs import EVIL
 
 
@@ -159,11 +163,12 @@ def test_json_that_does_not_say_so_is_refused(client: TestClient) -> None:
     assert answer.status_code == 422 and "sent as application/json" in answer.json()["detail"]
 
 
+@pytest.mark.parametrize("error", [RuntimeError("secret words"), UserError(NOT_A_NUMBER)])
 def test_an_error_of_the_server_is_no_mistake_of_the_client(
-    stages: Stages, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    stages: Stages, error: Exception, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("secret words")
+        raise error
 
     with serving_runs.client(stages) as client:
         monkeypatch.setattr(stages.recommender, "recommend", fail)
@@ -276,3 +281,21 @@ def test_the_interface_describes_itself(client: TestClient) -> None:
     assert set(described["paths"]) == {"/stages", "/health", "/metrics", "/titles", "/recommend"}
     assert set(described["paths"]["/recommend"]["post"]["responses"]) >= {"200", "404", "413", "422", "503", "504"}
     assert client.get("/redoc").status_code == 404
+
+
+# Runs whose prompts list the candidates
+
+
+def test_a_run_whose_prompts_list_candidates_ranks_those_alone(model_folder: Path, tmp_path: Path) -> None:
+    values = small_runs.values("interactions", tmp_path, model_folder)
+    values["data"]["template"] = "films-candidates"
+    values["model"]["context"] = 256
+    Run(make_recipe(values), small_runs.silent())()
+    stages = load_stages(tmp_path / "run")
+    titles = stages.recommender.titles
+    expected = rw.load_recommender(tmp_path / "run").rank(titles[4:6], titles[:4])
+    with serving_runs.client(stages) as client:
+        found = client.post("/recommend", json={"history": titles[4:6], "candidates": titles[:4]}).json()
+        assert [one["title"] for one in found["recommendations"]] == [one.title for one in expected.best]
+        refused = client.post("/recommend", json={"history": titles[4:6]})
+        assert refused.status_code == 422 and "give candidates to rank" in refused.json()["detail"]

@@ -173,6 +173,29 @@ def test_a_client_that_leaves_is_forgotten(run: Path) -> None:
         assert server.end() == 0
 
 
+# The benchmark
+
+
+def test_the_benchmark_compares_and_soaks_to_the_end(run: Path) -> None:
+    script = Path(__file__).resolve().parent.parent / "benchmarks" / "bench_serving.py"
+
+    def output(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, script, "--run", run, *words], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    table = output("--runs", "1", "--seconds", "0.5", "--clients", "1", "4")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
+    assert [row[:2] for row in rows[2:]] == [
+        [clients, way] for clients in "14" for way in ("together", "one at a time")
+    ]
+    assert {row[-1] for row in rows[2:]} == {"0"}
+    soaked = output("--soak", "2", "--soak-clients", "4")
+    assert re.search(r"requests, \{'200': \d+\}", soaked) and "exit status 0" in soaked
+
+
 # Mistakes
 
 

@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Collection, MutableMapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -109,7 +109,7 @@ class Guard:
                     receive = _replayed(body, receive)
         await (refusal or self._app)(scope, receive, send)
 
-    def _refusal(self, path: str, headers: MutableMapping[str, str]) -> JSONResponse | None:
+    def _refusal(self, path: str, headers: Mapping[str, str]) -> JSONResponse | None:
         # A page of another site can have its own name lead to this machine; its requests then name that host.
         if self._settings.local and _host_name(headers.get("host", "")) not in self._hosts:
             return _refuse(421, "this server answers for localhost alone: check the host of the address")
@@ -120,7 +120,7 @@ class Guard:
             return TOO_LARGE
         return None
 
-    def _authorised(self, headers: MutableMapping[str, str]) -> bool:
+    def _authorised(self, headers: Mapping[str, str]) -> bool:
         kind, _, given = headers.get("authorization", "").partition(" ")
         wanted = (self._settings.token or "").encode()
         return hmac.compare_digest(given.strip().encode("latin-1"), wanted) and kind.casefold() == "bearer"
