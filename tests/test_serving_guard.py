@@ -88,6 +88,23 @@ def test_only_this_machines_names_are_answered_on_loopback(stages: Stages, host:
         assert client.get("/", headers={"host": host}).status_code == status
 
 
+@pytest.mark.parametrize(
+    ("settings", "answered", "refused"),
+    [
+        ({"hosts": ("Films.example",)}, ["films.example", "FILMS.example:443", "localhost"], ["evil.example"]),
+        ({"host": "0.0.0.0", "token": TOKEN, "hosts": ("films.example",)}, ["films.example"], ["localhost", "evil"]),
+    ],
+)
+def test_names_that_are_allowed(
+    stages: Stages, settings: dict[str, Any], answered: list[str], refused: list[str]
+) -> None:
+    with serving_runs.client(stages, **settings) as client:
+        for host in answered:
+            assert client.get("/health", headers={"host": host}).status_code == 200, host
+        for host in refused:
+            assert client.get("/health", headers={"host": host}).status_code == 421, host
+
+
 def test_other_names_are_answered_on_other_addresses(stages: Stages) -> None:
     headers = {"host": "films.example", "authorization": f"Bearer {TOKEN}"}
     with serving_runs.client(stages, headers, host="0.0.0.0", token=TOKEN) as client:

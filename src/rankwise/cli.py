@@ -140,7 +140,8 @@ def serve(arguments: Arguments, console: Console) -> Any:
 
     token = read_token(None if arguments.token_file is None else Path(arguments.token_file))
     names = ("host", "port", "batch", "queue", "timeout")
-    settings = ServerSettings(token=token, **{name: getattr(arguments, name) for name in names})
+    limits = {name: getattr(arguments, name) for name in names}
+    settings = ServerSettings(token=token, hosts=tuple(arguments.allow_host), **limits)
     try:
         from rankwise.serving.server import serve_run
     except ModuleNotFoundError as error:
@@ -345,6 +346,8 @@ def _serve_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("--stage", nargs="+", metavar="STAGE", help="stages to serve (all, and the base model)")
     made.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     made.add_argument("--port", type=int, default=8000, help="to listen on; 0 for any that is free (%(default)s)")
+    names = "names to be asked by, such as a reverse proxy's"
+    made.add_argument("--allow-host", nargs="+", default=[], metavar="NAME", help=names)
     made.add_argument("--token-file", metavar="FILE", help="with the token that requests must carry (RANKWISE_TOKEN)")
     made.add_argument("--batch", type=int, default=16, help="most requests answered together (%(default)s)")
     made.add_argument("--queue", type=int, default=128, help="most requests that wait (%(default)s)")

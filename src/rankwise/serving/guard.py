@@ -17,6 +17,7 @@ from rankwise.serving.settings import MOST_BODY, ServerSettings
 
 logger = logging.getLogger("rankwise.serving")
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 GONE = 499  # the status, in the metrics, of a request whose client did not wait for the answer
 HEADERS = {
     "content-security-policy": (
@@ -87,7 +88,9 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, open_paths: Collection[str]) -> None:
         self._app, self._settings, self._open = app, settings, frozenset(open_paths)
-        self._hosts = {"localhost", "127.0.0.1", "::1", settings.host.casefold()}
+        own = LOOPBACK if settings.local else ()
+        self._hosts = {name.casefold() for name in (*own, settings.host, *settings.hosts)}
+        self._any_host = not settings.local and not settings.hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or refuse it."""
@@ -111,8 +114,8 @@ class Guard:
 
     def _refusal(self, path: str, headers: Mapping[str, str]) -> JSONResponse | None:
         # A page of another site can have its own name lead to this machine; its requests then name that host.
-        if self._settings.local and _host_name(headers.get("host", "")) not in self._hosts:
-            return _refuse(421, "this server answers for localhost alone: check the host of the address")
+        if not self._any_host and _host_name(headers.get("host", "")) not in self._hosts:
+            return _refuse(421, "this server does not answer for the host of this address: see --allow-host")
         if self._settings.token is not None and path not in self._open and not self._authorised(headers):
             return _refuse(401, "a token is needed: send it as 'Authorization: Bearer TOKEN'", "Bearer")
         length = headers.get("content-length", "0")

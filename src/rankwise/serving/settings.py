@@ -27,6 +27,8 @@ class ServerSettings:
         batch: most requests that the model answers together.
         queue: most requests that wait; one more is refused.
         timeout: seconds after which a request is given up.
+        hosts: names by which the server may be asked, beside those of this machine where it listens there: that of a
+            reverse proxy, say. Any name where there are none and it listens elsewhere.
 
     Raises:
         UserError: a value is out of its range, or a token is missing or too weak.
@@ -38,6 +40,7 @@ class ServerSettings:
     batch: int = 16
     queue: int = 128
     timeout: float = 30.0
+    hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
