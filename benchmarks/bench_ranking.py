@@ -1,7 +1,8 @@
-"""Scoring candidates after a shared prompt: with the prompt's cache, against one whole sequence for each candidate.
+"""Scoring candidates after a shared prompt as one token tree, against other ways, and against writing one answer.
 
-Both give the same scores; the largest difference is in the table. Each measurement of memory is a process of its own:
-the largest resident memory after scoring, less the largest once the model and the data were there (Linux only).
+All ways but the writing give the same scores; the largest difference is in the table. Each measurement of memory is a
+process of its own: the largest resident memory after scoring, less the largest once the model and the data were there
+(Linux only).
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from transformers import PreTrainedTokenizerBase
 
 from rankwise.likelihood import answer_log_probabilities
 from rankwise.models import load_language_model, load_tokenizer, quiet_libraries
-from rankwise.recommend.ranking import encode_cases, score_candidates
+from rankwise.recommend.generation import generate_answers
+from rankwise.recommend.ranking import encode_cases, score_candidates, score_continued
 from rankwise.recommend.synthetic import SyntheticSettings, synthetic_log
 from rankwise.schema import ModelSettings
 from rankwise.tokenise import AnswerCollator, encode_answer, padding_token, token_ids
 from timing import interleaved, machine, peak_memory, ratio, seconds, spread, table
 
 CASES, CANDIDATES, CONTEXT = 16, 20, 1024
-WHOLE = "whole sequences, a case at a time"
-# Of the prompt's cache, by the tokens of a batch: the default, and about as many as one case has as whole sequences.
-SHARED = {"shared prompt": 16384, "shared prompt, small batches": 2048}
-WAYS = (*SHARED, WHOLE)
+TREES, CACHE = "a token tree of each case", "the prompt's cache, continued"
+WHOLE, FULL = "whole sequences, answers' logits", "whole sequences, all logits"
+WRITTEN = "one answer, written greedily"
+WAYS = (TREES, CACHE, WHOLE, FULL, WRITTEN)
 Data = tuple[list[str], list[list[str]]]
 
 
@@ -56,7 +58,7 @@ def prompt(seen: Sequence[str]) -> str:
 
 @torch.no_grad()
 def whole_sequences(model: nn.Module, tokenizer: PreTrainedTokenizerBase, given: Data) -> list[np.ndarray]:
-    """One padded batch a case; logits of the answers' end of the rows only."""
+    """A padded batch of each case; logits of the answers' end of the rows only."""
     collate, scores = AnswerCollator.of(tokenizer), []
     for text, candidates in zip(*given, strict=True):
         rows = [encode_answer(tokenizer, text, candidate, CONTEXT) for candidate in candidates]
@@ -65,16 +67,33 @@ def whole_sequences(model: nn.Module, tokenizer: PreTrainedTokenizerBase, given:
     return scores
 
 
+@torch.no_grad()
+def all_logits(model: nn.Module, tokenizer: PreTrainedTokenizerBase, given: Data) -> list[np.ndarray]:
+    """The same with the logits of all tokens, as published code computes them."""
+    collate, scores = AnswerCollator.of(tokenizer), []
+    for text, candidates in zip(*given, strict=True):
+        rows = [encode_answer(tokenizer, text, candidate, CONTEXT) for candidate in candidates]
+        batch = collate([row.features() for row in rows if row is not None])
+        labels = batch.pop("labels")[:, 1:]
+        logs = model(**batch).logits.float()[:, :-1].log_softmax(-1)
+        values = logs.gather(2, labels.clamp(min=0)[:, :, None])[:, :, 0]
+        scores.append((values * (labels >= 0)).sum(dim=1).double().numpy())
+    return scores
+
+
 def work(way: str, length: int) -> Callable[[], list[np.ndarray]]:
-    """The scoring of one way, ready to be called."""
+    """The scoring of one way, ready to be called; nothing comes back from writing."""
     quiet_libraries()
     settings = ModelSettings()
     tokenizer, model = load_tokenizer(settings.path), load_language_model(settings).cpu().eval()
-    given = data(tokenizer, length)
-    if way == WHOLE:
-        return lambda: whole_sequences(model, tokenizer, given)
-    padding, tokens = padding_token(tokenizer), SHARED[way]
-    return lambda: score_candidates(model, encode_cases(tokenizer, *given, CONTEXT)[0], padding, tokens)
+    given, padding = data(tokenizer, length), padding_token(tokenizer)
+    if way in (WHOLE, FULL):
+        scoring = whole_sequences if way == WHOLE else all_logits
+        return lambda: scoring(model, tokenizer, given)
+    if way == WRITTEN:
+        return lambda: generate_answers(model, tokenizer, encode_cases(tokenizer, *given, CONTEXT)[0]) and []
+    scored = score_candidates if way == TREES else score_continued
+    return lambda: scored(model, encode_cases(tokenizer, *given, CONTEXT)[0], padding)
 
 
 def peak(way: str, length: int) -> float:
@@ -103,19 +122,19 @@ def peak_elsewhere(way: str, length: int) -> float:
 def compare(length: int, runs: int) -> list[list[str]]:
     """Rows of the table for one length of prompt."""
     scoring = {way: work(way, length) for way in WAYS}
-    scores = [np.concatenate(scoring[way]()) for way in WAYS]
     found = interleaved({way: lambda one=one: seconds(one) for way, one in scoring.items()}, runs)  # type: ignore[misc]
     memory = {way: [peak_elsewhere(way, length) for _ in range(3)] for way in WAYS}
+    first = np.concatenate(scoring[TREES]())
     return [
         [
             str(length),
             way,
             spread(found[way]),
-            ratio(found[WHOLE], found[way]),
+            ratio(found[way], found[TREES]),
             f"{statistics.median(memory[way]):.0f} MiB",
-            f"{np.abs(own - scores[-1]).max():.1e}",
+            f"{np.abs(np.concatenate(scores) - first).max():.1e}" if (scores := scoring[way]()) else "",
         ]
-        for way, own in zip(WAYS, scores, strict=True)
+        for way in WAYS
     ]
 
 
@@ -134,7 +153,7 @@ def main() -> None:
     rows = [row for length in arguments.lengths for row in compare(length, arguments.runs)]
     print(machine(arguments.threads))
     print(f"{CASES} cases x {CANDIDATES} candidates; {arguments.runs} runs of each, in turns: median (least to most)\n")
-    head = ["prompt tokens", "way", "seconds", "times as fast", "memory added", "largest difference"]
+    head = ["prompt tokens", "way", "seconds", "times the tree's", "memory added", "largest difference"]
     print(table(head, rows))
 
 

@@ -84,10 +84,13 @@ def score_candidates(
     if cases and not why_no_trees(model, longest):
         trees = [token_tree(prompt, answers) for prompt, answers in cases]
         return [np.array(found) for found in answer_log_probabilities_of(model, trees, padding, batch_tokens)]
-    return _continued(model, cases, padding, batch_tokens)
+    return score_continued(model, cases, padding, batch_tokens)
 
 
-def _continued(model: nn.Module, cases: Sequence[EncodedCase], padding: int, batch_tokens: int) -> list[Scores]:
+@torch.no_grad()
+def score_continued(
+    model: nn.Module, cases: Sequence[EncodedCase], padding: int, batch_tokens: int = 16384
+) -> list[Scores]:
     """The same with a cache: prompts of a batch are read once, without logits but for their last position."""
     scores: list[Scores] = [np.zeros(0)] * len(cases)
     most = tokens_for_logits(model, batch_tokens)
