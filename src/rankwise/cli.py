@@ -134,6 +134,31 @@ def recommend(arguments: Arguments, console: Console) -> Any:
     )
 
 
+def serve(arguments: Arguments, console: Console) -> Any:
+    """Answer over HTTP with a finished run's recommendations, and show a page to try them on; Ctrl+C ends it."""
+    import importlib.util
+
+    if missing := [name for name in ("fastapi", "uvicorn", "prometheus_client") if not importlib.util.find_spec(name)]:
+        raise UserError(f"serving needs {', '.join(missing)}: install rankwise with its extra, rankwise[serve]")
+    from rankwise.serving import ServerSettings, create_app
+    from rankwise.serving.models import load_stages
+    from rankwise.serving.server import listen, read_token
+
+    settings = ServerSettings(
+        host=arguments.host,
+        port=arguments.port,
+        hosts=tuple(arguments.allow_host),
+        token=read_token(arguments.token_file),
+        batch=arguments.batch,
+        queue=arguments.queue,
+        timeout=arguments.timeout,
+    )
+    stages = load_stages(Path(arguments.run), arguments.stage)
+    console.print(f"stages: {', '.join(stages.names)}", highlight=False)
+    listen(create_app(stages, settings), settings, lambda url: console.print(f"serving: {url}", highlight=False))
+    return {"run": arguments.run, "stages": stages.names}
+
+
 def export(arguments: Arguments, console: Console) -> Any:
     """Write a run's adapter, or one from its own folder, as plain LoRA of a smaller rank or as merged weights."""
     from rankwise.evaluation import export_folder
@@ -209,6 +234,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("run", metavar="RUN", help="a run's folder")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
 
+    _serve_arguments(_add(commands, serve, "rankwise serve runs/films --port 8000"))
     _recommend_arguments(_add(commands, recommend, "rankwise recommend runs/films --history 'Heat (1995)' --top 5"))
 
     made = _add(commands, export, "rankwise export runs/films smaller/ --rank 8")
@@ -322,6 +348,18 @@ def _recommend_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("--include-seen", action="store_true", help="titles of the history may be recommended again")
     made.add_argument("--normalise", action="store_true", help="rank by log-probability per token, not per title")
     made.add_argument("--most-nodes", type=int, metavar="N", help="tokens of titles to read at most (all that matter)")
+
+
+def _serve_arguments(made: argparse.ArgumentParser) -> None:
+    made.add_argument("run", metavar="RUN", help="the folder of a run on interactions or published lists")
+    made.add_argument("--stage", nargs="+", default=[], metavar="NAME", help="whose models answer (all finished)")
+    made.add_argument("--host", default="127.0.0.1", help="to listen at (%(default)s: programs of this machine only)")
+    made.add_argument("--port", type=int, default=8000, help="(%(default)s); 0 for any that is free")
+    made.add_argument("--allow-host", nargs="+", default=[], metavar="NAME", help="names to be asked under")
+    made.add_argument("--token-file", metavar="FILE", help="of the token that requests have to bring (none)")
+    made.add_argument("--batch", type=int, default=16, help="histories that the model reads together (%(default)s)")
+    made.add_argument("--queue", type=int, default=64, help="requests that may wait (%(default)s)")
+    made.add_argument("--timeout", type=float, default=30.0, help="seconds for an answer (%(default)s)")
 
 
 def _lines(path: Path) -> list[str]:
