@@ -166,11 +166,9 @@ def main() -> None:
     recommender = load_recommender(options.run, options.stage)
     prompts = prompts_of(recommender, options.prompts, options.length)
     rows = compare(recommender, prompts, options.runs, options.whole)
-    lengths = [len(one) for one in prompts]
+    least, most = min(map(len, prompts)), max(map(len, prompts))
     print(machine(options.threads))
-    print(
-        f"{len(recommender.trie)} titles; {len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, one at a time;"
-    )
+    print(f"{len(recommender.trie)} titles; {len(prompts)} prompts of {least} to {most} tokens, one at a time;")
     print(f"{options.runs} runs in turns: median (least to most)\n")
     print(table(["way", "seconds a prompt", "times the walk's", "nodes read", "largest difference"], rows))
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from preference_ways import SHAPES
 from rankwise.likelihood import answer_log_probabilities
 from rankwise.models import load_language_model, load_tokenizer, quiet_libraries
 from rankwise.recommend.generation import generate_answers
@@ -29,10 +30,13 @@ from rankwise.tokenise import AnswerCollator, encode_answer, padding_token, toke
 from timing import interleaved, machine, peak_memory, ratio, seconds, spread, table
 
 CASES, CANDIDATES, CONTEXT = 16, 20, 1024
-TREES, CACHE = "a token tree of each case", "the prompt's cache, continued"
+SHIPPED = "shipped"
+TREES, CACHE, WRITTEN = "a token tree", "the prompt's cache, continued", "one answer, written greedily"
 WHOLE, FULL = "whole sequences, answers' logits", "whole sequences, all logits"
-WRITTEN = "one answer, written greedily"
-WAYS = (TREES, CACHE, WHOLE, FULL, WRITTEN)
+TREES_ALL, WRITTEN_ALL = "token trees, all cases together", "written greedily, all cases together"
+WAYS = (TREES, CACHE, WHOLE, FULL, WRITTEN, TREES_ALL, WRITTEN_ALL)
+TOGETHER = (TREES_ALL, WRITTEN_ALL)
+SCORING = {TREES: score_candidates, TREES_ALL: score_candidates, CACHE: score_continued}
 Data = tuple[list[str], list[list[str]]]
 
 
@@ -81,55 +85,51 @@ def all_logits(model: nn.Module, tokenizer: PreTrainedTokenizerBase, given: Data
     return scores
 
 
-def work(way: str, length: int) -> Callable[[], list[np.ndarray]]:
-    """The scoring of one way, ready to be called; nothing comes back from writing."""
+def work(way: str, length: int, shape: str) -> Callable[[], list[np.ndarray]]:
+    """The scoring of one way, ready to be called, a case at a time or all together; nothing comes back from writing."""
     quiet_libraries()
     settings = ModelSettings()
-    tokenizer, model = load_tokenizer(settings.path), load_language_model(settings).cpu().eval()
-    given, padding = data(tokenizer, length), padding_token(tokenizer)
+    tokenizer = load_tokenizer(settings.path)
+    base = load_language_model(settings) if shape == SHIPPED else SHAPES[shape].base("cpu", "float32")
+    model, given, padding = base.cpu().eval(), data(tokenizer, length), padding_token(tokenizer)
     if way in (WHOLE, FULL):
         scoring = whole_sequences if way == WHOLE else all_logits
         return lambda: scoring(model, tokenizer, given)
-    if way == WRITTEN:
-        return lambda: generate_answers(model, tokenizer, encode_cases(tokenizer, *given, CONTEXT)[0]) and []
-    scored = score_candidates if way == TREES else score_continued
-    return lambda: scored(model, encode_cases(tokenizer, *given, CONTEXT)[0], padding)
+    cases, _ = encode_cases(tokenizer, *given, CONTEXT)
+    parts = [cases] if way in TOGETHER else [[case] for case in cases]
+    if way in (WRITTEN, WRITTEN_ALL):
+        return lambda: [text for part in parts for text in generate_answers(model, tokenizer, part)] and []
+    scored = SCORING[way]
+    return lambda: [scores for part in parts for scores in scored(model, part, padding)]
 
 
-def peak(way: str, length: int) -> float:
+def peak(way: str, length: int, shape: str) -> float:
     """Mebibytes that scoring adds to this process's largest resident memory."""
-    scoring = work(way, length)
+    scoring = work(way, length, shape)
     before = peak_memory()
     scoring()
     return peak_memory() - before
 
 
-def peak_elsewhere(way: str, length: int) -> float:
+def peak_elsewhere(way: str, length: int, shape: str) -> float:
     """The same in a new process."""
-    words = [
-        sys.executable,
-        __file__,
-        "--peak",
-        way,
-        "--lengths",
-        str(length),
-        "--threads",
-        str(torch.get_num_threads()),
-    ]
-    return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+    options = {"peak": way, "lengths": length, "shape": shape, "threads": torch.get_num_threads()}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    done = subprocess.run([sys.executable, __file__, *words], check=True, capture_output=True, text=True)
+    return float(done.stdout)
 
 
-def compare(length: int, runs: int) -> list[list[str]]:
+def compare(length: int, shape: str, runs: int) -> list[list[str]]:
     """Rows of the table for one length of prompt."""
-    scoring = {way: work(way, length) for way in WAYS}
+    scoring = {way: work(way, length, shape) for way in WAYS}
     found = interleaved({way: lambda one=one: seconds(one) for way, one in scoring.items()}, runs)  # type: ignore[misc]
-    memory = {way: [peak_elsewhere(way, length) for _ in range(3)] for way in WAYS}
+    memory = {way: [peak_elsewhere(way, length, shape) for _ in range(3)] for way in WAYS}
     first = np.concatenate(scoring[TREES]())
     return [
         [
             str(length),
             way,
-            spread(found[way]),
+            spread([taken / CASES for taken in found[way]], digits=4),
             ratio(found[way], found[TREES]),
             f"{statistics.median(memory[way]):.0f} MiB",
             f"{np.abs(np.concatenate(scores) - first).max():.1e}" if (scores := scoring[way]()) else "",
@@ -143,17 +143,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=7, help="of each way (%(default)s)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[100, 300], help="tokens of a prompt, about")
+    parser.add_argument("--shape", choices=(SHIPPED, *SHAPES), default=SHIPPED, help="of the model (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of torch (%(default)s)")
     parser.add_argument("--peak", choices=WAYS, help="print one way's memory only")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.peak:
-        print(peak(arguments.peak, arguments.lengths[0]))
+        print(peak(arguments.peak, arguments.lengths[0], arguments.shape))
         return
-    rows = [row for length in arguments.lengths for row in compare(length, arguments.runs)]
+    rows = [row for length in arguments.lengths for row in compare(length, arguments.shape, arguments.runs)]
     print(machine(arguments.threads))
-    print(f"{CASES} cases x {CANDIDATES} candidates; {arguments.runs} runs of each, in turns: median (least to most)\n")
-    head = ["prompt tokens", "way", "seconds", "times the tree's", "memory added", "largest difference"]
+    print(f"{arguments.shape}; {CASES} cases x {CANDIDATES} candidates; {arguments.runs} runs in turns: median")
+        f"{arguments.shape}; {CASES} cases x {CANDIDATES} candidates; {arguments.runs} runs of each, in turns: median"
+    )
+    print("(least to most)\n")
+    head = ["prompt tokens", "way", "seconds a case", "times the tree's", "memory added", "largest difference"]
     print(table(head, rows))
 
 
