@@ -154,8 +154,6 @@ def main() -> None:
     rows = [row for length in arguments.lengths for row in compare(length, arguments.shape, arguments.runs)]
     print(machine(arguments.threads))
     print(f"{arguments.shape}; {CASES} cases x {CANDIDATES} candidates; {arguments.runs} runs in turns: median")
-        f"{arguments.shape}; {CASES} cases x {CANDIDATES} candidates; {arguments.runs} runs of each, in turns: median"
-    )
     print("(least to most)\n")
     head = ["prompt tokens", "way", "seconds a case", "times the tree's", "memory added", "largest difference"]
     print(table(head, rows))

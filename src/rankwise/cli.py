@@ -135,28 +135,17 @@ def recommend(arguments: Arguments, console: Console) -> Any:
 
 
 def serve(arguments: Arguments, console: Console) -> Any:
-    """Answer over HTTP with a finished run's recommendations, and show a page to try them on; Ctrl+C ends it."""
-    import importlib.util
+    """Answer over HTTP what a run recommends, with a page that compares its stages: until it is stopped."""
+    from rankwise.serving.settings import ServerSettings, read_token
 
-    if missing := [name for name in ("fastapi", "uvicorn", "prometheus_client") if not importlib.util.find_spec(name)]:
-        raise UserError(f"serving needs {', '.join(missing)}: install rankwise with its extra, rankwise[serve]")
-    from rankwise.serving import ServerSettings, create_app
-    from rankwise.serving.models import load_stages
-    from rankwise.serving.server import listen, read_token
-
-    settings = ServerSettings(
-        host=arguments.host,
-        port=arguments.port,
-        hosts=tuple(arguments.allow_host),
-        token=read_token(arguments.token_file),
-        batch=arguments.batch,
-        queue=arguments.queue,
-        timeout=arguments.timeout,
-    )
-    stages = load_stages(Path(arguments.run), arguments.stage)
-    console.print(f"stages: {', '.join(stages.names)}", highlight=False)
-    listen(create_app(stages, settings), settings, lambda url: console.print(f"serving: {url}", highlight=False))
-    return {"run": arguments.run, "stages": stages.names}
+    token = read_token(None if arguments.token_file is None else Path(arguments.token_file))
+    names = ("host", "port", "batch", "queue", "timeout")
+    settings = ServerSettings(token=token, **{name: getattr(arguments, name) for name in names})
+    try:
+        from rankwise.serving.server import serve_run
+    except ModuleNotFoundError as error:
+        raise UserError(f"serving needs {error.name}: pip install 'rankwise[serve]'") from error
+    return {"address": serve_run(Path(arguments.run), arguments.stage, settings, console)}
 
 
 def export(arguments: Arguments, console: Console) -> Any:
@@ -234,8 +223,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("run", metavar="RUN", help="a run's folder")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
 
-    _serve_arguments(_add(commands, serve, "rankwise serve runs/films --port 8000"))
     _recommend_arguments(_add(commands, recommend, "rankwise recommend runs/films --history 'Heat (1995)' --top 5"))
+
+    _serve_arguments(_add(commands, serve, "rankwise serve runs/films --port 8000"))
 
     made = _add(commands, export, "rankwise export runs/films smaller/ --rank 8")
     made.add_argument("source", metavar="SOURCE", help="a run's folder, or an adapter's: a trainer's checkpoint, say")
@@ -352,14 +342,13 @@ def _recommend_arguments(made: argparse.ArgumentParser) -> None:
 
 def _serve_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("run", metavar="RUN", help="the folder of a run on interactions or published lists")
-    made.add_argument("--stage", nargs="+", default=[], metavar="NAME", help="whose models answer (all finished)")
-    made.add_argument("--host", default="127.0.0.1", help="to listen at (%(default)s: programs of this machine only)")
-    made.add_argument("--port", type=int, default=8000, help="(%(default)s); 0 for any that is free")
-    made.add_argument("--allow-host", nargs="+", default=[], metavar="NAME", help="names to be asked under")
-    made.add_argument("--token-file", metavar="FILE", help="of the token that requests have to bring (none)")
-    made.add_argument("--batch", type=int, default=16, help="histories that the model reads together (%(default)s)")
-    made.add_argument("--queue", type=int, default=64, help="requests that may wait (%(default)s)")
-    made.add_argument("--timeout", type=float, default=30.0, help="seconds for an answer (%(default)s)")
+    made.add_argument("--stage", nargs="+", metavar="STAGE", help="stages to serve (all, and the base model)")
+    made.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    made.add_argument("--port", type=int, default=8000, help="to listen on; 0 for any that is free (%(default)s)")
+    made.add_argument("--token-file", metavar="FILE", help="with the token that requests must carry (RANKWISE_TOKEN)")
+    made.add_argument("--batch", type=int, default=16, help="most requests answered together (%(default)s)")
+    made.add_argument("--queue", type=int, default=128, help="most requests that wait (%(default)s)")
+    made.add_argument("--timeout", type=float, default=30.0, help="seconds for each request (%(default)s)")
 
 
 def _lines(path: Path) -> list[str]:

@@ -235,18 +235,21 @@ def with_adapter(base: PreTrainedModel, recipe: Recipe, task_type: str, stage: P
         UserError: the target modules match nothing, one of them cannot be adapted, or the stage was begun on another
             base.
     """
-    if stage is not None and (stage / SIDE_FILE).is_file():
-        config: LoraConfig = MiloraConfig.from_pretrained(stage)
-    elif stage is not None and isinstance(recipe.adapter, AdaloraSettings):
-        config = AdaLoraConfig.from_pretrained(stage)  # its rank_pattern says what the stage's weights fit
-    else:
-        config = adapter_config(recipe.adapter, task_type, recipe.seed)
     try:
-        return peft.get_peft_model(base, config)
+        return peft.get_peft_model(base, stage_config(recipe, task_type, stage))
     except UserError:
         raise
     except ValueError as error:  # PEFT's word for targets that match nothing, or that it cannot adapt
         raise UserError(f"adapter.target_modules {recipe.adapter.target_modules}: {error}") from error
+
+
+def stage_config(recipe: Recipe, task_type: str, stage: Path | None = None) -> LoraConfig:
+    """PEFT's config for a recipe's adapter, or for one into which a saved stage will be loaded."""
+    if stage is not None and (stage / SIDE_FILE).is_file():
+        return MiloraConfig.from_pretrained(stage)
+    if stage is not None and isinstance(recipe.adapter, AdaloraSettings):
+        return AdaLoraConfig.from_pretrained(stage)  # its rank_pattern says what the stage's weights fit
+    return adapter_config(recipe.adapter, task_type, recipe.seed)
 
 
 def adapter_config(settings: LoraSettings, task_type: str, seed: int) -> LoraConfig:

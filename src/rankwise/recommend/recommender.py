@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,13 +87,6 @@ class Recommender:
     def trie(self) -> CatalogueTrie:
         """The titles as answers."""
         return CatalogueTrie(self._answers)
-
-    def with_model(self, model: nn.Module) -> Recommender:
-        """The same titles under another model of the same tokenizer."""
-        other = copy.copy(self)
-        other.trie = self.trie  # made once
-        other.model = model.eval()
-        return other
 
     @cached_property
     def _places(self) -> dict[str, int]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import polars as pl
@@ -19,6 +20,19 @@ from rankwise.recommend.prompts import Template
 STORE = "store"  # of a run's folder
 TITLES, HISTORIES, SETTINGS = "titles.parquet", "histories.parquet", "settings.json"
 CLOSEST = 3  # known names that an unknown one is answered with
+
+
+class UnknownTitle(UserError):
+    """A name that is no title's and no item's.
+
+    Attributes:
+        name: as given.
+        closest: a few titles that it may have meant, the most alike first; none where none is alike.
+    """
+
+    def __init__(self, name: str, known: Collection[str]) -> None:
+        self.name, self.closest = name, closest(name, known)
+        super().__init__(f"{name!r} is none of the {len(known)} titles; {_hint(self.closest, known)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +56,10 @@ class Store:
         """The ids of the items behind each title."""
         return dict(self.titles.select("title", "items").iter_rows())
 
+    def has_user(self, user: str) -> bool:
+        """Whether the log has a user of this name."""
+        return user in self._users
+
     def history(self, user: str) -> list[str]:
         """All titles that a user of the log chose, oldest first.
 
@@ -50,7 +68,8 @@ class Store:
         """
         place = self._users.get(user)
         if place is None:
-            raise UserError(f"user {user!r} is none of {len(self._users)} in the log; {_closest(user, self._users)}")
+            hint = _hint(closest(user, self._users), self._users)
+            raise UserError(f"user {user!r} is none of {len(self._users)} in the log; {hint}")
         titles: list[str] = self.histories["titles"][place].to_list()
         return titles
 
@@ -58,7 +77,7 @@ class Store:
         """The titles that a person means: by title, letters' case aside, or by the id of an item.
 
         Raises:
-            UserError: a name is none of these; the closest titles are named.
+            UnknownTitle: a name is none of these; the closest titles are named.
         """
         return [self._find(name) for name in names]
 
@@ -67,7 +86,7 @@ class Store:
             return name
         found = self._by_name.get(_plain(name))
         if found is None:
-            raise UserError(f"{name!r} is none of the {len(self.items)} titles; {_closest(name, self.items)}")
+            raise UnknownTitle(name, self.items.keys())
         return found
 
     @cached_property
@@ -85,17 +104,21 @@ def _plain(name: str) -> str:
     return " ".join(name.split()).casefold()
 
 
-def _closest(name: str, known: Iterable[str]) -> str:
-    """A few of the known names, the closest where some are."""
+def closest(name: str, known: Iterable[str]) -> list[str]:
+    """A few of the known names: the most alike, then those that hold this one; none where none does."""
     plain: dict[str, str] = {}
     for one in known:
         plain.setdefault(_plain(one), one)
     wanted = _plain(name)
     close = difflib.get_close_matches(wanted, plain, CLOSEST, cutoff=0.5)
     close += [one for one in plain if wanted and wanted in one and one not in close][: CLOSEST - len(close)]
+    return [plain[one] for one in close]
+
+
+def _hint(close: Sequence[str], known: Iterable[str]) -> str:
     if close:
-        return f"the closest: {', '.join(repr(plain[one]) for one in close)}"
-    return f"such as {', '.join(repr(one) for one in list(plain.values())[:CLOSEST])}"
+        return f"the closest: {', '.join(map(repr, close))}"
+    return f"such as {', '.join(map(repr, islice(known, CLOSEST)))}"
 
 
 def make_store(prepared: Prepared, template: Template) -> Store:

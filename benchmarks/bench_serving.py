@@ -1,0 +1,222 @@
+"""`rankwise serve` under load: requests a second and their times, batches against one request at a time; and a soak.
+
+    python benchmarks/bench_serving.py
+    python benchmarks/bench_serving.py --soak 60
+
+Both servers are processes of their own, asked in turns by clients in this process, each of which asks again as soon as
+it has its answer. Without ``--run`` a run is made first: the embedded model on a synthetic log, barely trained. Its
+searches read more of the catalogue than those of a model that knows it. The soak ends with SIGTERM while every client
+waits for an answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import io
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import torch
+from rich.console import Console
+
+from rankwise.recipes import make_recipe
+from rankwise.recommend.store import STORE, read_store
+from rankwise.recommend.synthetic import write_synthetic
+from rankwise.run import Run
+from timing import machine, table
+
+WAYS = {"together": 16, "one at a time": 1}  # --batch
+SETTLED = 5.0  # seconds of a soak before its memory is first read
+ARRIVAL = 0.2  # seconds that a request has to reach the server before SIGTERM does
+
+
+@dataclass
+class Server:
+    """A server in a process of its own."""
+
+    process: subprocess.Popen[str]
+    address: str
+
+    @property
+    def memory(self) -> float:
+        """Resident mebibytes; NaN where the system is not Linux."""
+        status = Path(f"/proc/{self.process.pid}/status")
+        found = re.search(r"VmRSS:\s+(\d+) kB", status.read_text()) if status.exists() else None
+        return int(found[1]) / 1024 if found else float("nan")
+
+
+@dataclass
+class Load:
+    """What the clients saw."""
+
+    times: list[float] = field(default_factory=list)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+
+
+def make_run(folder: Path) -> Path:
+    """A run that takes seconds: a few rows of SFT and of softmax-DPO."""
+    ratings, items = write_synthetic(folder / "log")
+    stage = {"kind": "softmax_dpo", "start": "sft", "rows": 16, "negatives": 3}
+    values = {
+        "name": "served",
+        "adapter": {"kind": "lora", "r": 16},
+        "data": {"kind": "interactions", "interactions": str(ratings), "items": str(items), "rows": 64, "negatives": 3},
+        "stages": [{"name": "sft", "kind": "sft", "epochs": 1}, {"name": "softmax-DPO", **stage}],
+        "evaluation": {"cases": 4, "base": False, "generate": False},
+        "output": str(folder / "run"),
+    }
+    Run(make_recipe(values), Console(file=io.StringIO()))()
+    return folder / "run"
+
+
+@contextlib.contextmanager
+def served(run: Path, batch: int, log: Path) -> Iterator[Server]:
+    words = [sys.executable, "-m", "rankwise.cli", "serve", str(run), "--port", "0", "--batch", str(batch)]
+    with log.open("w") as file:
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=file, text=True)
+    try:
+        assert process.stdout is not None
+        line = next((line for line in process.stdout if line.startswith("serving ")), None)
+        if line is None:
+            sys.exit(f"the server did not start: {log.read_text()[-2000:]}")
+        yield Server(process, line.rsplit(" ", 1)[1].strip())
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+async def client(address: str, users: list[str], seed: int, load: Load, stop: asyncio.Event) -> None:
+    """Ask for one user after the other until ``stop``."""
+    generator = random.Random(seed)
+    async with httpx2.AsyncClient(base_url=address, timeout=120) as session:
+        while not stop.is_set():
+            started = time.perf_counter()
+            try:
+                answer = await session.post("recommend", json={"user": generator.choice(users)})
+                load.outcomes[str(answer.status_code)] += 1
+            except httpx2.HTTPError as error:
+                load.outcomes[type(error).__name__] += 1
+                await asyncio.sleep(0.05)
+            load.times.append(time.perf_counter() - started)
+
+
+async def ask(address: str, users: list[str], clients: int, seconds: float) -> Load:
+    """What so many clients saw in so many seconds; an answer that is under way at the end is waited for."""
+    load, stop = Load(), asyncio.Event()
+    started = time.perf_counter()
+    tasks = [asyncio.create_task(client(address, users, seed, load, stop)) for seed in range(clients)]
+    await asyncio.sleep(seconds)
+    stop.set()
+    await asyncio.gather(*tasks)
+    load.seconds = time.perf_counter() - started
+    return load
+
+
+def compare(run: Path, users: list[str], arguments: argparse.Namespace, folder: Path) -> list[list[str]]:
+    """A row of the table for each way and number of clients."""
+    found: dict[tuple[int, str], list[Load]] = {}
+    with contextlib.ExitStack() as stack:
+        logs = {way: folder / f"{batch}.log" for way, batch in WAYS.items()}
+        servers = {way: stack.enter_context(served(run, batch, logs[way])) for way, batch in WAYS.items()}
+        for server in servers.values():
+            asyncio.run(ask(server.address, users, 8, 1.0))  # warm-up
+        for clients in arguments.clients:
+            for _ in range(arguments.runs):
+                for way, server in servers.items():
+                    load = asyncio.run(ask(server.address, users, clients, arguments.seconds))
+                    found.setdefault((clients, way), []).append(load)
+    return [row(clients, way, loads) for (clients, way), loads in found.items()]
+
+
+def row(clients: int, way: str, loads: list[Load]) -> list[str]:
+    rates = [len(load.times) / load.seconds for load in loads]
+    times = 1000 * np.concatenate([load.times for load in loads])
+    failed = sum(sum(load.outcomes.values()) - load.outcomes["200"] for load in loads)
+    rate = f"{statistics.median(rates):.1f} ({min(rates):.1f} to {max(rates):.1f})"
+    return [str(clients), way, rate, *(f"{np.percentile(times, part):.0f} ms" for part in (50, 95)), str(failed)]
+
+
+@dataclass
+class Soak:
+    """A whole load, resident memory in mebibytes, and what became of the requests in flight at SIGTERM."""
+
+    load: Load
+    first: float
+    end: float
+    last: Counter[str]
+
+
+async def soak(server: Server, users: list[str], clients: int, seconds: float) -> Soak:
+    load, stop = Load(), asyncio.Event()
+    started = time.perf_counter()
+    tasks = [asyncio.create_task(client(server.address, users, seed, load, stop)) for seed in range(clients)]
+    await asyncio.sleep(min(SETTLED, seconds / 2))
+    first = server.memory
+    await asyncio.sleep(max(0.0, started + seconds - time.perf_counter()))
+    end = server.memory
+    stop.set()
+    await asyncio.sleep(ARRIVAL)
+    before = Counter(load.outcomes)
+    server.process.terminate()
+    await asyncio.gather(*tasks)
+    load.seconds = time.perf_counter() - started
+    return Soak(load, first, end, load.outcomes - before)
+
+
+def run_soak(run: Path, users: list[str], arguments: argparse.Namespace, folder: Path) -> None:
+    """Print what a soak came to; exit with 1 where a request failed or the server did not end well."""
+    with served(run, WAYS["together"], folder / "soak.log") as server:
+        found = asyncio.run(soak(server, users, arguments.soak_clients, arguments.soak))
+        answered = time.perf_counter()
+        code = server.process.wait(timeout=120)
+        ended = time.perf_counter() - answered
+    load, times = found.load, 1000 * np.array(found.load.times)
+    print(f"{arguments.soak_clients} clients for {arguments.soak:g} s: {len(times)} requests, {dict(load.outcomes)}")
+    print(f"p50 {np.percentile(times, 50):.0f} ms, p95 {np.percentile(times, 95):.0f} ms, longest {times.max():.0f} ms")
+    settled = min(SETTLED, arguments.soak / 2)
+    print(f"resident memory after {settled:g} s: {found.first:.0f} MiB; at the end: {found.end:.0f} MiB")
+    print(f"in flight at SIGTERM: {dict(found.last)}; exit status {code}, {ended:.1f} s after the last answer")
+    if set(load.outcomes) != {"200"} or code != 0:
+        sys.exit(1)
+
+
+def main() -> None:
+    """Print the table, or the soak's result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="the folder of a run (a synthetic one)")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], help="that ask at once (1 8 32)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement (%(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="of each way and number of clients (%(default)s)")
+    parser.add_argument("--soak", type=float, metavar="SECONDS", help="soak for so long instead")
+    parser.add_argument("--soak-clients", type=int, default=32, help="of the soak (%(default)s)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        run = arguments.run or make_run(folder)
+        store = read_store(run / STORE)
+        users: list[str] = store.histories["user"].to_list()
+        print(f"{machine(torch.get_num_threads())}; {store.titles.height} titles, {len(users)} users")
+        if arguments.soak:
+            run_soak(run, users, arguments, folder)
+            return
+        rows = compare(run, users, arguments, folder)
+    print(f"{arguments.runs} runs of {arguments.seconds:g} s of each, in turns: median (least to most) of the rate\n")
+    print(table(["clients", "answered", "requests/s", "p50", "p95", "failed"], rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A trained recommender behind HTTP, with one page that shows what its stages recommend."""

@@ -1,0 +1,234 @@
+"""The command as a process: it listens, answers what it has taken on after SIGTERM, and ends well."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import pytest
+
+import serving_runs
+from rankwise.cli import main
+
+SLOW = """
+import sys, time
+from rankwise.cli import main
+from rankwise.recommend.recommender import Recommender
+
+own = Recommender.recommend
+def recommend(self, histories, top=10, **options):
+    if top == 7:
+        print("begun", file=sys.stderr, flush=True)
+        time.sleep({seconds})
+    return own(self, histories, top, **options)
+Recommender.recommend = recommend
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
+
+@pytest.fixture(scope="module")
+def run(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return serving_runs.small_run(tmp_path_factory.mktemp("served"), model_folder)
+
+
+class Served:
+    """A server in a process of its own, and the lines that it has written."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process, self.lines, self.more = process, list[str](), threading.Condition()
+        self.port = 0
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def wait_until_it_listens(self) -> None:
+        self.port = int(self.wait_for(r"http://127\.0\.0\.1:(\d+)/"))
+        for _ in range(600):
+            try:
+                self.connect().close()
+                return
+            except OSError:
+                time.sleep(0.05)
+        raise AssertionError("it does not listen")
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self.more:
+                self.lines.append(line)
+                self.more.notify_all()
+
+    def wait_for(self, pattern: str) -> str:
+        """What the first group of a line has, or the whole of it."""
+
+        def found() -> re.Match[str] | None:
+            return next(filter(None, (re.search(pattern, line) for line in self.lines)), None)
+
+        with self.more:
+            assert self.more.wait_for(found, timeout=120), "".join(self.lines)
+            match = found()
+        assert match is not None
+        return match.group(match.lastindex or 0)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
+
+    def ask(self, top: int) -> tuple[int, str]:
+        address = f"http://127.0.0.1:{self.port}/recommend"
+        answer = httpx2.post(address, json={"user": "u1", "top": top}, timeout=60)
+        return answer.status_code, answer.text
+
+    def end(self) -> int:
+        code = self.process.wait(timeout=60)
+        self.close()
+        return code
+
+    def close(self) -> None:
+        self._reader.join(timeout=60)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+@contextmanager
+def served(run: Path, *options: str, seconds: float = 2.0) -> Iterator[Served]:
+    command = [sys.executable, "-c", SLOW.format(seconds=seconds), str(run), "--port", "0", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    server = Served(process)
+    try:
+        server.wait_until_it_listens()
+        yield server
+    finally:
+        process.kill()
+        process.wait()
+        server.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_in_flight_is_answered_after_a_signal_and_no_new_one(run: Path, number: int) -> None:
+    with served(run) as server:
+        answers: list[tuple[int, str]] = []
+        idle = server.connect()  # a connection on which nothing is asked does not keep the process
+        asking = [threading.Thread(target=lambda: answers.append(server.ask(7))) for _ in range(3)]
+        for one in asking:
+            one.start()
+        server.wait_for("begun")
+        server.process.send_signal(number)
+        for _ in range(600):
+            try:
+                server.connect().close()
+                time.sleep(0.01)
+            except ConnectionRefusedError:
+                break
+        assert not answers  # those in flight are still waited for
+        for one in asking:
+            one.join(timeout=60)
+        assert [status for status, _ in answers] == [200] * 3
+        assert len(json.loads(answers[0][1])["recommendations"]) == 7
+        assert server.end() == 0
+        idle.close()
+    text = "".join(server.lines)
+    assert re.search(r"POST /recommend 200 \d+ ms", text) and "stopped" in text
+    assert "Traceback" not in text
+
+
+def test_what_does_not_end_is_not_waited_for(run: Path) -> None:
+    with served(run, "--timeout", "1", seconds=600.0) as server:
+        asking = threading.Thread(target=lambda: server.ask(7))
+        asking.start()
+        server.wait_for("begun")
+        server.process.terminate()
+        assert server.end() == 0
+        asking.join(timeout=60)
+    assert "POST /recommend 504" in "".join(server.lines)
+
+
+def test_a_client_that_leaves_is_forgotten(run: Path) -> None:
+    with served(run, "--batch", "1") as server:
+        first = threading.Thread(target=lambda: server.ask(7))
+        first.start()
+        server.wait_for("begun")
+        body = b'{"user": "u2", "top": 7}'
+        with server.connect() as leaving:
+            head = f"POST /recommend HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+            leaving.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+            for _ in range(600):
+                if "rankwise_queue_length 1.0" in httpx2.get(f"http://127.0.0.1:{server.port}/metrics").text:
+                    break
+            else:
+                raise AssertionError("it never waited")
+        server.wait_for("POST /recommend 499")
+        first.join(timeout=60)
+        assert server.ask(3)[0] == 200
+        assert "".join(server.lines).count("begun") == 1
+        server.process.terminate()
+        assert server.end() == 0
+
+
+# The benchmark
+
+
+def test_the_benchmark_compares_and_soaks_to_the_end(run: Path) -> None:
+    script = Path(__file__).resolve().parent.parent / "benchmarks" / "bench_serving.py"
+
+    def output(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, script, "--run", run, *words], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    table = output("--runs", "1", "--seconds", "0.5", "--clients", "1", "4")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
+    assert [row[:2] for row in rows[2:]] == [
+        [clients, way] for clients in "14" for way in ("together", "one at a time")
+    ]
+    assert {row[-1] for row in rows[2:]} == {"0"}
+    soaked = output("--soak", "2", "--soak-clients", "4")
+    assert re.search(r"requests, \{'200': \d+\}", soaked) and "exit status 0" in soaked
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["no/run"], "no/run has no recipe.yaml"),
+        (["RUN", "--stage", "sftt"], "did you mean 'sft'?"),
+        (["RUN", "--host", "0.0.0.0"], "there is no token: give --token-file FILE or set RANKWISE_TOKEN"),
+        (["RUN", "--host", "no host"], "there is no token"),
+        (["RUN", "--token-file", "no/file"], "--token-file no/file cannot be read"),
+        (["RUN", "--batch", "0"], "--batch 0 is not possible"),
+        (["RUN", "--port", "TAKEN"], "cannot listen on 127.0.0.1 port"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_served(
+    run: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANKWISE_TOKEN", raising=False)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        others = {"RUN": str(run), "TAKEN": str(taken.getsockname()[1])}
+        assert main(["serve", *(others.get(word, word) for word in words)]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("rankwise: ") and err.count("\n") == 1 and message in err
+    assert "serving" not in out
+
+
+def test_without_its_libraries_the_command_says_what_to_install(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "rankwise.serving.server", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve", str(run)]) == 2
+    assert "serving needs uvicorn: pip install 'rankwise[serve]'" in capsys.readouterr().err
