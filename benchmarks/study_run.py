@@ -1,7 +1,6 @@
 """One run of `preference_study.py`: train as a Run says, and measure. Called with it as JSON, and with a folder.
 
-It prints its results as the last line, as JSON. Answers are scored as token trees, which gives what
-`rankwise.recommend.ranking.score_candidates` gives, three times as fast here.
+It prints its results as the last line, as JSON.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ from rankwise.models import load_language_model, load_tokenizer, quiet_libraries
 from rankwise.preferences import SoftmaxDPOConfig, SoftmaxDPOTrainer
 from rankwise.preferences.negatives import Catalogue
 from rankwise.recommend import load_template, popularity_scores, substring_protocol
-from rankwise.recommend.ranking import EncodedCase, encode_cases, generate_answers
+from rankwise.recommend.generation import generate_answers
+from rankwise.recommend.ranking import EncodedCase, encode_cases, score_candidates
 from rankwise.run import whole_rows
 from rankwise.schema import EMBEDDED, ModelSettings
 from rankwise.tokenise import AnswerCollator, encode_answers, padding_token, token_ids
 from rankwise.training import AnswerTrainer
 from rankwise.trees import token_tree
-from rankwise.trees.scoring import answer_log_probabilities_of
 from study_data import Row, Rows, drawn, load, template_of
 from study_measures import Scores, differences, metrics, ranks
 from study_plan import BASE, POPULARITY, Entry, Run, spec
@@ -75,12 +74,11 @@ class Cases:
         picked = [EncodedCase(case.prompt, case.answers[:answers]) for case in self.encoded[:cases]]
         training = model.training
         model.eval()
-        trees = [token_tree(case.prompt, case.answers) for case in picked]
-        found = answer_log_probabilities_of(model, trees, padding_token(self.tokenizer), BATCH_TOKENS)
+        found = score_candidates(model, picked, padding_token(self.tokenizer), BATCH_TOKENS)
         model.train(training)
         if not all(np.isfinite(values).all() for values in found):
             raise Diverged("an answer's log-probability is no number")
-        return [np.array(values) for values in found]
+        return found
 
     def protocol(self, model: nn.Module) -> Entry:
         """What the papers measure on text that is written freely."""

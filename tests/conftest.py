@@ -66,9 +66,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def seeded_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def seeded_llama(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
     """A Llama of two layers with seeded random weights, in float32, ready to evaluate."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,

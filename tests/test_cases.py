@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import small_runs
 from rankwise.errors import UserError
+from rankwise.recommend.baselines import BASELINES, sequential
 from rankwise.recommend.cases import intervals, means, metric_names, ranked_cases
 from rankwise.recommend.full_ranking import full_ranking
 from rankwise.recommend.metrics import ranking_metrics
@@ -114,6 +115,22 @@ def test_a_task_ranks_the_catalogue_in_some_of_its_cases(
     known = found.cases.filter(pl.col("MRR full").is_not_null())
     same = every.cases.filter(pl.col("user").is_in(known["user"].to_list()))
     assert same["MRR full"].to_list() == pytest.approx(known["MRR full"].to_list())
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_baselines_are_measured_as_models_are(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sequential, "EPOCHS", 2)
+    names = ["random", *BASELINES]
+    task = recommendation(tmp_path, tiny_tokenizer, catalogue_cases=5, baselines=names, split=split)
+    found = task.baselines()
+    assert list(found) == names
+    assert found["random"].metrics["HR@1"] == pytest.approx(1 / 5)  # five candidates
+    for name, one in found.items():
+        assert one.cases is not None and one.cases.height == task.cases
+        assert one.cases["MRR full"].null_count() == task.cases - 5
+        assert name == "random" or one.metrics["MRR"] != found["random"].metrics["MRR"]
 
 
 def test_prompts_that_tell_the_candidates_cannot_rank_the_catalogue(

@@ -18,7 +18,9 @@ from transformers import (
 )
 
 from rankwise.errors import UserError
-from rankwise.recommend.ranking import EncodedCase, encode_cases, generate_answers, score_candidates
+from rankwise.recommend import ranking
+from rankwise.recommend.generation import generate_answers
+from rankwise.recommend.ranking import EncodedCase, encode_cases, score_candidates
 from rankwise.tokenise import encode_answer, encode_prompt
 
 PROMPTS = ["I have seen #!#. Next is", "$", "A long list of films: #!#!#!#!#!#!#! and so on. Next is", "Seen"]
@@ -49,6 +51,14 @@ def alone(model: nn.Module, tokenizer: PreTrainedTokenizerFast, prompt: str, ans
     return float(logs[torch.arange(first - 1, len(ids) - 1), ids[first:]].sum())
 
 
+@pytest.fixture(params=["trees", "cache"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to read a prompt once; the second is for models that take no trees."""
+    if request.param == "cache":
+        monkeypatch.setattr(ranking, "why_no_trees", lambda *_: "it is told not to")
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("batch_tokens", [1, 150, 600, 16384])
 def test_scores_are_those_of_whole_sequences(
     model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, batch_tokens: int
@@ -60,6 +70,7 @@ def test_scores_are_those_of_whole_sequences(
         np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 def test_models_with_absolute_positions(tiny_tokenizer: PreTrainedTokenizerFast, family: str) -> None:
     torch.manual_seed(0)
@@ -87,6 +98,7 @@ def test_models_with_absolute_positions(tiny_tokenizer: PreTrainedTokenizerFast,
         np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.usefixtures("way")
 def test_candidates_of_a_single_token(model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     """An empty answer is its end-of-text token alone: nothing continues the cache."""
     prompts = ["#!#", "$ and more"]
@@ -136,8 +148,10 @@ class Watching(nn.Module):
 
 
 def test_each_prompt_is_read_once_and_no_batch_is_too_large(
-    model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+    model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where the model takes no trees."""
+    monkeypatch.setattr(ranking, "why_no_trees", lambda *_: "it is told not to")
     watched = Watching(model)
     cases = encoded(tiny_tokenizer, repeated=3)
     score_candidates(watched, cases, tiny_tokenizer.pad_token_id, batch_tokens=600)

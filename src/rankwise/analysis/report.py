@@ -11,6 +11,7 @@ from plotly.offline import get_plotlyjs
 
 from rankwise import __version__
 from rankwise.analysis import sections
+from rankwise.analysis.comparison import comparison_section
 from rankwise.analysis.retention import retention_section
 from rankwise.analysis.runfolder import Run, read_run
 from rankwise.files import write_text
@@ -33,6 +34,7 @@ def render(run: Run) -> str:
     """The whole page of a run."""
     body = [
         sections.results_section(run),
+        comparison_section(run),
         sections.curves_section(run),
         retention_section(run),
         sections.ranks_section(run),

@@ -1,21 +1,22 @@
-"""Score each case's candidates under a language model: the prompt is read once, each candidate continues its cache."""
+"""Score each case's candidates under a language model, with the prompt read once."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from rankwise.errors import UserError
 from rankwise.likelihood import forward_arguments, last_logits_and_cache, position_ids, tokens_for_logits
 from rankwise.recommend.metrics import Scores
-from rankwise.tokenise import encode_answer_set, end_token, pad_left, padding_token
+from rankwise.tokenise import encode_answer_set, pad_left
+from rankwise.trees.build import token_tree
+from rankwise.trees.scoring import answer_log_probabilities_of
+from rankwise.trees.support import why_no_trees
 
 GENERATED = 20  # tokens that the papers let a model write
 
@@ -65,18 +66,32 @@ def score_candidates(
 ) -> list[Scores]:
     """Summed log-probability, in nats, of every candidate's answer after its prompt, end-of-text token included.
 
-    Prompts of a batch are read once, without logits but for their last position; each candidate continues a copy of its
-    prompt's keys and values. The scores equal those of separate sequences up to rounding, whatever the batch.
+    A case is one row, the token tree of its prompt and its answers. Where the model takes no trees, each candidate
+    continues a copy of its prompt's keys and values. The scores equal those of separate sequences up to rounding,
+    whatever the batch.
 
     Args:
         model: a causal language model, adapted or not, in evaluation mode.
         cases: as :func:`encode_cases` makes them.
         padding: id that fills short rows.
-        batch_tokens: most tokens in the cache of one batch, where each candidate has its prompt's; padding included.
+        batch_tokens: most tokens of a batch, padding included: of its rows, or of its cache, where each candidate has
+            its prompt's.
 
     Returns:
         For each case an array with one score a candidate.
     """
+    longest = max((len(prompt) + max(map(len, answers)) for prompt, answers in cases), default=0)
+    if cases and not why_no_trees(model, longest):
+        trees = [token_tree(prompt, answers) for prompt, answers in cases]
+        return [np.array(found) for found in answer_log_probabilities_of(model, trees, padding, batch_tokens)]
+    return score_continued(model, cases, padding, batch_tokens)
+
+
+@torch.no_grad()
+def score_continued(
+    model: nn.Module, cases: Sequence[EncodedCase], padding: int, batch_tokens: int = 16384
+) -> list[Scores]:
+    """The same with a cache: prompts of a batch are read once, without logits but for their last position."""
     scores: list[Scores] = [np.zeros(0)] * len(cases)
     most = tokens_for_logits(model, batch_tokens)
     for picked in _batches(cases, batch_tokens, most):
@@ -134,40 +149,3 @@ def _pad_right(rows: Sequence[Sequence[int]]) -> Tensor:
     """Rows of one length, filled with -1."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[-1] * (width - len(row))] for row in rows])
-
-
-@torch.no_grad()
-def generate_answers(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, cases: Sequence[EncodedCase], batch_size: int = 64
-) -> list[str]:
-    """What the model writes after each prompt: greedy, at most 20 tokens, as in the papers' protocol.
-
-    Whatever the model's own generation settings say (penalties, beams, sampling) does not apply.
-    """
-    device, padding = next(model.parameters()).device, padding_token(tokenizer)
-    settings = GenerationConfig(
-        max_new_tokens=GENERATED, do_sample=False, num_beams=1, pad_token_id=padding, eos_token_id=end_token(tokenizer)
-    )
-    order = sorted(range(len(cases)), key=lambda index: len(cases[index].prompt))
-    texts = [""] * len(cases)
-    for start in range(0, len(order), batch_size):
-        picked = order[start : start + batch_size]
-        ids, mask = pad_left([cases[index].prompt for index in picked], padding)
-        with _no_settings_of_its_own(model):
-            written = model.generate(  # type: ignore[operator]
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
-            )[:, ids.shape[1] :]
-        for index, text in zip(picked, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
-            texts[index] = text
-    return texts
-
-
-@contextlib.contextmanager
-def _no_settings_of_its_own(model: nn.Module) -> Iterator[None]:
-    """Empty generation settings meanwhile: what a call leaves unsaid, ``generate`` would take from the model's own."""
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    own, inner.generation_config = inner.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        inner.generation_config = own

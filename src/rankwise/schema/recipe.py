@@ -38,6 +38,10 @@ class EvaluationSettings(Section):
     )
     generate: bool = Field(True, description="In recommendation, also the papers' protocol: greedy text, substrings.")
     base: bool = Field(True, description="Also measure the base model.")
+    baselines: list[Literal["random", "popularity", "item-knn", "als", "gru4rec", "caser", "sasrec"]] = Field(
+        ["random", "popularity"],
+        description="In recommendation, what else is measured; item-knn and als need rankwise[recsys].",
+    )
 
 
 class ExportSettings(Section):

@@ -65,6 +65,7 @@ def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) 
             split=evaluation.split,
             cases=evaluation.cases,
             catalogue_cases=evaluation.catalogue_cases,
+            baselines=evaluation.baselines,
             generate=evaluation.generate,
             seed=recipe.seed,
         )

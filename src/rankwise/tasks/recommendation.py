@@ -14,21 +14,24 @@ from rankwise.errors import UserError
 from rankwise.likelihood import evaluating
 from rankwise.models import load_language_model
 from rankwise.preferences.negatives import Catalogue
-from rankwise.recommend.baselines import popularity_scores, random_scores, target_places
+from rankwise.recommend.baselines import Window, make_baseline, popularity_scores, target_places
 from rankwise.recommend.cases import means, ranked_cases
 from rankwise.recommend.full_ranking import CASES, LISTS, full_ranking
+from rankwise.recommend.generation import generate_answers
 from rankwise.recommend.metrics import Scores, substring_protocol
 from rankwise.recommend.prepare import Prepared
 from rankwise.recommend.prompts import Template
-from rankwise.recommend.ranking import encode_cases, generate_answers, score_candidates
+from rankwise.recommend.ranking import encode_cases, score_candidates
 from rankwise.recommend.store import Store, make_store
 from rankwise.sampling import sample
 from rankwise.schema import ModelSettings
+from rankwise.tasks.splits import hold_out
 from rankwise.tasks.task import Measurement, Metrics
 from rankwise.tokenise import answer_ids, encode_answers, padding_token
 from rankwise.trees.catalogue import catalogue_scores
 from rankwise.trees.trie import CatalogueTrie
 
+SCORED = 256  # cases whose scores of all titles are in memory at once
 PROTOCOL = ("HR@1 greedy", "HR@1 greedy of valid", "valid ratio")
 
 
@@ -51,6 +54,7 @@ class RecommendationTask:
         split: str = "test",
         cases: int | None = None,
         catalogue_cases: int | None = None,
+        baselines: Sequence[str] = ("random", "popularity"),
         generate: bool = True,
         seed: int = 0,
     ) -> None:
@@ -61,7 +65,8 @@ class RecommendationTask:
                 "the candidates: take a template without {candidates}"
             )
         self._prepared, self._tokenizer, self._model = prepared, tokenizer, model
-        self._padding = padding_token(tokenizer)
+        self._padding, self._baselines = padding_token(tokenizer), baselines
+        self._split = split
         self._seed, self._generate, self._template = seed, generate, template
         self._seen: dict[frozenset[str], frozenset[str]] = {}
         store = make_store(prepared, template)
@@ -117,16 +122,34 @@ class RecommendationTask:
         return self._seen[titles]
 
     def baselines(self) -> dict[str, Measurement]:
-        """Chance, and what is most popular in training."""
+        """What the recipe wants to compare with, fitted to the training rows."""
+        return {name: self._baseline(name) for name in self._baselines}
+
+    def _baseline(self, name: str) -> Measurement:
+        scored, places = self._fitted(name), {title: place for place, title in enumerate(self._titles)}
         candidates, _ = self._candidates()
-        popularity = self._prepared.popularity
-        [chance], [popular] = random_scores([self._titles]), popularity_scores([self._titles], popularity)
-        return {
-            "random": self._measured(random_scores(candidates), ((case, chance) for case in range(len(self._full)))),
-            "popularity": self._measured(
-                popularity_scores(candidates, popularity), ((case, popular) for case in range(len(self._full)))
-            ),
-        }
+        scores = scored(range(self.cases))
+        picked = [row[[places[title] for title in candidates[case]]] for case, row in scores]
+        return self._measured(picked, ((at, row) for at, (_, row) in enumerate(scored(self._full))))
+
+    def _fitted(self, name: str) -> Callable[[Sequence[int]], Iterator[tuple[int, Scores]]]:
+        """A function that goes through some cases and the scores of all titles in each."""
+        if name in ("random", "popularity"):  # the same in every case
+            counts = {} if name == "random" else self._prepared.popularity
+            [scores] = popularity_scores([self._titles], counts)
+            return lambda cases: ((case, scores) for case in cases)
+        rows = self._prepared.train, self._prepared.validation
+        train, held_out = ([Window(row["user"], row["history"], row["target"]) for row in part] for part in rows)
+        if self._split != "test":  # what is measured must not say when to stop
+            train, held_out = hold_out(train, 0.1, self._seed)
+        baseline = make_baseline(name, self._titles, self._seed).fit(train, held_out)
+
+        def scored(cases: Sequence[int]) -> Iterator[tuple[int, Scores]]:
+            for start in range(0, len(cases), SCORED):
+                part = cases[start : start + SCORED]
+                yield from zip(part, baseline.scores([self._evaluation[case]["history"] for case in part]), strict=True)
+
+        return scored
 
     def evaluate(self, model: nn.Module) -> Measurement:
         """Rank every case's candidates, and the catalogue and the papers' protocol where they are wanted."""

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rankwise.likelihood import target_log_probabilities, unwrapped
+from rankwise.likelihood import target_log_probabilities, tokens_for_logits, unwrapped
 from rankwise.trees.batch import TreeBatch, batch_trees, rounded_up
 from rankwise.trees.build import TokenTree
 from rankwise.trees.masks import attention_mask_for
@@ -57,14 +57,16 @@ def answer_log_probabilities_of(
         model: as above; in evaluation mode.
         trees: in any order.
         padding: id that fills rows.
-        batch_tokens: most tokens of a batch, the filling included, unless a single tree has more.
+        batch_tokens: most tokens of a batch, the filling included, unless a single tree has more; fewer where the
+            vocabulary is so wide that logits fill the memory.
 
     Returns:
         Of each tree, the log-probability of each answer, in nats.
     """
     device = next(model.parameters()).device
     found: list[list[float]] = [[] for _ in trees]
-    for picked in _batches([rounded_up(len(tree)) for tree in trees], batch_tokens):
+    widths, reads = [rounded_up(len(tree)) for tree in trees], [len(set(tree.sources)) for tree in trees]
+    for picked in _batches(widths, batch_tokens, reads, tokens_for_logits(model, batch_tokens)):
         batch = batch_trees([trees[index] for index in picked], padding).to(device)
         totals = tree_log_probabilities(model, batch).tolist()
         for index, values in zip(picked, totals, strict=True):
@@ -72,10 +74,14 @@ def answer_log_probabilities_of(
     return found
 
 
-def _batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Longest first, so that what does not fit into memory shows at once."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    while order:
-        count = max(1, most // lengths[order[0]])
-        yield order[:count]
-        order = order[count:]
+def _batches(widths: Sequence[int], most: int, reads: Sequence[int], most_reads: int) -> Iterator[list[int]]:
+    """Places of trees with few enough tokens and logits; longest first, so that what does not fit shows at once."""
+    batch: list[int] = []
+    for index in sorted(range(len(widths)), key=widths.__getitem__, reverse=True):
+        logits = sum(reads[place] for place in batch) + reads[index]
+        if batch and ((len(batch) + 1) * widths[batch[0]] > most or logits > most_reads):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

@@ -1,0 +1,117 @@
+"""Rows of a run's results compared on the same cases, and by how popular the true item is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from rankwise.analysis.columns import write_value
+from rankwise.analysis.markup import Cell, muted, section, table
+from rankwise.analysis.runfolder import CASES, Run
+from rankwise.errors import UserError
+from rankwise.recommend.cases import ABOUT, metric_names, values
+from rankwise.recommend.uncertainty import Comparison, by_group, compare_paired
+
+TITLE = "Case by case"
+METRICS = 4  # columns of the comparison, at most
+GROUPED = "MRR"  # the finest of them: a single place up or down changes it
+LEVEL = 0.05
+
+
+def read_cases(run: Run) -> dict[str, pl.DataFrame]:
+    """The cases of each row that has them, in the order of the results.
+
+    Raises:
+        UserError: a file is no table, lacks the columns of one, or has other cases than the first.
+    """
+    found: dict[str, pl.DataFrame] = {}
+    for row in run.results.get("rows") or []:
+        path = run.folder / CASES / f"{row['name']}.parquet"
+        if path.is_file():
+            found[str(row["name"])] = _read(path)
+    names = list(found)
+    for name in names[1:]:
+        if not found[name].select(list(ABOUT)).equals(found[names[0]].select(list(ABOUT))):
+            raise UserError(f"{run.folder / CASES}: {name} has other cases than {names[0]}: evaluate the run again")
+    return found
+
+
+def _read(path: Path) -> pl.DataFrame:
+    try:
+        cases = pl.read_parquet(path)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}): evaluate the run again") from error
+    if missing := [name for name in ABOUT if name not in cases.columns]:
+        raise UserError(f"{path} has no column {missing[0]!r}: evaluate the run again")
+    return cases
+
+
+def reference_row(run: Run, names: list[str]) -> str | None:
+    """The row that the others are compared with: that of the first stage, which the later ones begin with."""
+    stages = run.recipe.get("stages")
+    first = [str(one["name"]) for one in stages if isinstance(one, Mapping) and "name" in one] if stages else []
+    return next((name for name in first if name in names), names[-1] if names else None)
+
+
+def compared(cases: Mapping[str, pl.DataFrame], reference: str) -> dict[str, dict[str, Comparison]]:
+    """Of each other row, for the first metrics, the mean difference from the reference on the same cases."""
+    names = metric_names(cases[reference])[:METRICS]
+    return {
+        row: {name: compare_paired(values(one, name), values(cases[reference], name)) for name in names}
+        for row, one in cases.items()
+        if row != reference
+    }
+
+
+def comparison_section(run: Run) -> str:
+    """Both tables; nothing where no row of the results is known case by case."""
+    cases = read_cases(run)
+    reference = reference_row(run, list(cases))
+    if reference is None:
+        return ""
+    return section(TITLE, _differences(cases, reference) + _groups(cases))
+
+
+def _differences(cases: Mapping[str, pl.DataFrame], reference: str) -> str:
+    found = compared(cases, reference)
+    if not found:
+        return ""
+    names = metric_names(cases[reference])[:METRICS]
+    rows: list[list[Cell]] = [
+        [(row, ""), *(_difference_cell(name, one[name]) for name in names)] for row, one in found.items()
+    ]
+    caption = (
+        f"Mean difference from {reference} over the same {len(cases[reference]):,} cases, its 95 % bootstrap interval, "
+        f"and p of a paired permutation test; bold where p < {LEVEL}."
+    )
+    note = muted("Each p stands for itself: of many comparisons without any difference, one in twenty is bold.")
+    return table(caption, ["", *names], rows) + note
+
+
+def _difference_cell(name: str, one: Comparison) -> Cell:
+    low, high = (write_value(name, value) for value in (one.low, one.high))
+    text = f"{'+' if one.difference > 0 else ''}{write_value(name, one.difference)} [{low}, {high}], p = {one.p:.3g}"
+    return text, f' class="number{" best" if one.p < LEVEL else ""}"'
+
+
+def _groups(cases: Mapping[str, pl.DataFrame]) -> str:
+    groups = next(iter(cases.values()))["group"].to_numpy().astype(str)
+    sizes = dict(zip(*np.unique(groups, return_counts=True), strict=True))
+    rows: list[list[Cell]] = []
+    for name, one in cases.items():
+        found = by_group(values(one, GROUPED), groups)
+        cells = [found[group][1] for group in sizes]
+        texts = [
+            f"{write_value(GROUPED, mean)} [{write_value(GROUPED, low)}, {write_value(GROUPED, high)}]"
+            for mean, low, high in cells
+        ]
+        rows.append([(name, ""), *((text, "") for text in texts)])
+    head = ["", *(f"{group[2:]} ({size:,} cases)" for group, size in sizes.items())]
+    caption = (
+        f"{GROUPED} by the popularity of the true item, with 95 % intervals: the titles with the most interactions, "
+        "a third of all, are the head, those with the next third the middle, the others the tail."
+    )
+    return table(caption, head, rows)
