@@ -1,9 +1,10 @@
 """Ranking a whole catalogue after a prompt: the walk over its trie, batches of titles, and the search for the best.
 
 The model, the titles and the histories are those of a finished run on interactions (``rankwise train``), whose prompts
-are filled with titles of a history up to a number of tokens:
+are filled with titles of a history up to a number of tokens; without one, of a run on a synthetic log, which takes
+seconds and says little of the search: its catalogue is small, and its model hardly knows it.
 
-    python benchmarks/bench_catalogue.py RUN
+    python benchmarks/bench_catalogue.py --run RUN
 
 The walk and the batches of 64 titles after the prompt's cache score every title; so do whole sequences, of which only
 some batches are measured, and scaled up. The search gives the ten best; that they are those of the walk is checked.
@@ -13,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +29,7 @@ from rankwise.recommend.ranking import EncodedCase, score_continued
 from rankwise.recommend.recommender import Recommender
 from rankwise.tokenise import IGNORED, encode_prompt, pad_left
 from rankwise.trees import TopAnswers, score_catalogue, top_answers
+from synthetic_run import make_run
 from timing import interleaved, machine, ratio, spread, table
 
 BATCH, TOP = 64, 10
@@ -40,22 +44,21 @@ Prompt = list[int]
 
 
 def prompts_of(recommender: Recommender, count: int, length: int) -> list[Prompt]:
-    """Prompts of at most ``length`` tokens, each with as many of a user's latest titles as fit."""
-    template, found = recommender.store.template, []
-    for user in recommender.store.histories["user"]:
-        history = recommender.store.history(user)
-        for shown in range(1, len(history) + 1):
-            ids = encode_prompt(recommender._tokenizer, template.render(history[-shown:]), 10 * length)
-            if len(ids) > length:
-                break
-            prompt = ids
-        else:
-            continue  # too short a history
-        if shown > 1:
-            found.append(prompt)
-        if len(found) == count:
-            return found
-    raise SystemExit(f"{len(found)} users have a history of {length} tokens; {count} are wanted")
+    """Prompts of the first users, each with as many of the user's latest titles as fit ``length`` tokens."""
+    users = recommender.store.histories["user"].head(count)
+    return [prompt_of(recommender, recommender.store.history(user), length) for user in users]
+
+
+def prompt_of(recommender: Recommender, history: list[str], length: int) -> Prompt:
+    """One title at least."""
+    template, tokenizer = recommender.store.template, recommender._tokenizer
+    prompt: Prompt = []
+    for shown in range(1, len(history) + 1):
+        ids = encode_prompt(tokenizer, template.render(history[-shown:]), 10 * length)
+        if prompt and len(ids) > length:
+            break
+        prompt = ids
+    return prompt
 
 
 def cached(recommender: Recommender, prompts: list[Prompt]) -> torch.Tensor:
@@ -154,7 +157,7 @@ def compare(recommender: Recommender, prompts: list[Prompt], runs: int, batches:
 def main() -> None:
     """Print a table of medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="folder of a finished run on interactions")
+    parser.add_argument("--run", type=Path, help="folder of a finished run on interactions (a synthetic one)")
     parser.add_argument("--stage", help="whose adapter to take (the last one's)")
     parser.add_argument("--prompts", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--length", type=int, default=300, help="tokens of a prompt, at most (%(default)s)")
@@ -163,7 +166,8 @@ def main() -> None:
     parser.add_argument("--whole", type=int, default=8, help="batches of whole sequences (%(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    recommender = load_recommender(options.run, options.stage)
+    with tempfile.TemporaryDirectory() as folder:
+        recommender = load_recommender(options.run or make_run(Path(folder)), options.stage)
     prompts = prompts_of(recommender, options.prompts, options.length)
     rows = compare(recommender, prompts, options.runs, options.whole)
     least, most = min(map(len, prompts)), max(map(len, prompts))

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import io
 import random
 import re
 import statistics
@@ -30,12 +29,9 @@ from pathlib import Path
 import httpx2
 import numpy as np
 import torch
-from rich.console import Console
 
-from rankwise.recipes import make_recipe
 from rankwise.recommend.store import STORE, read_store
-from rankwise.recommend.synthetic import write_synthetic
-from rankwise.run import Run
+from synthetic_run import make_run
 from timing import machine, table
 
 WAYS = {"together": 16, "one at a time": 1}  # --batch
@@ -65,22 +61,6 @@ class Load:
     times: list[float] = field(default_factory=list)
     outcomes: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
-
-
-def make_run(folder: Path) -> Path:
-    """A run that takes seconds: a few rows of SFT and of softmax-DPO."""
-    ratings, items = write_synthetic(folder / "log")
-    stage = {"kind": "softmax_dpo", "start": "sft", "rows": 16, "negatives": 3}
-    values = {
-        "name": "served",
-        "adapter": {"kind": "lora", "r": 16},
-        "data": {"kind": "interactions", "interactions": str(ratings), "items": str(items), "rows": 64, "negatives": 3},
-        "stages": [{"name": "sft", "kind": "sft", "epochs": 1}, {"name": "softmax-DPO", **stage}],
-        "evaluation": {"cases": 4, "base": False, "generate": False},
-        "output": str(folder / "run"),
-    }
-    Run(make_recipe(values), Console(file=io.StringIO()))()
-    return folder / "run"
 
 
 @contextlib.contextmanager

@@ -63,7 +63,7 @@ def load(data: str, listed: bool, work: Path) -> Rows:
     """The rows with one of the two templates; prepared once, and kept in the folder."""
     path = work / "rows" / f"{template_of(data, listed)}.json"
     if not path.exists():
-        made = _split(_prepare(data, listed), data, listed)
+        made = _split(prepared_rows(data, listed), data, listed)
         write_text(path, json.dumps(made._asdict(), ensure_ascii=False))
     return Rows(**json.loads(path.read_text(encoding="utf-8")))
 
@@ -75,7 +75,8 @@ def drawn(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     return random.Random(f"{seed}:order").sample(list(rows), len(rows))[:count]
 
 
-def _prepare(data: str, listed: bool) -> Prepared:
+def prepared_rows(data: str, listed: bool) -> Prepared:
+    """Both as `preference_study.py` reads them."""
     folder = Path(os.environ.get("RANKWISE_DATA", "../shared/data"))
     common: dict[str, Any] = {"template": template_of(data, listed), "negatives": CANDIDATES - 1}
     if data == "lastfm":

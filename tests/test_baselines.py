@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rankwise.errors import UserError
-from rankwise.recommend.baselines import BASELINES, Window, make_baseline, sequential
+from rankwise.recommend.baselines import BASELINES, TrainedBaseline, Window, sequential
 from rankwise.recommend.baselines.counting import ItemNeighbours, MatrixFactorisation
 from rankwise.recommend.baselines.networks import Caser, GRU4Rec, NextTitle, SASRec
 from rankwise.recommend.baselines.windows import Titles, by_user
@@ -37,7 +37,7 @@ def two_groups(seed: int = 0) -> list[Window]:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_learns_what_follows_what(name: str) -> None:
-    made = make_baseline(name, CIRCLE).fit(circle(1500, 0), circle(100, 1))
+    made = TrainedBaseline(name, CIRCLE).fit(circle(1500, 0), circle(100, 1))
     held_out = circle(50, 2)
     best = made.scores([window.history for window in held_out]).argmax(axis=1)
     assert [CIRCLE[place] for place in best] == [window.target for window in held_out]
@@ -46,7 +46,7 @@ def test_a_network_learns_what_follows_what(name: str) -> None:
 @pytest.mark.parametrize("name", ["item-knn", "als", *NETWORKS])
 def test_the_own_group_comes_first(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MatrixFactorisation, "factors", 2)  # more would keep each user's films apart
-    made = make_baseline(name, [*BLUE, *RED]).fit(two_groups(), two_groups(1))
+    made = TrainedBaseline(name, [*BLUE, *RED]).fit(two_groups(), two_groups(1))
     for history, own in (([BLUE[0], BLUE[3]], range(6)), ([RED[5]], range(6, 12))):
         [scores] = made.scores([history])
         others = [place for place in range(12) if place not in own]
@@ -128,7 +128,7 @@ def test_the_seed_says_all(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     titles = [*BLUE, *RED]
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    one, other = (make_baseline(name, titles, 7).fit(two_groups(), two_groups(1)) for _ in range(2))
+    one, other = (TrainedBaseline(name, titles, 7).fit(two_groups(), two_groups(1)) for _ in range(2))
     np.testing.assert_array_equal(one.scores([[RED[1]]]), other.scores([[RED[1]]]))
     assert torch.equal(before, torch.get_rng_state())
 
@@ -138,28 +138,28 @@ def test_titles_and_histories_that_nothing_is_known_of(name: str, monkeypatch: p
     monkeypatch.setattr(sequential, "EPOCHS", 2)
     titles = [*BLUE, *RED, "never chosen"]
     windows = [*two_groups(), Window("u99", [BLUE[0]], "not in the catalogue")]
-    made = make_baseline(name, titles).fit(windows, two_groups(1))
-    popular = make_baseline("popularity", titles).fit(windows, [])
+    made = TrainedBaseline(name, titles).fit(windows, two_groups(1))
+    popular = [sum(title in row for row in by_user(windows[:-1])) for title in titles]
     known, part, new, empty = made.scores([[RED[1]], ["new", RED[1]], ["new"], []])
     np.testing.assert_allclose(known, part)
-    np.testing.assert_array_equal([new, empty], popular.scores([["new"], []]))
-    assert made.without_known_titles == 2
+    np.testing.assert_array_equal([new, empty], [popular, popular])
+    assert made.counts == {"windows left out": 1, "histories without a known title": 2}
 
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_catalogue_of_one(name: str) -> None:
     windows = [Window("u1", ["only"], "only")]
-    made = make_baseline(name, ["only"]).fit(windows, windows)
+    made = TrainedBaseline(name, ["only"]).fit(windows, windows)
     assert made.scores([["only"]]).shape == (1, 1)
 
 
 def test_what_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="'bpr' is no baseline: choose from popularity, item-knn, als"):
-        make_baseline("bpr", CIRCLE)
+    with pytest.raises(UserError, match="'bpr' is no baseline: choose from item-knn, als"):
+        TrainedBaseline("bpr", CIRCLE)
     with pytest.raises(UserError, match="the catalogue is empty"):
-        make_baseline("als", [])
+        TrainedBaseline("als", [])
     with pytest.raises(UserError, match="0 training and 100 validation windows"):
-        make_baseline("sasrec", CIRCLE).fit([], circle(100, 1))
+        TrainedBaseline("sasrec", CIRCLE).fit([], circle(100, 1))
     monkeypatch.setattr(Caser, "read", lambda self, rows: self.last.weight.new_full((len(rows), 64), float("nan")))
     with pytest.raises(UserError, match="the validation loss of Caser is nan after 1 passes"):
-        make_baseline("caser", CIRCLE).fit(circle(20, 0), circle(10, 1))
+        TrainedBaseline("caser", CIRCLE).fit(circle(20, 0), circle(10, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,8 @@ def test_a_task_ranks_the_catalogue_in_some_of_its_cases(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, tiny_llama: LlamaForCausalLM
 ) -> None:
     task = recommendation(tmp_path, tiny_tokenizer, catalogue_cases=5)
-    for found in (*task.baselines().values(), task.evaluate(tiny_llama)):
+    for measure in (*task.baselines().values(), lambda: task.evaluate(tiny_llama)):
+        found = measure()
         assert found.cases is not None
         assert found.cases.height == task.cases == 16
         assert found.cases["MRR full"].null_count() == 11
@@ -122,15 +124,33 @@ def test_baselines_are_measured_as_models_are(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, split: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sequential, "EPOCHS", 2)
-    names = ["random", *BASELINES]
+    names = ["random", "popularity", *BASELINES]
     task = recommendation(tmp_path, tiny_tokenizer, catalogue_cases=5, baselines=names, split=split)
-    found = task.baselines()
+    found = {name: measure() for name, measure in task.baselines().items()}
     assert list(found) == names
     assert found["random"].metrics["HR@1"] == pytest.approx(1 / 5)  # five candidates
     for name, one in found.items():
         assert one.cases is not None and one.cases.height == task.cases
         assert one.cases["MRR full"].null_count() == task.cases - 5
         assert name == "random" or one.metrics["MRR"] != found["random"].metrics["MRR"]
+
+
+def test_a_baseline_without_its_library_is_refused_before_anything_is_trained(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"the baseline als needs `implicit`: .*rankwise\[recsys\]"):
+        recommendation(tmp_path, tiny_tokenizer, baselines=["sasrec", "als"])
+
+
+def test_a_run_that_goes_on_fits_no_baseline_again(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = small_runs.recipe("interactions", tmp_path, model_folder, evaluation={"baselines": ["item-knn"]})
+    first = Run(made, small_runs.silent())()
+    monkeypatch.setattr(RecommendationTask, "_baseline", lambda *_: pytest.fail("it was fitted again"))
+    again = Run(made, small_runs.silent(), resume=True)()
+    assert [row["name"] for row in again["rows"]] == [row["name"] for row in first["rows"]]
 
 
 def test_prompts_that_tell_the_candidates_cannot_rank_the_catalogue(

@@ -51,9 +51,9 @@ def test_differences_are_from_the_first_stage(folder: Path) -> None:
 def test_the_section_has_both_tables(folder: Path) -> None:
     page = comparison_section(read_run(folder))
     assert "Mean difference from sft over the same 4 cases" in page
-    assert "+0.1625 [" in page
+    assert "+0.163 [" in page
     assert "head (2 cases)" in page and "tail (2 cases)" in page and "middle (" not in page
-    assert "0.7500 [0.5000, 1.0000]" in page  # sft's MRR in the head
+    assert "0.750 [0.500, 1.000]" in page  # sft's MRR in the head
     assert "<b>" not in page
 
 

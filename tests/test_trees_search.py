@@ -140,6 +140,18 @@ def test_batches_of_any_size(batch_tokens: int, monkeypatch: pytest.MonkeyPatch)
     assert_same(found, [ranked(row, trie, 3, set()) for row in full])
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_fifty_prompts_of_each_of_ten_catalogues(seed: int) -> None:
+    """Answers over a wider vocabulary, of which few share more than a beginning."""
+    generator = random.Random(seed)
+    trie = CatalogueTrie(some_answers(generator.randint(50, 300), seed, tokens=generator.choice([4, 12, 30])))
+    prompts = [[generator.randrange(3, 40) for _ in range(generator.randint(1, 12))] for _ in range(50)]
+    count = generator.randint(1, 20)
+    full = score_catalogue(MODEL, prompts, trie, 0)
+    found = top_answers(MODEL, prompts, trie, count, 0, most_nodes=10**6)
+    assert_same(found, [ranked(row, trie, count, set()) for row in full])
+
+
 ids = st.lists(st.integers(3, 5), min_size=1, max_size=6)
 
 

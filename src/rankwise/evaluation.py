@@ -38,7 +38,7 @@ def evaluate_run(run: Path, overrides: Sequence[str], console: Console) -> dict[
     task = load_task(recipe, tokenizer, context_limit(recipe.model, tokenizer))
     stage = _last_stage(run, recipe)
     model = _trained(run, recipe, stage)
-    rows = [measured_row(name, found, task.cases) for name, found in task.baselines().items()]
+    rows = [measured_row(name, measure(), task.cases) for name, measure in task.baselines().items()]
     rows.append(measured(task, model, stage, recipe))
     results = {"task": task.kind, "columns": list(task.columns), "rows": rows, "counts": task.counts}
     write_json(run / "evaluation.json", results)

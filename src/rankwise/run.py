@@ -89,9 +89,9 @@ class Run:
         with logs_shown(self.console):
             model = with_adapter(base, self.recipe, task.task_type, self._saved(done))
         self._adapted = [name for name, _ in adapted_layers(model, active_adapter(model))]
-        for name, found in task.baselines().items():
+        for name, measure in task.baselines().items():
             if name not in done:
-                self._row(measured_row(name, found, task.cases, self.folder / CASES))
+                self._row(measured_row(name, measure(), task.cases, self.folder / CASES))
         if self.recipe.evaluation.base and BASE not in done:
             with model.disable_adapter():
                 self._measure(task, model, BASE)

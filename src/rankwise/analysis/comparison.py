@@ -8,15 +8,14 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from rankwise.analysis.columns import write_value
 from rankwise.analysis.markup import Cell, muted, section, table
 from rankwise.analysis.runfolder import CASES, Run
 from rankwise.errors import UserError
-from rankwise.recommend.cases import ABOUT, metric_names, values
+from rankwise.recommend.cases import ABOUT, values
 from rankwise.recommend.uncertainty import Comparison, by_group, compare_paired
 
 TITLE = "Case by case"
-METRICS = 4  # columns of the comparison, at most
+COMPARED = ("HR@1", "MRR")
 GROUPED = "MRR"  # the finest of them: a single place up or down changes it
 LEVEL = 0.05
 
@@ -57,8 +56,8 @@ def reference_row(run: Run, names: list[str]) -> str | None:
 
 
 def compared(cases: Mapping[str, pl.DataFrame], reference: str) -> dict[str, dict[str, Comparison]]:
-    """Of each other row, for the first metrics, the mean difference from the reference on the same cases."""
-    names = metric_names(cases[reference])[:METRICS]
+    """Of each other row the mean difference from the reference on the same cases."""
+    names = [name for name in COMPARED if name in cases[reference].columns]
     return {
         row: {name: compare_paired(values(one, name), values(cases[reference], name)) for name in names}
         for row, one in cases.items()
@@ -79,9 +78,9 @@ def _differences(cases: Mapping[str, pl.DataFrame], reference: str) -> str:
     found = compared(cases, reference)
     if not found:
         return ""
-    names = metric_names(cases[reference])[:METRICS]
+    names = [name for name in COMPARED if name in cases[reference].columns]
     rows: list[list[Cell]] = [
-        [(row, ""), *(_difference_cell(name, one[name]) for name in names)] for row, one in found.items()
+        [(row, ""), *(_difference_cell(one[name]) for name in names)] for row, one in found.items()
     ]
     caption = (
         f"Mean difference from {reference} over the same {len(cases[reference]):,} cases, its 95 % bootstrap interval, "
@@ -91,9 +90,8 @@ def _differences(cases: Mapping[str, pl.DataFrame], reference: str) -> str:
     return table(caption, ["", *names], rows) + note
 
 
-def _difference_cell(name: str, one: Comparison) -> Cell:
-    low, high = (write_value(name, value) for value in (one.low, one.high))
-    text = f"{'+' if one.difference > 0 else ''}{write_value(name, one.difference)} [{low}, {high}], p = {one.p:.3g}"
+def _difference_cell(one: Comparison) -> Cell:
+    text = f"{one.difference:+.3f} [{one.low:+.3f}, {one.high:+.3f}], p {one.p:.2g}"
     return text, f' class="number{" best" if one.p < LEVEL else ""}"'
 
 
@@ -104,10 +102,7 @@ def _groups(cases: Mapping[str, pl.DataFrame]) -> str:
     for name, one in cases.items():
         found = by_group(values(one, GROUPED), groups)
         cells = [found[group][1] for group in sizes]
-        texts = [
-            f"{write_value(GROUPED, mean)} [{write_value(GROUPED, low)}, {write_value(GROUPED, high)}]"
-            for mean, low, high in cells
-        ]
+        texts = [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in cells]
         rows.append([(name, ""), *((text, "") for text in texts)])
     head = ["", *(f"{group[2:]} ({size:,} cases)" for group, size in sizes.items())]
     caption = (

@@ -50,7 +50,7 @@ class AnswerTask:
             " preferences"
         )
 
-    def baselines(self) -> dict[str, Measurement]:
+    def baselines(self) -> dict[str, Callable[[], Measurement]]:
         """Nothing beside the base model."""
         return {}
 

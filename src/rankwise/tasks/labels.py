@@ -76,10 +76,13 @@ class LabelTask:
         """Labels are no answers to prefer."""
         raise UserError("data of kind classification has no rejected answers: use an sft stage")
 
-    def baselines(self) -> dict[str, Measurement]:
+    def baselines(self) -> dict[str, Callable[[], Measurement]]:
         """The most frequent label of the training part."""
+        return {"most frequent": self._most_frequent}
+
+    def _most_frequent(self) -> Measurement:
         most = Counter(row["labels"] for row in self._train).most_common(1)[0][0]
-        return {"most frequent": Measurement(self._metrics(self._held_out, [most] * self.cases))}
+        return Measurement(self._metrics(self._held_out, [most] * self.cases))
 
     def evaluate(self, model: nn.Module) -> Measurement:
         """Accuracy, and F1 of the second label where there are two, else the mean F1 over labels."""

@@ -125,7 +125,7 @@ class PreferenceTask:
         """The rows as they were read, whose rejected answers are their candidates too; there is no catalogue."""
         return [{**row, "candidates": row["rejected"]} for row in sample(self._train, limit, self._seed)[0]], None
 
-    def baselines(self) -> dict[str, Measurement]:
+    def baselines(self) -> dict[str, Callable[[], Measurement]]:
         """Nothing beside the base model."""
         return {}
 

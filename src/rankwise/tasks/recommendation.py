@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import polars as pl
@@ -14,7 +14,7 @@ from rankwise.errors import UserError
 from rankwise.likelihood import evaluating
 from rankwise.models import load_language_model
 from rankwise.preferences.negatives import Catalogue
-from rankwise.recommend.baselines import Window, make_baseline, popularity_scores, target_places
+from rankwise.recommend.baselines import TrainedBaseline, Window, check_baselines, popularity_scores, target_places
 from rankwise.recommend.cases import means, ranked_cases
 from rankwise.recommend.full_ranking import CASES, LISTS, full_ranking
 from rankwise.recommend.generation import generate_answers
@@ -31,6 +31,7 @@ from rankwise.tokenise import answer_ids, encode_answers, padding_token
 from rankwise.trees.catalogue import catalogue_scores
 from rankwise.trees.trie import CatalogueTrie
 
+COUNTED = ("random", "popularity")  # baselines that are the same in every case
 SCORED = 256  # cases whose scores of all titles are in memory at once
 PROTOCOL = ("HR@1 greedy", "HR@1 greedy of valid", "valid ratio")
 
@@ -59,6 +60,7 @@ class RecommendationTask:
         seed: int = 0,
     ) -> None:
         """Choose the evaluation cases and tokenise the training rows."""
+        check_baselines(name for name in baselines if name not in COUNTED)
         if catalogue_cases and template.shows_candidates:
             raise UserError(
                 f"evaluation.catalogue_cases is {catalogue_cases}, but the prompts of template {template.name!r} tell "
@@ -121,9 +123,9 @@ class RecommendationTask:
             self._seen[titles] = frozenset(map(self._template.render_answer, titles))
         return self._seen[titles]
 
-    def baselines(self) -> dict[str, Measurement]:
-        """What the recipe wants to compare with, fitted to the training rows."""
-        return {name: self._baseline(name) for name in self._baselines}
+    def baselines(self) -> dict[str, Callable[[], Measurement]]:
+        """What the recipe wants to compare with; fitted to the training rows where it is called."""
+        return {name: partial(self._baseline, name) for name in self._baselines}
 
     def _baseline(self, name: str) -> Measurement:
         scored, places = self._fitted(name), {title: place for place, title in enumerate(self._titles)}
@@ -134,7 +136,7 @@ class RecommendationTask:
 
     def _fitted(self, name: str) -> Callable[[Sequence[int]], Iterator[tuple[int, Scores]]]:
         """A function that goes through some cases and the scores of all titles in each."""
-        if name in ("random", "popularity"):  # the same in every case
+        if name in COUNTED:
             counts = {} if name == "random" else self._prepared.popularity
             [scores] = popularity_scores([self._titles], counts)
             return lambda cases: ((case, scores) for case in cases)
@@ -142,7 +144,7 @@ class RecommendationTask:
         train, held_out = ([Window(row["user"], row["history"], row["target"]) for row in part] for part in rows)
         if self._split != "test":  # what is measured must not say when to stop
             train, held_out = hold_out(train, 0.1, self._seed)
-        baseline = make_baseline(name, self._titles, self._seed).fit(train, held_out)
+        baseline = TrainedBaseline(name, self._titles, self._seed).fit(train, held_out)
 
         def scored(cases: Sequence[int]) -> Iterator[tuple[int, Scores]]:
             for start in range(0, len(cases), SCORED):

@@ -58,8 +58,8 @@ class Task(Protocol):
         A row's ``candidates`` may be drawn too, and what is in its ``seen`` never.
         """
 
-    def baselines(self) -> dict[str, Measurement]:
-        """What needs no language model, by name."""
+    def baselines(self) -> dict[str, Callable[[], Measurement]]:
+        """What needs no language model, by name: each is computed where it is called."""
 
     def evaluate(self, model: nn.Module) -> Measurement:
         """Measure a model; leaves its mode as it was."""

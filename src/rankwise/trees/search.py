@@ -7,7 +7,8 @@ never read.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from itertools import accumulate
 from itertools import count as counted
 from typing import NamedTuple
 
@@ -147,12 +148,6 @@ def _checked(scores: Tensor) -> Tensor:
     return scores
 
 
-def _within(trie: CatalogueTrie, branch: Branch) -> Bool[np.ndarray, "nodes nodes"]:
-    """Which nodes of a branch see which: those on their paths."""
-    nodes, ends = np.arange(branch.first, branch.after), trie.ends[branch.first : branch.after].numpy()
-    return (nodes[:, None] >= nodes) & (nodes[:, None] < ends)
-
-
 class _Step(NamedTuple):
     """Branches of each prompt as rows, filled on the right; columns are what is recalled, and then the nodes.
 
@@ -181,39 +176,66 @@ def _step(trie: CatalogueTrie, taken: Sequence[Sequence[Branch]], slots: int) ->
     """What is read next, where ``slots`` are taken."""
     paths = [sorted({slot for branch in branches for slot in branch.path}) for branches in taken]
     recalled, _ = pad_left(paths, 0)
-    behind, width = recalled.shape[1], max(sum(map(len, branches)) for branches in taken)
-    kept_counts = [sum(not branch.whole for branch in branches) for branches in taken]
+    width = max(sum(map(len, branches)) for branches in taken)
     nodes = torch.zeros(len(taken), width, dtype=torch.long)
-    sees = np.zeros((len(taken), width, behind + width), dtype=bool)
-    sees[:, np.arange(width), behind + np.arange(width)] = True  # filling sees itself: some attention fails on nothing
-    kept: list[list[int]] = [[] for _ in taken]
-    given, sources, targets = [], [], []
     for row, branches in enumerate(taken):
-        column = dict(zip(paths[row], counted(behind - len(paths[row])), strict=False))
-        free = counted(slots + max(kept_counts) - kept_counts[row])
-        place = 0
-        for branch in branches:
-            after = place + len(branch)
-            nodes[row, place:after] = torch.arange(branch.first, branch.after)
-            sees[row, place:after, behind + place : behind + after] = _within(trie, branch)
-            sees[row, place:after, [column[slot] for slot in branch.path]] = True
-            edges = slice(trie.starts[branch.first], trie.starts[branch.after])
-            sources.append(row * width + place - branch.first + trie.sources[edges])
-            targets.append(trie.targets[edges])
-            given.append(-1 if branch.whole else next(free))
-            if not branch.whole:
-                kept[row].append(place)
-            place = after
+        picked = [node for branch in branches for node in range(branch.first, branch.after)]
+        nodes[row, : len(picked)] = torch.tensor(picked)
+    kept = [[place for place, branch in _placed(branches) if not branch.whole] for branches in taken]
+    sees = [_sees(trie, branches, path, recalled.shape[1], width) for branches, path in zip(taken, paths, strict=True)]
+    sources, targets = _edges(trie, taken, width)
     return _Step(
         recalled=recalled,
         nodes=nodes,
-        sees=torch.from_numpy(sees),
+        sees=torch.from_numpy(np.stack(sees)),
         kept=pad_left(kept, 0)[0],
-        slots=given,
+        slots=_slots(taken, slots + max(map(len, kept))),
         sources=torch.cat(sources),
         targets=torch.cat(targets),
         edges=list(map(len, targets)),
     )
+
+
+def _placed(branches: Sequence[Branch]) -> Iterator[tuple[int, Branch]]:
+    """Each branch after the number of nodes before it."""
+    return zip(accumulate(map(len, branches), initial=0), branches, strict=False)
+
+
+def _sees(
+    trie: CatalogueTrie, branches: Sequence[Branch], path: Sequence[int], behind: int, width: int
+) -> Bool[np.ndarray, "width columns"]:
+    """Which columns each node of a row sees: those of its path, which are the last ones of what is recalled."""
+    sees = np.zeros((width, behind + width), dtype=bool)
+    sees[np.arange(width), behind + np.arange(width)] = True  # filling sees itself: some attention fails on nothing
+    columns = dict(zip(path, range(behind - len(path), behind), strict=True))
+    for place, branch in _placed(branches):
+        nodes, ends = np.arange(branch.first, branch.after), trie.ends[branch.first : branch.after].numpy()
+        among = slice(place, place + len(branch))
+        sees[among, behind + place : behind + place + len(branch)] = (nodes[:, None] >= nodes) & (nodes[:, None] < ends)
+        sees[among, [columns[slot] for slot in branch.path]] = True
+    return sees
+
+
+def _slots(taken: Sequence[Sequence[Branch]], after: int) -> list[int]:
+    """Of each branch the slot of its node, the last one of a row before ``after``; -1 where it is not kept."""
+    found = []
+    for branches in taken:
+        free = counted(after - sum(not branch.whole for branch in branches))
+        found += [-1 if branch.whole else next(free) for branch in branches]
+    return found
+
+
+def _edges(
+    trie: CatalogueTrie, taken: Sequence[Sequence[Branch]], width: int
+) -> tuple[list[Int[Tensor, " _edges"]], list[Int[Tensor, " _edges"]]]:
+    """Of the edges that leave each branch, the places of their nodes among all nodes, and their tokens."""
+    sources, targets = [], []
+    for row, branches in enumerate(taken):
+        for place, branch in _placed(branches):
+            edges = slice(trie.starts[branch.first], trie.starts[branch.after])
+            sources.append(row * width + place - branch.first + trie.sources[edges])
+            targets.append(trie.targets[edges])
+    return sources, targets
 
 
 def _read(

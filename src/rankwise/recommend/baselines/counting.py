@@ -1,54 +1,38 @@
-"""Baselines that count who chose what, whatever the order: popularity, item neighbours, matrix factorisation."""
+"""Baselines that count who chose what, whatever the order: item neighbours and matrix factorisation, by `implicit`."""
 
 from __future__ import annotations
 
 import importlib
-import os
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from threadpoolctl import threadpool_limits
 
-from rankwise.errors import UserError
 from rankwise.recommend.baselines.windows import Titles, Window, by_user
 
 Scores = Float[np.ndarray, "histories titles"]
 
 
-class Popularity:
-    """The same for everybody: how many users chose a title in training."""
-
-    def __init__(self, titles: Titles, seed: int = 0) -> None:
-        self.titles, self.seed = titles, seed
-
-    def fit(self, train: Sequence[Window], validation: Sequence[Window] = ()) -> Popularity:
-        """Count."""
-        counts = Counter(title for row in by_user(train) for title in row)
-        self.counts = np.array([counts[title] for title in self.titles.places], dtype=np.float64)
-        return self
-
-    def scores(self, histories: Sequence[Sequence[str]]) -> Scores:
-        """Of each history and title, higher is better."""
-        return np.tile(self.counts, (len(histories), 1))
-
-
-class ItemNeighbours(Popularity):
+class ItemNeighbours:
     """Titles whose users are those of the history's titles: the sum of their cosines with each of these.
 
     score(h, j) = sum over i in h of |U_i and U_j| / sqrt(|U_i| |U_j|), U_i the users who chose i; of each title the
     ``neighbours`` nearest ones count.
 
-    Source: Sarwar et al., Item-based collaborative filtering recommendation algorithms (2001); computed by `implicit`.
+    Source: Sarwar et al., Item-based collaborative filtering recommendation algorithms (2001).
     """
 
     neighbours = 100
 
+    def __init__(self, titles: Titles, seed: int = 0) -> None:
+        """For a catalogue; nothing is drawn."""
+        self.titles = titles
+
     def fit(self, train: Sequence[Window], validation: Sequence[Window] = ()) -> ItemNeighbours:
         """Count who chose which titles together."""
-        super().fit(train)
         found = _implicit("nearest_neighbours").CosineRecommender(K=self.neighbours, num_threads=1)
         with warnings.catch_warnings():  # of a conversion within the library
             warnings.simplefilter("ignore")
@@ -63,45 +47,42 @@ class ItemNeighbours(Popularity):
         return found
 
 
-class MatrixFactorisation(Popularity):
+class MatrixFactorisation:
     """Factors of users and titles by alternating least squares over all pairs, the chosen ones weighted more.
 
     They minimise sum over u, j of c_uj (p_uj - x_u . y_j)^2 + regularisation (|x|^2 + |y|^2), with p 1 and c = alpha
     where u chose j, and p 0 and c 1 elsewhere. A history's factors are those that fit it best.
 
-    Source: Hu, Koren and Volinsky, Collaborative filtering for implicit feedback datasets (2008); by `implicit`.
+    Source: Hu, Koren and Volinsky, Collaborative filtering for implicit feedback datasets (2008).
     """
 
     factors, regularisation, alpha, iterations = 64, 0.01, 10.0, 15
 
+    def __init__(self, titles: Titles, seed: int = 0) -> None:
+        """For a catalogue; the seed is of the first factors."""
+        self.titles, self.seed = titles, seed
+
     def fit(self, train: Sequence[Window], validation: Sequence[Window] = ()) -> MatrixFactorisation:
         """Alternate."""
-        super().fit(train)
-        self.model = _implicit("als").AlternatingLeastSquares(
-            factors=self.factors,
-            regularization=self.regularisation,
-            alpha=self.alpha,
-            iterations=self.iterations,
-            num_threads=1,
-            random_state=self.seed,
-        )
-        self.model.fit(self.titles.matrix(by_user(train)), show_progress=False)
+        with threadpool_limits(1, "blas"):  # the library has threads of its own, and warns of these
+            self.model = _implicit("als").AlternatingLeastSquares(
+                factors=self.factors,
+                regularization=self.regularisation,
+                alpha=self.alpha,
+                iterations=self.iterations,
+                num_threads=1,
+                random_state=self.seed,
+            )
+            self.model.fit(self.titles.matrix(by_user(train)), show_progress=False)
         return self
 
     def scores(self, histories: Sequence[Sequence[str]]) -> Scores:
         """Of each history and title, higher is better."""
-        matrix = self.titles.matrix(histories)
-        users = self.model.recalculate_user(np.arange(len(histories)), matrix)
+        with threadpool_limits(1, "blas"):
+            users = self.model.recalculate_user(np.arange(len(histories)), self.titles.matrix(histories))
         found: Scores = (users @ self.model.item_factors.T).astype(np.float64)
         return found
 
 
 def _implicit(module: str) -> Any:
-    """A module of `implicit`, which comes with the extra ``recsys``."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # it warns of more, and uses threads of its own
-    try:
-        return importlib.import_module(f"implicit.{module}")
-    except ImportError as error:
-        raise UserError(
-            "the baselines item-knn and als need `implicit`: install rankwise with its extra, rankwise[recsys]"
-        ) from error
+    return importlib.import_module(f"implicit.{module}")
