@@ -30,7 +30,7 @@ from rankwise.recommend.baselines import BASELINES, TrainedBaseline, Window
 from rankwise.recommend.cases import intervals, means, ranked_cases
 from rankwise.recommend.full_ranking import full_ranking
 from rankwise.recommend.metrics import Scores
-from rankwise.recommend.prepare import Prepared
+from rankwise.recommend.rows import Prepared
 from result_file import Entry, ResultFile
 from study_data import prepared_rows
 from study_plan import SEEDS

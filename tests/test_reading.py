@@ -14,18 +14,18 @@ from rankwise.recommend.reading import find_column, find_optional_column, read_t
 def test_csv_is_text_with_quotes_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes('\ufeffid,title\r\n01,"Heat, ""The"""\r\n2,"two\nlines"\r\n3,a,b\r\n4\r\n'.encode())
-    table, left_out = read_table(path)
+    table, broken = read_table(path)
     assert table.rows() == [("01", 'Heat, "The"'), ("2", "two\nlines"), ("4", None)]
-    assert left_out == 1
+    assert broken.rows() == [(3, "more fields than columns", '["3", "a", "b"]')]
 
 
 def test_json_lines_may_hold_line_separators_and_other_keys(tmp_path: Path) -> None:
     rows = [{"id": 1, "title": "a\u2028b\x85c"}, {"id": 2.0, "year": 1999}, {"id": [1], "title": True}]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
-    table, left_out = read_table(path)
+    table, broken = read_table(path)
     assert table.rows() == [("1", "a\u2028b\x85c", None), ("2", None, "1999"), (None, None, None)]
-    assert left_out == 0
+    assert broken.is_empty()
 
 
 def test_parquet_columns_of_every_kind_become_text(tmp_path: Path) -> None:

@@ -43,20 +43,25 @@ def train(arguments: Arguments, console: Console) -> Any:
 
 def prepare(arguments: Arguments, console: Console) -> Any:
     """Write the rows of a recipe's interactions as JSONL with prompt, chosen and rejected, for any trainer."""
-    from rankwise.recommend.prepare import write_rows
-    from rankwise.schema import RecommendationSettings
-    from rankwise.tasks.load import check_files, prepare
+    from rankwise.recommend.prepare import WrittenRows, write_interactions
+    from rankwise.recommend.rows import write_rows
+    from rankwise.schema import InteractionData, RecommendationSettings
+    from rankwise.tasks.load import check_files, interaction_settings, prepare
 
     recipe = _recipe(arguments)
     if not isinstance(recipe.data, RecommendationSettings):
         raise UserError(f"data of kind {recipe.data.kind} has no rows to prepare: use interactions or sdpo")
     check_files(recipe.data)
-    prepared = prepare(recipe.data, recipe.seed)
-    folder = write_rows(Path(arguments.folder), prepared)
-    for name, count in prepared.counts.items():
+    folder = Path(arguments.folder)
+    if isinstance(recipe.data, InteractionData):
+        found = write_interactions(folder, interaction_settings(recipe.data, recipe.seed))
+    else:
+        prepared = prepare(recipe.data, recipe.seed)
+        found = WrittenRows(write_rows(folder, prepared), prepared.counts, prepared.leaks)
+    for name, count in (found.counts | found.leaks).items():
         console.print(f"  {name}: {count}", highlight=False)
     console.print(f"rows: {folder}", highlight=False)
-    return {"folder": str(folder), "counts": prepared.counts}
+    return {"folder": str(folder), "counts": found.counts, "leaks": found.leaks}
 
 
 def init(arguments: Arguments, console: Console) -> Any:

@@ -18,11 +18,15 @@ ASIDE = ".old"  # how the name of a folder ends that another is about to replace
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace ``path`` by ``content`` in one step: temporary file beside it, fsync, rename."""
+    _write(path, [content])
+
+
+def _write(path: Path, pieces: Iterable[bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     try:
         with temporary.open("xb") as file:
-            file.write(content)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -41,11 +45,9 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Replace ``path`` by one JSON object a line, in one step; returns the number of rows."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    write_text(path, "".join(lines))
-    return len(lines)
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replace ``path`` by one JSON object a line, in one step; the rows need not be in memory together."""
+    _write(path, (json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
 
 
 def check_writable(folder: Path) -> None:

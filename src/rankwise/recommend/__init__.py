@@ -4,23 +4,10 @@ from __future__ import annotations
 
 from rankwise.recommend.baselines import popularity_scores, random_scores, target_places
 from rankwise.recommend.candidates import draw_candidates, draw_negatives, with_candidates
-from rankwise.recommend.interactions import (
-    InteractionColumns,
-    ItemColumns,
-    attach_titles,
-    read_interactions,
-    read_items,
-    tidy_title,
-)
+from rankwise.recommend.interactions import InteractionColumns, attach_titles, read_interactions
+from rankwise.recommend.items import ItemColumns, read_items, tidy_title
 from rankwise.recommend.metrics import ProtocolResult, case_metrics, ranking_metrics, substring_protocol
-from rankwise.recommend.prepare import (
-    InteractionSettings,
-    Prepared,
-    RowSettings,
-    prepare_interactions,
-    rows,
-    write_rows,
-)
+from rankwise.recommend.prepare import InteractionSettings, WrittenRows, prepare_interactions, write_interactions
 from rankwise.recommend.prompts import Template, load_template, template_names
 from rankwise.recommend.published import (
     PublishedSettings,
@@ -29,11 +16,14 @@ from rankwise.recommend.published import (
     read_names,
     read_windows,
 )
-from rankwise.recommend.splits import Case, Split, leave_last_out
+from rankwise.recommend.reading import Form
+from rankwise.recommend.rows import Prepared, RowSettings, row_of, write_rows
+from rankwise.recommend.splits import Case, Split, SplitSettings, leave_last_out
 from rankwise.recommend.synthetic import SyntheticSettings, synthetic_log, write_synthetic
 
 __all__ = [
     "Case",
+    "Form",
     "InteractionColumns",
     "InteractionSettings",
     "ItemColumns",
@@ -42,8 +32,10 @@ __all__ = [
     "PublishedSettings",
     "RowSettings",
     "Split",
+    "SplitSettings",
     "SyntheticSettings",
     "Template",
+    "WrittenRows",
     "attach_titles",
     "case_metrics",
     "draw_candidates",
@@ -60,13 +52,14 @@ __all__ = [
     "read_items",
     "read_names",
     "read_windows",
-    "rows",
+    "row_of",
     "substring_protocol",
     "synthetic_log",
     "target_places",
     "template_names",
     "tidy_title",
     "with_candidates",
+    "write_interactions",
     "write_rows",
     "write_synthetic",
 ]

@@ -48,14 +48,11 @@ def _draw(generator: random.Random, catalogue: Sequence[str], excluded: frozense
     return list(drawn)
 
 
-def with_candidates(cases: Iterable[Case], catalogue: Sequence[str], count: int, seed: int) -> list[Case]:
-    """Each case with candidates drawn for it; a case that has some keeps them (published data)."""
-    if count < 2:
-        raise UserError(f"candidates = {count}: at least 2, the target and one other")
-    return [
-        case if case.candidates else replace(case, candidates=draw_candidates(case, catalogue, count, seed))
-        for case in cases
-    ]
+def with_candidates(case: Case, catalogue: Sequence[str], count: int, seed: int) -> Case:
+    """The case with candidates drawn for it; one that has some keeps them (published data)."""
+    if case.candidates:
+        return case
+    return replace(case, candidates=draw_candidates(case, catalogue, count, seed))
 
 
 def draw_negatives(case: Case, count: int, seed: int) -> tuple[str, ...]:
@@ -75,15 +72,10 @@ def draw_negatives(case: Case, count: int, seed: int) -> tuple[str, ...]:
     return tuple(generator.sample(wrong, count))
 
 
-def cases_that_cannot_be_won(cases: Iterable[Case]) -> int:
-    """Cases in which a wrong candidate's title is inside the right one's, whatever the letters' case.
+def cannot_be_won(candidates: Iterable[str], target: str) -> bool:
+    """Whether a candidate other than the target is inside the target's title, whatever the letters' case.
 
     The papers' protocol finds two candidates in the right answer there, and calls it invalid.
     """
-    return sum(cannot_be_won(case.candidates, case.target) for case in cases)
-
-
-def cannot_be_won(candidates: Iterable[str], target: str) -> bool:
-    """Whether a candidate other than the target is inside the target's title, whatever the letters' case."""
     right = target.lower()
     return any(title != target and title.lower() in right for title in candidates)

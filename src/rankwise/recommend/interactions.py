@@ -1,43 +1,32 @@
-"""Logs of interactions and lists of items, from a file with any column names to normalised tables.
+"""Logs of interactions, from files with any column names to normalised tables.
 
-Nothing is lost in silence: each reader returns its table and a dict of counts (rows read, dropped by reason,
-kept).
+Nothing is lost in silence: what is read comes with counts (rows read, dropped by reason, kept) and the broken rows.
 """
 
 from __future__ import annotations
 
-import math
-import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import polars as pl
 
 from rankwise.errors import UserError
-from rankwise.recommend.reading import find_column, read_table
+from rankwise.recommend.items import ITEM, blank_to_null
+from rankwise.recommend.reading import ROW, Form, find_column, read_batches
+from rankwise.recommend.reading.text import broken_rows
+from rankwise.recommend.times import UNITS, choose_unit, count_units, number, parse_times, unit_of
 
 _COMMON = {
     "user": ("user", "user_id", "uid", "customer_id", "reviewer_id", "visitor_id"),
-    "item": (
-        "item",
-        "item_id",
-        "movie_id",
-        "film_id",
-        "product_id",
-        "artist_id",
-        "asin",
-        "book_id",
-        "song_id",
-    ),
+    "item": ITEM,
     "time": ("time", "timestamp", "datetime", "date", "ts", "unix_review_time"),
     "rating": ("rating", "stars", "score", "overall"),
-    "title": ("title", "name", "movie_title", "item_title"),
 }
-_ARTICLE = re.compile(
-    r"^(?P<rest>.+?), (?P<article>The|A|An|Les|Le|La|L'|Los|Las|El|Il|Lo|I|Der|Die|Das|Det|Den|De|Un|Une|Una)"
-    r"(?P<tail> \(.*)?$"
-)
+READ, UNPARSABLE, LOW = "interactions read", "unparsable rows", "interactions below the rating"
+STRAY, TWICE = "interactions with a time in another unit", "duplicate interactions"
+UNTITLED = "interactions with an item without title"
 
 
 @dataclass(frozen=True)
@@ -46,91 +35,126 @@ class InteractionColumns:
 
     user: str | None = None
     item: str | None = None
-    time: str | None = None  # seconds since 1970 (or any other number that grows), or ISO 8601 text; no zone means UTC
+    time: str | None = None  # a number since 1970 (or any other that grows), or ISO 8601 text; no zone means UTC
     rating: str | None = None  # optional in the log
+    part: str | None = None  # the part of each interaction, where the log tells it
+    time_form: str | None = None  # of dates that are not ISO 8601: %a %b %d %H:%M:%S %z %Y
 
 
-@dataclass(frozen=True)
-class ItemColumns:
-    """The column names of an item list; ``None`` finds the column by a common name."""
+def read_log(
+    path: Path, columns: InteractionColumns, rated: bool, form: Form | None = None
+) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
+    """The whole rows and the broken ones of a log, a batch at a time.
 
-    item: str | None = None
-    title: str | None = None
-    extra: tuple[str, ...] = ()  # further columns to keep as text, such as genres
+    Whole rows have ``row`` (their number in the file), ``user, item`` (text), ``time`` and, where they are named or
+    ``rated``, ``rating`` and ``part``. Broken are rows with no user or item, with a time or rating that is none, and
+    lines that :func:`rankwise.recommend.reading.read_batches` cannot read: ``file``, ``row``, ``reason``, ``content``.
+
+    Raises:
+        UserError: the file or a column is missing, or the file is empty.
+    """
+    names: dict[str, str] = {}
+    for batch in read_batches(path, form):
+        if not names and batch.table.width > 1:
+            names = _names(path, batch.table.drop(ROW).columns, columns, rated)
+        whole, unparsable = _parse(batch.table, names, columns.time_form) if names else (_NOTHING, _NO_REASON)
+        broken = pl.concat([batch.broken, unparsable]).sort("row")
+        yield whole, broken.insert_column(0, pl.Series("file", [batch.path.name] * broken.height, dtype=pl.String))
+
+
+def _names(path: Path, found: list[str], columns: InteractionColumns, rated: bool) -> dict[str, str]:
+    """The column of each role."""
+    roles = ["user", "item", "time"]
+    if rated or columns.rating is not None:  # otherwise an empty rating harms no row
+        roles.append("rating")
+    if columns.part is not None:
+        roles.append("part")
+    return {role: find_column(path, found, role, getattr(columns, role), _COMMON.get(role, ())) for role in roles}
+
+
+def _parse(table: pl.DataFrame, names: Mapping[str, str], time_form: str | None) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The rows in which every mapped column has a value of its kind, and the others."""
+    missing = [name for name in names.values() if name not in table.columns]
+    table = table.with_columns(pl.lit(None, dtype=pl.String).alias(name) for name in missing)
+    parsed = table.select(
+        pl.col(ROW).alias("row"),
+        blank_to_null(names["user"]).alias("user"),
+        blank_to_null(names["item"]).alias("item"),
+        parse_times(table[names["time"]], time_form).alias("time"),
+        *([number(pl.col(names["rating"])).alias("rating")] if "rating" in names else []),
+        *([blank_to_null(names["part"]).alias("part")] if "part" in names else []),
+    )
+    reason = pl.lit(None, dtype=pl.String)
+    for role in reversed(list(names)):
+        reason = pl.when(pl.col(role).is_null()).then(pl.lit(f"no valid {role}")).otherwise(reason)
+    reasons = parsed.select(reason.alias("reason"))["reason"]
+    if reasons.null_count() == len(reasons):
+        return parsed, _NO_REASON
+    unparsable = [broken_rows(table.filter(reasons == why), why) for why in reasons.unique().drop_nulls().sort()]
+    return parsed.filter(reasons.is_null()), pl.concat(unparsable)
+
+
+_NOTHING = pl.DataFrame(schema={"row": pl.Int64, "user": pl.String, "item": pl.String, "time": pl.Float64})
+_NO_REASON = broken_rows(pl.DataFrame(schema={ROW: pl.Int64}), "")
 
 
 def read_interactions(
-    path: Path, columns: InteractionColumns | None = None, minimum_rating: float | None = None
+    path: Path,
+    columns: InteractionColumns | None = None,
+    minimum_rating: float | None = None,
+    form: Form | None = None,
 ) -> tuple[pl.DataFrame, dict[str, int]]:
     """A log as ``user, item`` (text), ``time`` and, where it is named or filtered on, ``rating``, in file order.
 
     Dropped and counted: unparsable rows (no user or item, a time or rating that is none, a line with too many
-    fields), then interactions below ``minimum_rating``, then duplicates: of one user and item the earliest
-    stays, at equal times the first in the file.
+    fields), then interactions below ``minimum_rating``, then up to one in a hundred with a time in another unit than
+    the others, then duplicates: of one user and item the earliest stays, at equal times the first in the file.
 
     Raises:
-        UserError: the file or a column is missing, the file is empty, or no row is left.
+        UserError: the file or a column is missing, the file is empty, times are in mixed units, or no row is left.
     """
-    table, ragged = read_table(path)
-    columns = columns or InteractionColumns()
-    names = {
-        role: find_column(path, table.columns, role, getattr(columns, role), _COMMON[role])
-        for role in ("user", "item", "time")
-    }
-    if columns.rating is not None or minimum_rating is not None:  # otherwise an empty rating harms no row
-        names["rating"] = find_column(path, table.columns, "rating", columns.rating, _COMMON["rating"])
-    parsed = _parse(table, names)
-    read = table.height + ragged
-    if parsed.is_empty():
-        raise UserError(f"{path}: all {read} rows are unparsable; mapped columns: {_mapping(names)}; check the names")
-    rated = parsed if minimum_rating is None else parsed.filter(pl.col("rating") >= minimum_rating)
-    if rated.is_empty():
-        raise UserError(f"{path}: none of {parsed.height} interactions is rated {minimum_rating} or more; lower it")
-    log = drop_duplicates(rated, "item")
-    return log, {
-        "interactions read": read,
-        "unparsable rows": read - parsed.height,
-        "interactions below the rating": parsed.height - rated.height,
-        "duplicate interactions": rated.height - log.height,
-    }
+    counts: Counter[str] = Counter()
+    parts = []
+    for whole, broken in read_log(path, columns or InteractionColumns(), minimum_rating is not None, form):
+        rated = rated_enough(whole, minimum_rating)
+        counts += count_read(whole, broken, rated)
+        parts.append(rated.drop("row"))
+    check_some_left(path, counts, minimum_rating)
+    rated = pl.concat(part for part in parts if part.height)
+    log, more = clean_times(rated, choose_unit(path, count_units(rated["time"])))
+    kept = drop_duplicates(log, "item")
+    found = {name: counts[name] for name in (READ, UNPARSABLE, LOW)}
+    return kept, found | more | {TWICE: log.height - kept.height}
 
 
-def read_items(
-    path: Path, columns: ItemColumns | None = None, tidy: bool = False
-) -> tuple[pl.DataFrame, dict[str, int]]:
-    """An item list as ``item, title`` (text) and the extra columns; ``tidy`` moves articles to the front.
+def rated_enough(log: pl.DataFrame, minimum: float | None) -> pl.DataFrame:
+    """The interactions that are rated ``minimum`` or more."""
+    return log if minimum is None or "rating" not in log.columns else log.filter(pl.col("rating") >= minimum)
 
-    Dropped and counted: unparsable rows, items without title, items listed twice (the first stays). Items
-    that share one title all stay, and are counted: a title is what a language model ranks, so they count as
-    one item from here on.
+
+def count_read(whole: pl.DataFrame, broken: pl.DataFrame, rated: pl.DataFrame) -> Counter[str]:
+    """Of a batch: how many rows there are, how many are broken, and how many are rated too low."""
+    read = {READ: whole.height + broken.height, UNPARSABLE: broken.height, LOW: whole.height - rated.height}
+    return Counter(read)
+
+
+def check_some_left(path: Path, counts: Mapping[str, int], minimum_rating: float | None) -> None:
+    """Refuse a log of which reading leaves nothing.
 
     Raises:
-        UserError: the file or a column is missing, the file is empty, or no item has a title.
+        UserError: no row is whole, or none is rated high enough.
     """
-    table, ragged = read_table(path)
-    columns = columns or ItemColumns()
-    item = find_column(path, table.columns, "item", columns.item, (*_COMMON["item"], "id"))
-    title = find_column(path, table.columns, "title", columns.title, _COMMON["title"])
-    extra = [find_column(path, table.columns, "extra column", name, ()) for name in columns.extra]
-    listed = table.select(
-        _blank_to_null(item).alias("item"),
-        _blank_to_null(title, collapse=True).alias("title"),
-        *(pl.col(name) for name in extra),
-    )
-    known = listed.filter(pl.col("item").is_not_null())
-    titled = known.filter(pl.col("title").is_not_null())
-    if titled.is_empty():
-        raise UserError(f"{path}: no row has both an item in {item!r} and a title in {title!r}; check the column names")
-    items = titled.unique(subset="item", keep="first", maintain_order=True)
-    if tidy:
-        items = items.with_columns(pl.col("title").map_elements(tidy_title, return_dtype=pl.String))
-    return items, {
-        "items read": listed.height + ragged,
-        "unparsable item rows": listed.height - known.height + ragged,
-        "items without title": known.height - titled.height,
-        "items listed twice": titled.height - items.height,
-        "items that share another's title": items.height - items["title"].n_unique(),
-    }
+    read, parsed = counts[READ], counts[READ] - counts[UNPARSABLE]
+    if not parsed:
+        raise UserError(f"{path}: all {read} rows are unparsable; check the names of the columns")
+    if parsed == counts[LOW]:
+        raise UserError(f"{path}: none of {parsed} interactions is rated {minimum_rating} or more; lower it")
+
+
+def clean_times(log: pl.DataFrame, unit: str) -> tuple[pl.DataFrame, dict[str, int]]:
+    """The interactions whose time is in ``unit``, with their times in seconds."""
+    kept = log.filter(unit_of(pl.col("time")) == unit)
+    return kept.with_columns(pl.col("time") / UNITS[unit]), {STRAY: log.height - kept.height}
 
 
 def attach_titles(interactions: pl.DataFrame, items: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
@@ -138,83 +162,18 @@ def attach_titles(interactions: pl.DataFrame, items: pl.DataFrame) -> tuple[pl.D
 
     Interactions with an item without title are dropped and counted. Two items of one title are one item to a
     model of titles: of a user's interactions with both, the earliest stays.
-
-    Raises:
-        UserError: no item of the log has a title.
     """
     titled = interactions.join(items.select("item", "title"), on="item", how="left", maintain_order="left")
     known = titled.filter(pl.col("title").is_not_null())
-    if known.is_empty():
-        examples = ", ".join(interactions["item"].head(3).to_list())
-        raise UserError(f"no item of the log (such as {examples}) is in the item list; check the item columns")
     log = drop_duplicates(known, "title")
     return log, {
-        "interactions with an item without title": titled.height - known.height,
+        UNTITLED: titled.height - known.height,
         "interactions with another item of the same title": known.height - log.height,
     }
 
 
 def drop_duplicates(log: pl.DataFrame, item: str) -> pl.DataFrame:
     """The earliest row of each user and ``item`` (at equal times the first in the file), in file order."""
-    ordered = log.with_row_index("row").sort("time", maintain_order=True)
+    ordered = log.with_row_index("\0place").sort("time", maintain_order=True)
     earliest = ordered.unique(subset=["user", item], keep="first", maintain_order=True)
-    return earliest.sort("row").drop("row")
-
-
-def tidy_title(title: str) -> str:
-    """A title with its article in front, as a sentence would have it.
-
-    Example:
-        >>> tidy_title("Matrix, The (1999)")
-        'The Matrix (1999)'
-    """
-    found = _ARTICLE.match(title)
-    if found is None:
-        return title
-    article, rest, tail = found["article"], found["rest"], found["tail"] or ""
-    return f"{article}{'' if article.endswith(chr(39)) else ' '}{rest}{tail}"
-
-
-def _mapping(names: dict[str, str]) -> str:
-    return ", ".join(f"{role} = {name}" for role, name in names.items())
-
-
-def _blank_to_null(name: str, collapse: bool = False) -> pl.Expr:
-    text = pl.col(name).str.strip_chars()
-    if collapse:
-        text = text.str.replace_all(r"\s+", " ")
-    return pl.when(text != "").then(text)
-
-
-def _parse(table: pl.DataFrame, names: dict[str, str]) -> pl.DataFrame:
-    """The rows in which every mapped column has a value of its kind."""
-    parsed = table.select(
-        _blank_to_null(names["user"]).alias("user"),
-        _blank_to_null(names["item"]).alias("item"),
-        _parse_times(table[names["time"]]).alias("time"),
-        *([_number(pl.col(names["rating"])).alias("rating")] if "rating" in names else []),
-    )
-    return parsed.drop_nulls()
-
-
-def _number(column: pl.Expr) -> pl.Expr:
-    number = column.str.strip_chars().cast(pl.Float64, strict=False)
-    return pl.when(number.is_finite()).then(number)
-
-
-def _parse_times(texts: pl.Series) -> pl.Series:
-    """Numbers as they are, ISO 8601 text as seconds since 1970, null for anything else."""
-    numbers = texts.to_frame("text").select(_number(pl.col("text")))["text"]
-    if numbers.null_count() == texts.null_count():
-        return numbers
-    dates = texts.set(numbers.is_not_null(), None).map_elements(_seconds, return_dtype=pl.Float64)
-    return numbers.fill_null(dates)
-
-
-def _seconds(text: str) -> float | None:
-    try:
-        moment = datetime.fromisoformat(text.strip())
-    except ValueError:
-        return None
-    seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    return seconds if math.isfinite(seconds) else None
+    return earliest.sort("\0place").drop("\0place")

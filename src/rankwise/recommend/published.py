@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import UserError
-from rankwise.recommend.prepare import Prepared, RowSettings, build, check_rows
+from rankwise.recommend.leaks import leaks_of_cases
+from rankwise.recommend.rows import Prepared, RowSettings, build, check_rows
 from rankwise.recommend.splits import Case
 
 _KEYS = ("historyList", "itemList", "trueSelection")
@@ -50,7 +51,28 @@ def prepare_published(settings: PublishedSettings) -> Prepared:
         parts[part], found = _read_part(getattr(settings, part), names, settings.minimum_history)
         counts.update({f"{part} {name}": number for name, number in found.items()})
     catalogue = sorted({*(names or {}).values()}.union(*(_titles(case) for cases in parts.values() for case in cases)))
-    return build(parts, catalogue, _popularity(parts["train"]), counts, settings)
+    return build(
+        _Lists(parts, catalogue),
+        settings,
+        counts,
+        popularity=_popularity(parts["train"]),
+        most_history=max(len(case.history) for cases in parts.values() for case in cases),
+        leaks=leaks_of_cases(parts["train"], {name: parts[name] for name in ("validation", "test")}),
+    )
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """Cases in memory as a :class:`rankwise.recommend.rows.Source`."""
+
+    parts: Mapping[str, Sequence[Case]]
+    catalogue: Sequence[str]
+
+    def size(self, part: str) -> int:
+        return len(self.parts[part])
+
+    def cases(self, part: str, picks: Sequence[int]) -> Iterable[Case]:
+        return (self.parts[part][place] for place in picks)
 
 
 def _read_part(path: Path, names: Mapping[int, str] | None, minimum: int) -> tuple[list[Case], dict[str, int]]:

@@ -1,15 +1,21 @@
-"""Chronological leave-last-out: a user's last item for test, the last but one for validation."""
+"""Which interactions train, and which are held out: by place, by time, by user, or as the log itself tells."""
 
 from __future__ import annotations
 
+import random
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Literal
 
 import polars as pl
 
-from rankwise.errors import UserError
+from rankwise.errors import UserError, nearest
+from rankwise.recommend.times import iso_seconds
+
+PARTS = ("train", "validation", "test")
+_OTHER_NAMES = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation", "testing": "test"}
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,165 @@ class Case:
     seen: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True, kw_only=True)
+class SplitSettings:
+    """How a log is split.
+
+    ``last``: each user's last item for test, the last but one for validation. ``time``: everybody's interactions from
+    ``validation_from`` on for validation, from ``test_from`` on for test, so that nothing is learnt from what came
+    later. ``users``: a share of the users for each, and of these the last item. ``given``: as the log's column of the
+    part says.
+    """
+
+    kind: Literal["last", "time", "users", "given"] = "last"
+    validation_from: int | float | str | None = None  # seconds since 1970 or a date
+    test_from: int | float | str | None = None
+    holdout: float = 0.1  # share of the interactions (time, where no dates are told) or users, for each of the two
+    minimum_interactions: int = 3  # users with fewer are left out
+    minimum_history: int = 1  # items before a training target, at least
+    history: int = 10  # items in a prompt, at most
+    seed: int = 0
+
+
+def check_split(settings: SplitSettings) -> None:
+    """Refuse what can be refused before any file is read.
+
+    Raises:
+        UserError: a setting is out of range, or one is missing.
+    """
+    history, least = settings.history, settings.minimum_history
+    if history < 1 or least < 1:
+        raise UserError(f"history = {history} and minimum_history = {least}: both must be at least 1")
+    fewest = 3 if settings.kind == "last" else 2
+    if settings.minimum_interactions < fewest:
+        why = "(train, validation and test)" if fewest == 3 else "(a history and a target)"
+        raise UserError(f"minimum_interactions = {settings.minimum_interactions}: at least {fewest} {why}")
+    if not 0 < settings.holdout < 0.5:
+        raise UserError(f"holdout = {settings.holdout}: between 0 and 0.5, since it is held out twice")
+    cuts = settings.validation_from, settings.test_from
+    if (cuts[0] is None) != (cuts[1] is None):
+        raise UserError("a split by time needs validation_from and test_from, or neither for shares of the log")
+    if cuts[0] is not None and cuts[1] is not None and moment(cuts[0]) >= moment(cuts[1]):
+        raise UserError(f"validation_from = {cuts[0]} is not before test_from = {cuts[1]}")
+
+
+def moment(value: int | float | str) -> float:
+    """Seconds since 1970 of a number or an ISO 8601 date.
+
+    Raises:
+        UserError: it is neither.
+    """
+    try:
+        return float(value)
+    except ValueError:
+        seconds = iso_seconds(str(value))
+    if seconds is None:
+        raise UserError(f"{value!r} is no time: give seconds since 1970 or a date such as 2020-01-31")
+    return seconds
+
+
+def time_cuts(times: pl.LazyFrame, settings: SplitSettings) -> tuple[float, float]:
+    """When validation and test begin: as told, or so that each has its share of the interactions.
+
+    Raises:
+        UserError: the shares cannot be cut, since too many interactions have one time.
+    """
+    if settings.validation_from is not None and settings.test_from is not None:
+        return moment(settings.validation_from), moment(settings.test_from)
+    at = [1 - 2 * settings.holdout, 1 - settings.holdout]
+    quantiles = times.select(
+        *(pl.col("time").quantile(share, "higher").alias(str(place)) for place, share in enumerate(at)),
+        first=pl.col("time").min(),
+    )
+    validation, test, first = quantiles.collect(engine="streaming").row(0)
+    if not first < validation < test:
+        raise UserError(
+            f"a share of {settings.holdout} cannot be cut by time: too many interactions have the same; "
+            "name validation_from and test_from, or choose another split"
+        )
+    return validation, test
+
+
+def with_parts(log: pl.DataFrame, settings: SplitSettings, cuts: tuple[float, float] | None = None) -> pl.DataFrame:
+    """The log with the ``part`` of each interaction (null for none), and whether it is a ``case``: a target.
+
+    Args:
+        log: of whole users, in the order of users and time, with ``user``, ``title``, ``time``, and ``part`` where it
+            is given.
+        settings: how to split.
+        cuts: where validation and test begin in a split by time.
+
+    Raises:
+        UserError: the part that the log gives is none.
+    """
+    place = pl.int_range(pl.len(), dtype=pl.Int64).over("user")
+    placed = log.with_columns(position=place, size=pl.len().over("user").cast(pl.Int64))
+    parted = placed.with_columns(part=_parts(placed, settings, cuts))
+    least = pl.when(pl.col("part") == "train").then(settings.minimum_history).otherwise(1)
+    return parted.with_columns(case=pl.col("part").is_not_null() & (pl.col("position") >= least))
+
+
+def _parts(log: pl.DataFrame, settings: SplitSettings, cuts: tuple[float, float] | None) -> pl.Expr | pl.Series:
+    left = pl.col("size") - pl.col("position")
+    test, validation, train = pl.lit("test"), pl.lit("validation"), pl.lit("train")
+    if settings.kind == "last":
+        return pl.when(left == 1).then(test).when(left == 2).then(validation).otherwise(train)
+    if settings.kind == "time":
+        assert cuts is not None
+        later, latest = pl.col("time") >= cuts[0], pl.col("time") >= cuts[1]
+        return pl.when(latest).then(test).when(later).then(validation).otherwise(train)
+    if settings.kind == "users":
+        users = log["user"].unique(maintain_order=True)
+        drawn = pl.Series([_draw_part(user, settings) for user in users], dtype=pl.String)
+        part = pl.col("user").replace_strict(users, drawn, return_dtype=pl.String)
+        return pl.when((part == "train") | (left == 1)).then(part)
+    return _given_parts(log)
+
+
+def _draw_part(user: str, settings: SplitSettings) -> str:
+    """The part of a user, whoever else there is."""
+    drawn = random.Random(f"{settings.seed}:part:{user}").random()
+    return "test" if drawn < settings.holdout else "validation" if drawn < 2 * settings.holdout else "train"
+
+
+def _given_parts(log: pl.DataFrame) -> pl.Series:
+    named = log["part"].str.to_lowercase().replace(_OTHER_NAMES)
+    unknown = log["part"].filter(~named.is_in(PARTS))
+    if unknown.len():
+        raise UserError(f"{unknown[0]!r} is no part of a split; {nearest(str(unknown[0]), PARTS)}")
+    return named
+
+
+def cases_of(log: pl.DataFrame, part: str, history: int, picks: Sequence[int] | None = None) -> Iterator[Case]:
+    """The cases of a part, by user and time.
+
+    A training case knows of training interactions alone: were those held out never drawn as its wrong candidates, a
+    model could learn from what is missing which items the user will choose.
+
+    Args:
+        log: that :func:`with_parts` made.
+        part: ``train``, ``validation`` or ``test``.
+        history: the most items before a target, the latest ones.
+        picks: which of the cases, by place and in order; all of them by default.
+    """
+    targets = log.with_row_index("row").filter(pl.col("case") & (pl.col("part") == part))
+    targets = targets.select(pl.col("row").cast(pl.Int64), "user", "position", "size")
+    if picks is not None:
+        targets = targets[list(picks)]
+    for user, rows in groupby(targets.iter_rows(), key=lambda row: row[1]):
+        first, seen, titles = -1, frozenset[str](), list[str]()
+        for row, _, position, size in rows:
+            if first < 0:
+                first = row - position
+                titles = log["title"].slice(first, size).to_list()
+                seen = frozenset(titles) if part != "train" else _trained(log.slice(first, size))
+            yield Case(user, tuple(titles[max(0, position - history) : position]), titles[position], seen=seen)
+
+
+def _trained(log: pl.DataFrame) -> frozenset[str]:
+    return frozenset(log.filter(pl.col("part") == "train")["title"].to_list())
+
+
 @dataclass(frozen=True)
 class Split:
     """Cases of the three parts, the catalogue, and how often each title occurs in the training part."""
@@ -36,7 +201,7 @@ class Split:
     test: list[Case]
     catalogue: list[str]  # sorted titles of the whole log: an item whose only interaction is a test target is in it
     popularity: dict[str, int]  # training interactions only, those without history included
-    counts: dict[str, int]
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 def leave_last_out(
@@ -53,51 +218,38 @@ def leave_last_out(
     Raises:
         UserError: a setting is out of range, or every user's history is too short.
     """
-    if history < 1 or minimum_history < 1:
-        raise UserError(f"history = {history} and minimum_history = {minimum_history}: both must be at least 1")
-    if minimum_interactions < 3:
-        raise UserError(f"minimum_interactions = {minimum_interactions}: at least 3 (train, validation and test)")
-    split = Split([], [], [], sorted(log["title"].unique().to_list()), {}, {})
-    popularity: Counter[str] = Counter()
-    short = short_interactions = 0
-    for user, titles in _by_user(log):
-        if len(titles) < minimum_interactions:
-            short, short_interactions = short + 1, short_interactions + len(titles)
-            continue
-        *cases, validation, test = _windows(user, titles, history, minimum_history)
-        split.train.extend(cases)
-        split.validation.append(validation)
-        split.test.append(test)
-        popularity.update(titles[:-2])
-    if not split.test:
-        raise UserError(f"none of {short} users has {minimum_interactions} interactions or more: nothing to train on")
-    split.popularity.update(popularity)
-    split.counts.update(
-        {
-            "users": len(split.test),
-            "users with too short a history": short,
-            "interactions of users with too short a history": short_interactions,
-        }
+    settings = SplitSettings(
+        minimum_interactions=minimum_interactions, minimum_history=minimum_history, history=history
     )
-    return split
+    check_split(settings)
+    kept, counts = long_enough(log.sort("user", "time", maintain_order=True), minimum_interactions)
+    check_users(counts, minimum_interactions)
+    parted = with_parts(kept, settings)
+    train, validation, test = (list(cases_of(parted, part, history)) for part in PARTS)
+    popularity = Counter(parted.filter(pl.col("part") == "train")["title"].to_list())
+    return Split(train, validation, test, sorted(log["title"].unique().to_list()), dict(popularity), counts)
 
 
-def _by_user(log: pl.DataFrame) -> Iterator[tuple[str, list[str]]]:
-    ordered = log.sort("user", "time", maintain_order=True)
-    pairs = zip(ordered["user"].to_list(), ordered["title"].to_list(), strict=True)
-    for user, group in groupby(pairs, key=lambda pair: pair[0]):
-        yield user, [title for _, title in group]
+USERS, SHORT = "users", "users with too short a history"
 
 
-def _windows(user: str, titles: list[str], history: int, minimum_history: int) -> list[Case]:
-    """The cases of one user, oldest first; the last two are validation and test, however short.
+def long_enough(log: pl.DataFrame, minimum: int) -> tuple[pl.DataFrame, dict[str, int]]:
+    """The interactions of users that have at least as many, and the counts of both."""
+    size = pl.len().over("user")
+    kept = log.filter(size >= minimum)
+    users = kept["user"].n_unique()
+    return kept, {
+        USERS: users,
+        SHORT: log["user"].n_unique() - users,
+        "interactions of users with too short a history": log.height - kept.height,
+    }
 
-    A training case knows nothing of those two: were they never drawn as its wrong candidates, a model could learn from
-    what is missing which items the user will choose.
+
+def check_users(counts: dict[str, int], minimum: int) -> None:
+    """Refuse a log in which nobody is left.
+
+    Raises:
+        UserError: every user's history is too short.
     """
-    first, last = min(minimum_history, len(titles) - 2), len(titles) - 2
-    seen, known = frozenset(titles), frozenset(titles[:-2])
-    return [
-        Case(user, tuple(titles[max(0, end - history) : end]), titles[end], seen=known if end < last else seen)
-        for end in range(first, len(titles))
-    ]
+    if not counts[USERS]:
+        raise UserError(f"none of {counts[SHORT]} users has {minimum} interactions or more: nothing to train on")

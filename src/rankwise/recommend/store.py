@@ -14,8 +14,8 @@ import polars as pl
 
 from rankwise.errors import UserError
 from rankwise.files import new_folder, write_json
-from rankwise.recommend.prepare import Prepared
 from rankwise.recommend.prompts import Template
+from rankwise.recommend.rows import Prepared
 
 STORE = "store"  # of a run's folder
 TITLES, HISTORIES, SETTINGS = "titles.parquet", "histories.parquet", "settings.json"

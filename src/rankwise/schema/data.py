@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rankwise.schema.base import Count, File, Section, Share
+from rankwise.schema.base import Count, File, Positive, Section, Share
 
 
 class TextData(Section):
@@ -74,8 +74,8 @@ class InteractionData(RecommendationSettings):
     """A log of interactions with a table of items."""
 
     kind: Literal["interactions"]
-    interactions: File = Field(description="CSV, TSV, JSONL or Parquet: who, what, when.")
-    items: File | None = Field(None, description="CSV, TSV, JSONL or Parquet: what, and its title.")
+    interactions: File = Field(description="Who, what, when: CSV, TSV, JSONL, Parquet or Arrow, or a folder of them.")
+    items: File | None = Field(None, description="What, and its title: a file or folder of the same kinds.")
     user: str | None = Field(None, description="Column of the user; a common name is found.")
     item: str | None = Field(None, description="Column of the item in the interactions; a common name is found.")
     time: str | None = Field(None, description="Column of the time, a number or ISO date; a common name is found.")
@@ -83,7 +83,18 @@ class InteractionData(RecommendationSettings):
     item_id: str | None = Field(None, description="Column of the item in the items; a common name is found.")
     title: str | None = Field(None, description="Column of the title; a common name is found.")
     minimum_rating: float | None = Field(None, description="Interactions rated lower are left out.")
-    minimum_interactions: int = Field(3, ge=3, description="Users with fewer are left out.")
+    minimum_interactions: int = Field(3, ge=2, description="Users with fewer are left out.")
+    core: Count = Field(1, description="Users and items with fewer are left out, again until there are none.")
+    session_gap: Positive | None = Field(None, description="Seconds of rest after which a user's next session begins.")
+    split: Literal["last", "time", "users", "given"] = Field(
+        "last", description="Held out: each user's last items, what came latest, some users, or as 'part' tells."
+    )
+    validation_from: int | float | str | None = Field(
+        None, description="Split by time: where validation begins, a date."
+    )
+    test_from: int | float | str | None = Field(None, description="Split by time: where test begins, a date.")
+    holdout: Share = Field(0.1, description="Split by time or users: share held out for each of the two parts.")
+    part: str | None = Field(None, description="Column of the part (train, validation, test), for split: given.")
     history: Count = Field(10, description="Most items of a history.")
     tidy_titles: bool = Field(False, description="Write 'Matrix, The (1999)' as 'The Matrix (1999)'.")
 

@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from rankwise.errors import UserError
-from rankwise.recommend.interactions import InteractionColumns, ItemColumns
-from rankwise.recommend.prepare import InteractionSettings, Prepared, prepare_interactions
+from rankwise.recommend.interactions import InteractionColumns
+from rankwise.recommend.items import ItemColumns
+from rankwise.recommend.prepare import InteractionSettings, prepare_interactions
 from rankwise.recommend.prompts import load_template
 from rankwise.recommend.published import PublishedSettings, prepare_published
+from rankwise.recommend.rows import Prepared
 from rankwise.sampling import sample
 from rankwise.schema import (
     ClassificationData,
@@ -43,7 +45,8 @@ def check_files(data: object) -> None:
     """Raise a ``UserError`` for the first file of a data section that does not exist."""
     for name in ("interactions", "items", "train", "validation", "test", "names"):
         path = getattr(data, name, None)
-        if path is not None and not Path(path).is_file():
+        found = path is None or (Path(path).exists() if name in ("interactions", "items") else Path(path).is_file())
+        if not found:
             raise UserError(f"data.{name} {path} does not exist: give a file's path, from the folder you are in")
 
 
@@ -81,34 +84,46 @@ def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) 
 
 def prepare(data: RecommendationSettings, seed: int) -> Prepared:
     """Rows for recommendation, from a log of interactions or from published files."""
-    common: dict[str, Any] = {
+    if isinstance(data, SdpoData):
+        names = Path(data.names) if data.names else None
+        train, validation, test = (Path(path) for path in (data.train, data.validation, data.test))
+        return prepare_published(
+            PublishedSettings(train=train, validation=validation, test=test, names=names, **_row_settings(data, seed))
+        )
+    assert isinstance(data, InteractionData)
+    return prepare_interactions(interaction_settings(data, seed))
+
+
+def interaction_settings(data: InteractionData, seed: int) -> InteractionSettings:
+    """What the section says, as the settings of :func:`rankwise.recommend.prepare.prepare_interactions`."""
+    columns = InteractionColumns(user=data.user, item=data.item, time=data.time, rating=data.rating, part=data.part)
+    return InteractionSettings(
+        ratings=Path(data.interactions),
+        items=Path(data.items) if data.items else None,
+        rating_columns=columns,
+        item_columns=ItemColumns(item=data.item_id, title=data.title),
+        tidy_titles=data.tidy_titles,
+        minimum_rating=data.minimum_rating,
+        minimum_interactions=data.minimum_interactions,
+        core=data.core,
+        session_gap=data.session_gap,
+        kind=data.split,
+        validation_from=data.validation_from,
+        test_from=data.test_from,
+        holdout=data.holdout,
+        history=data.history,
+        **_row_settings(data, seed),
+    )
+
+
+def _row_settings(data: RecommendationSettings, seed: int) -> dict[str, Any]:
+    return {
         "template": data.template,
         "negatives": data.negatives,
         "candidates": data.candidates,
         "training_rows": data.rows,
         "seed": seed,
     }
-    if isinstance(data, SdpoData):
-        names = Path(data.names) if data.names else None
-        train, validation, test = (Path(path) for path in (data.train, data.validation, data.test))
-        return prepare_published(
-            PublishedSettings(train=train, validation=validation, test=test, names=names, **common)
-        )
-    assert isinstance(data, InteractionData)
-    columns = InteractionColumns(user=data.user, item=data.item, time=data.time, rating=data.rating)
-    return prepare_interactions(
-        InteractionSettings(
-            ratings=Path(data.interactions),
-            items=Path(data.items) if data.items else None,
-            rating_columns=columns,
-            item_columns=ItemColumns(item=data.item_id, title=data.title),
-            tidy_titles=data.tidy_titles,
-            minimum_rating=data.minimum_rating,
-            minimum_interactions=data.minimum_interactions,
-            history=data.history,
-            **common,
-        )
-    )
 
 
 def _text(recipe: Recipe, data: TextData, tokenizer: PreTrainedTokenizerBase, context: int) -> Task:

@@ -19,9 +19,9 @@ from rankwise.recommend.cases import means, ranked_cases
 from rankwise.recommend.full_ranking import CASES, LISTS, full_ranking
 from rankwise.recommend.generation import generate_answers
 from rankwise.recommend.metrics import Scores, substring_protocol
-from rankwise.recommend.prepare import Prepared
 from rankwise.recommend.prompts import Template
 from rankwise.recommend.ranking import encode_cases, score_candidates
+from rankwise.recommend.rows import Prepared
 from rankwise.recommend.store import Store, make_store
 from rankwise.sampling import sample
 from rankwise.schema import ModelSettings

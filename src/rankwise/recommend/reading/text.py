@@ -1,0 +1,137 @@
+"""Lines of text as tables: separated fields, JSON objects, Python dicts. Every broken line is told."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import polars as pl
+
+from rankwise.errors import UserError
+from rankwise.recommend.reading.forms import Form
+
+ROW = "\0row"  # the number of a row in its file, from 1
+TOO_LONG, NO_OBJECT = "more fields than columns", "no JSON object"
+_OVERFLOW = "\0overflow"
+_TWICE = "_duplicated_0"  # what polars adds to a name that was there before
+_BROKEN: dict[str, type[pl.DataType]] = {"row": pl.Int64, "reason": pl.String, "content": pl.String}
+Tables = Iterator[tuple[pl.DataFrame, pl.DataFrame]]  # rows, and the broken ones
+
+
+def broken_rows(rows: pl.DataFrame, reason: str) -> pl.DataFrame:
+    """Of rows of a table: their number, why they are broken, and their fields as JSON."""
+    fields = rows.drop(ROW)
+    content = [json.dumps(field, ensure_ascii=False) for field in fields.iter_rows()] if rows.height else []
+    return pl.DataFrame({"row": rows[ROW].to_list(), "reason": [reason] * rows.height, "content": content}, _BROKEN)
+
+
+def separated(path: Path, form: Form, rows: int) -> Tables:
+    """Tables of separated fields. A line that is too short has nulls at its end, which who uses the columns judges."""
+    assert form.separator is not None
+    if len(form.separator.encode()) > 1:
+        return _split_lines(path, form, rows)
+    return _scan_csv(path, form, rows)
+
+
+def _scan_csv(path: Path, form: Form, rows: int) -> Tables:
+    names, source = form.names or _header(path, form), _source(path, form)
+    # One column more than the header names catches lines that are too long, which would be cut in silence.
+    scanned = pl.scan_csv(
+        source,
+        separator=form.separator or ",",
+        quote_char='"' if form.quoting else None,
+        has_header=not form.names,
+        schema=dict.fromkeys([*names, _OVERFLOW], pl.String),
+        missing_columns="insert",
+        truncate_ragged_lines=True,
+        row_index_name=ROW,
+        row_index_offset=1,
+        glob=False,
+    )
+    for table in scanned.collect_batches(chunk_size=rows, maintain_order=True):
+        table = table.with_columns(pl.col(ROW).cast(pl.Int64))
+        whole = table.filter(pl.col(_OVERFLOW).is_null()).drop(_OVERFLOW)
+        yield whole, broken_rows(table.filter(pl.col(_OVERFLOW).is_not_null()), TOO_LONG)
+
+
+def _header(path: Path, form: Form) -> list[str]:
+    read = pl.scan_csv(_source(path, form), separator=form.separator or ",", infer_schema=False, n_rows=0, glob=False)
+    names = read.collect_schema().names()
+    twice = [name.removesuffix(_TWICE) for name in names if name.endswith(_TWICE)]
+    if twice:
+        raise UserError(f"{path}: the header names the column {twice[0]!r} twice; rename one of them")
+    return names
+
+
+def _split_lines(path: Path, form: Form, rows: int) -> Tables:
+    assert form.names and form.separator  # a separator of several characters comes from a published form
+    for lines in _lines(path, form, rows):
+        fields = lines.select(ROW, fields=pl.col("line").str.split(form.separator))
+        table = fields.select(
+            ROW,
+            *(pl.col("fields").list.get(place, null_on_oob=True).alias(name) for place, name in enumerate(form.names)),
+        )
+        long = fields["fields"].list.len() > len(form.names)
+        yield table.filter(~long), broken_rows(lines.filter(long), TOO_LONG)
+
+
+def objects(path: Path, form: Form, rows: int) -> Tables:
+    """Tables of one object a line: a column for each key of the batch, empty lines left out."""
+    parse = _literal if form.literals else _json_object
+    for lines in _lines(path, form, rows):
+        yield _table(lines, parse)
+
+
+def _table(lines: pl.DataFrame, parse: Callable[[str], dict[str, object] | None]) -> tuple[pl.DataFrame, pl.DataFrame]:
+    values = [parse(line) for line in lines["line"]]
+    names = list(dict.fromkeys(name for value in values if value for name in value))
+    found = [value for value in values if value is not None]
+    columns = {name: [_scalar_text(value.get(name)) for value in found] for name in names}
+    is_object = pl.Series([value is not None for value in values], dtype=pl.Boolean)
+    table = pl.DataFrame(columns, schema=dict.fromkeys(names, pl.String))
+    numbers = lines.filter(is_object)[ROW]
+    whole = table.insert_column(0, numbers) if names else numbers.to_frame()
+    return whole, broken_rows(lines.filter(~is_object), NO_OBJECT)
+
+
+def _lines(path: Path, form: Form, rows: int) -> Iterator[pl.DataFrame]:
+    """Numbered lines that are not empty. Only a line feed ends one: a title may hold U+2028."""
+    scanned = pl.scan_lines(_source(path, form), row_index_name=ROW, row_index_offset=1, glob=False)
+    for lines in scanned.collect_batches(chunk_size=rows, maintain_order=True):
+        line = pl.col("line").str.strip_chars_start("\ufeff").str.strip_chars_end("\r")
+        text = lines.with_columns(pl.col(ROW).cast(pl.Int64), line)
+        yield text.filter(pl.col("line").str.strip_chars() != "")
+
+
+def _source(path: Path, form: Form) -> Path | bytes:
+    return path if form.encoding == "utf8" else path.read_text(encoding=form.encoding).encode()
+
+
+def _json_object(line: str) -> dict[str, object] | None:
+    try:
+        value = json.loads(line)
+        if "\\u" in line:  # half of a surrogate pair is valid JSON and no text
+            json.dumps(value, ensure_ascii=False).encode()
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _literal(line: str) -> dict[str, object] | None:
+    try:
+        value = ast.literal_eval(line)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return value if isinstance(value, dict) and all(isinstance(key, str) for key in value) else None
+
+
+def _scalar_text(value: object) -> str | None:
+    if isinstance(value, str):
+        return value
+    if value is None or isinstance(value, bool | dict | list):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)

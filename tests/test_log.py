@@ -1,0 +1,274 @@
+"""A log in parts, as one; and what is left out of it."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rankwise.errors import UserError
+from rankwise.recommend import (
+    InteractionColumns,
+    InteractionSettings,
+    SyntheticSettings,
+    prepare_interactions,
+    write_interactions,
+    write_rows,
+    write_synthetic,
+)
+from rankwise.recommend.cleaning import sessions
+
+PARTS = ("train", "validation", "test")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> InteractionSettings:
+    ratings, items = write_synthetic(tmp_path_factory.mktemp("log"), SyntheticSettings(users=40))
+    return InteractionSettings(ratings=ratings, items=items)
+
+
+def written(path: Path, rows: list[tuple[Any, ...]], columns: str = "user item time") -> Path:
+    pl.DataFrame(rows, schema=columns.split(), orient="row").write_csv(path)
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"kind": "time"}, {"kind": "users"}, {"core": 4}, {"session_gap": 86_400.0 * 30}]
+)
+def test_a_log_in_many_parts_gives_the_same_rows(
+    small: InteractionSettings, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    whole = replace(small, training_rows=100, **changes)
+    write_rows(tmp_path / "memory", prepare_interactions(whole))
+    write_interactions(tmp_path / "whole", whole)
+    write_interactions(tmp_path / "parts", replace(whole, rows_in_memory=900))
+    assert contents(tmp_path / "memory") == contents(tmp_path / "whole") == contents(tmp_path / "parts")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_files_of_a_folder_are_one_log(small: InteractionSettings, tmp_path: Path) -> None:
+    log = pl.read_csv(small.ratings)
+    folder = tmp_path / "log"
+    folder.mkdir()
+    log[:300].write_csv(folder / "a.csv")
+    log[300:700].write_parquet(folder / "b.parquet")
+    log[700:].write_ndjson(folder / "c.jsonl")
+    (folder / "_SUCCESS").touch()
+    one, many = prepare_interactions(small), prepare_interactions(replace(small, ratings=folder))
+    assert one.train == many.train
+    assert one.test == many.test
+    assert one.counts == many.counts
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abcdefg"), st.sampled_from("123456789"), st.integers(0, 30)), min_size=1, max_size=40
+    ),
+    st.sampled_from([4, 1000]),
+    st.integers(1, 4),
+)
+def test_parts_and_core_are_as_counted_by_hand(
+    tmp_path: Path, rows: list[tuple[str, str, int]], most: int, core: int
+) -> None:
+    """An independent version: plain loops over the rows in memory."""
+    kept: dict[tuple[str, str], int] = {}
+    for place, (user, item, _) in sorted(enumerate(rows), key=lambda numbered: (numbered[1][2], numbered[0])):
+        kept.setdefault((user, item), place)
+    while True:
+        users, items = [user for user, _ in kept], [item for _, item in kept]
+        fewer = {pair: place for pair, place in kept.items()
+                 if users.count(pair[0]) >= core and items.count(pair[1]) >= core}  # fmt: skip
+        if len(fewer) == len(kept):
+            break
+        kept = fewer
+    histories: dict[str, list[str]] = {}
+    for (user, item), _ in sorted(kept.items(), key=lambda pair: (rows[pair[1]][2], pair[1])):
+        histories.setdefault(user, []).append(item)
+    expected = {user: items for user, items in histories.items() if len(items) >= 3}
+    asked = InteractionSettings(
+        ratings=written(tmp_path / "log.csv", rows), core=core, rows_in_memory=most, candidates=2, negatives=1
+    )
+    catalogue = {item for _, item in kept}
+    if not expected or any(len(catalogue - set(items)) < 1 for items in expected.values()):
+        with pytest.raises(UserError, match=r"core|minimum_history|interactions or more|too small"):
+            prepare_interactions(asked)
+        return
+    prepared = prepare_interactions(asked)
+    assert set(prepared.catalogue) == catalogue
+    assert {row["user"]: [*row["history"], row["target"]] for row in prepared.test} == {
+        user: items[-11:] for user, items in expected.items()
+    }
+    assert len(prepared.train) == sum(len(items) - 3 for items in expected.values())
+
+
+def test_nothing_is_learnt_from_what_came_later(small: InteractionSettings) -> None:
+    """Every training target is older than every held-out one, and no history reaches beyond its target."""
+    log = pl.read_csv(small.ratings).join(pl.read_csv(small.items or ""), on="item").rename({"timestamp": "time"})
+    times = {(str(user), title): time for user, title, time in log.select("user", "title", "time").iter_rows()}
+    prepared = prepare_interactions(replace(small, kind="time", holdout=0.2))
+    at = {part: [times[row["user"], row["target"]] for row in getattr(prepared, part)] for part in PARTS}
+    assert max(at["train"]) < min(at["validation"])
+    assert max(at["validation"]) < min(at["test"])
+    for part in PARTS:
+        for row in getattr(prepared, part):
+            assert max(times[row["user"], title] for title in row["history"]) <= times[row["user"], row["target"]]
+    first = min(at["validation"])
+    trained = log.filter(pl.col("time") < first)["title"].value_counts()
+    assert prepared.popularity == dict(trained.iter_rows())
+    assert prepared.leaks["training interactions at or after the first test target"] == 0
+    assert prepared.leaks["training interactions at or after the first validation target"] == 0
+
+
+def test_dates_cut_the_log(tmp_path: Path) -> None:
+    rows = [("a", item, f"2020-01-0{day}") for day, item in enumerate("PQRSTU", start=1)]
+    log = written(tmp_path / "log.csv", [*rows, ("b", "X", "2020-01-01"), ("b", "Y", "2020-01-02")])
+    asked = InteractionSettings(
+        ratings=log, kind="time", validation_from="2020-01-04", test_from="2020-01-06", minimum_interactions=2,
+        candidates=2, negatives=1,
+    )  # fmt: skip
+    prepared = prepare_interactions(asked)
+    assert [row["target"] for row in prepared.train] == ["Q", "R", "Y"]
+    assert [row["target"] for row in prepared.validation] == ["S", "T"]
+    assert [row["target"] for row in prepared.test] == ["U"]
+    assert prepared.train[0]["seen"] == {"P", "Q", "R"}
+    assert prepared.test[0]["seen"] == set("PQRSTU")
+
+
+def test_some_users_are_held_out(small: InteractionSettings) -> None:
+    prepared = prepare_interactions(replace(small, kind="users", holdout=0.25))
+    users = {part: {row["user"] for row in getattr(prepared, part)} for part in PARTS}
+    assert not users["train"] & users["validation"]
+    assert not users["train"] & users["test"]
+    assert not users["validation"] & users["test"]
+    assert len(users["test"]) == len(prepared.test)
+    assert prepared.leaks["test targets of users who train too"] == 0
+    assert sum(prepared.popularity.values()) == len(prepared.train) + len(users["train"])
+
+
+def test_the_log_tells_the_parts(tmp_path: Path) -> None:
+    rows = [("a", "P", 1, "train"), ("a", "Q", 2, "train"), ("a", "R", 3, "dev"), ("a", "S", 4, "Test"),
+            ("b", "T", 1, "train"), ("b", "U", 2, "test"), ("b", "V", 3, "test")]  # fmt: skip
+    log = written(tmp_path / "log.csv", rows, "user item time fold")
+    asked = InteractionSettings(
+        ratings=log, kind="given", rating_columns=InteractionColumns(part="fold"), candidates=2, negatives=1
+    )
+    prepared = prepare_interactions(asked)
+    assert [row["target"] for row in prepared.train] == ["Q"]
+    assert [row["target"] for row in prepared.validation] == ["R"]
+    assert [row["target"] for row in prepared.test] == ["S", "U", "V"]
+    written(tmp_path / "log.csv", [*rows, ("b", "W", 4, "tests")], "user item time fold")
+    with pytest.raises(UserError, match="'tests' is no part of a split; did you mean 'test'"):
+        prepare_interactions(asked)
+
+
+def test_a_pause_begins_a_session() -> None:
+    log = pl.DataFrame({"user": ["a"] * 4 + ["b"] * 2, "time": [0.0, 10.0, 21.0, 22.0, 0.0, 10.0]})
+    found = sessions(log, gap=10.0)
+    assert found["user"].to_list() == ["a/1", "a/1", "a/2", "a/2", "b/1", "b/1"]
+    assert found["person"].to_list() == log["user"].to_list()
+
+
+def test_an_item_returns_in_another_session_and_histories_are_of_the_last_one(tmp_path: Path) -> None:
+    rows = [("a", item, time) for time, item in enumerate("PQRQ")] + [
+        ("a", item, 100 + time) for time, item in enumerate("QST")
+    ]
+    rows += [("b", item, time) for time, item in enumerate("UVWX")]
+    asked = InteractionSettings(
+        ratings=written(tmp_path / "log.csv", rows), session_gap=50.0, candidates=2, negatives=1
+    )
+    prepared = prepare_interactions(asked)
+    assert [(row["user"], row["history"], row["target"]) for row in prepared.test] == [
+        ("a/1", ["P", "Q"], "R"),
+        ("a/2", ["Q", "S"], "T"),
+        ("b/1", ["U", "V", "W"], "X"),
+    ]
+    assert prepared.histories.rows() == [("a", ["Q", "S", "T"]), ("b", ["U", "V", "W", "X"])]
+    assert prepared.counts["duplicate interactions"] == 1
+
+
+def test_broken_rows_are_used_around_and_listed(tmp_path: Path) -> None:
+    """One row in a hundred is broken, each in a different way."""
+    generator = random.Random(0)
+    lines = [f"u{number % 20},i{generator.randrange(300)},{number}" for number in range(1000)]
+    broken = {7: "u1,i3", 113: "u2,,5", 222: "u3,i3,soon", 333: ",i4,7", 444: "u5,i5,8,9", 555: "u6,i6,inf"}
+    lines = [broken.get(number, line) for number, line in enumerate(lines, start=1)]
+    (tmp_path / "log.csv").write_text("\n".join(["user,item,time", *lines]) + "\n")
+    asked = InteractionSettings(ratings=tmp_path / "log.csv", rows_in_memory=100)
+    found = write_interactions(tmp_path / "rows", asked)
+    assert found.counts["interactions read"] == 1000
+    assert found.counts["unparsable rows"] == len(broken)
+    listed = [json.loads(line) for line in (tmp_path / "rows" / "broken_rows.jsonl").read_text().splitlines()]
+    assert [(one["row"], one["reason"]) for one in listed] == [
+        (7, "no valid time"),
+        (113, "no valid item"),
+        (222, "no valid time"),
+        (333, "no valid user"),
+        (444, "more fields than columns"),
+        (555, "no valid time"),
+    ]
+    assert listed[2] == {"file": "log.csv", "row": 222, "reason": "no valid time", "content": '["u3", "i3", "soon"]'}
+
+
+def test_times_in_mixed_units_are_refused_and_a_few_strays_are_left_out(tmp_path: Path) -> None:
+    seconds = [(f"u{number % 30}", f"i{number}", 1_600_000_000 + number) for number in range(1000)]
+    stray = [("u1", f"x{number}", 1_600_000_000_000 + number) for number in range(9)]
+    few = written(tmp_path / "few.csv", seconds + stray)
+    asked = InteractionSettings(ratings=few, candidates=2, negatives=1)
+    prepared = prepare_interactions(asked)
+    assert prepared.counts["interactions with a time in another unit"] == 9
+    assert not any("x" in title for title in prepared.catalogue)
+    mixed = written(tmp_path / "many.csv", seconds + stray + [("u2", "y", 1_600_000_000_000_000)] * 3)
+    with pytest.raises(UserError, match=r"mixed units \(1000 in seconds, 9 in milliseconds, 3 in microseconds, by"):
+        prepare_interactions(replace(asked, ratings=mixed))
+
+
+def test_milliseconds_are_told_from_seconds(tmp_path: Path) -> None:
+    rows = [("a", item, 1_600_000_000_000 + 1000 * time) for time, item in enumerate("PQRST")]
+    asked = InteractionSettings(
+        ratings=written(tmp_path / "log.csv", [*rows, ("b", "U", 1_600_000_000_000)]), kind="time",
+        minimum_interactions=2,
+        validation_from=1_600_000_003, test_from="2020-09-13T12:26:44Z", candidates=2, negatives=1,
+    )  # fmt: skip
+    prepared = prepare_interactions(asked)
+    assert [row["target"] for row in prepared.validation + prepared.test] == ["S", "T"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "time", "validation_from": "2020-01-01"}, "validation_from and test_from, or neither"),
+        ({"kind": "time", "validation_from": 2, "test_from": 1}, "validation_from = 2 is not before test_from = 1"),
+        ({"kind": "time", "validation_from": "soon", "test_from": 1}, "'soon' is no time"),
+        ({"holdout": 0.5}, "holdout = 0.5: between 0 and 0.5"),
+        ({"core": 1000}, "core = 1000: no user and item with as many"),
+        ({"minimum_interactions": 2}, "minimum_interactions = 2: at least 3"),
+        ({"kind": "users", "minimum_interactions": 1}, "minimum_interactions = 1: at least 2"),
+    ],
+)
+def test_wrong_settings_of_a_log_are_refused(small: InteractionSettings, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare_interactions(replace(small, **changes))
+
+
+def test_a_log_without_a_known_item_is_refused(small: InteractionSettings, tmp_path: Path) -> None:
+    items = written(tmp_path / "items.csv", [("none", "A")], "item title")
+    with pytest.raises(UserError, match="no item of the log is in the item list; check the item columns"):
+        prepare_interactions(replace(small, items=items))
+
+
+def test_one_time_for_all_cannot_be_cut(tmp_path: Path) -> None:
+    rows = [("a", item, 5) for item in "PQRST"]
+    with pytest.raises(UserError, match="cannot be cut by time"):
+        prepare_interactions(InteractionSettings(ratings=written(tmp_path / "log.csv", rows), kind="time"))
