@@ -49,7 +49,7 @@ class LogSettings(SplitSettings):
     ratings: Path  # the log: a file or a folder of files
     items: Path | None = None  # item ids and titles; without it the log's items are titles themselves
     rating_columns: InteractionColumns = field(default_factory=InteractionColumns)
-    item_columns: ItemColumns = field(default_factory=ItemColumns)
+    item_columns: ItemColumns | None = None
     rating_form: Form | None = None  # how the files are written; by default as their suffixes say
     item_form: Form | None = None
     tidy_titles: bool = False  # "Matrix, The (1999)" becomes "The Matrix (1999)"

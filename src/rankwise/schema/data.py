@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rankwise.schema.base import Count, File, Positive, Section, Share
 
@@ -75,6 +75,11 @@ class InteractionData(RecommendationSettings):
 
     kind: Literal["interactions"]
     interactions: File = Field(description="Who, what, when: CSV, TSV, JSONL, Parquet or Arrow, or a folder of them.")
+    form: str | None = Field(
+        None,
+        description="Of a folder as published: movielens-100k, movielens-1m, movielens, lastfm-1k, lastfm-2k, "
+        "steam or goodreads.",
+    )
     items: File | None = Field(None, description="What, and its title: a file or folder of the same kinds.")
     user: str | None = Field(None, description="Column of the user; a common name is found.")
     item: str | None = Field(None, description="Column of the item in the interactions; a common name is found.")
@@ -97,6 +102,18 @@ class InteractionData(RecommendationSettings):
     part: str | None = Field(None, description="Column of the part (train, validation, test), for split: given.")
     history: Count = Field(10, description="Most items of a history.")
     tidy_titles: bool = Field(False, description="Write 'Matrix, The (1999)' as 'The Matrix (1999)'.")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> InteractionData:
+        columns = ("items", "user", "item", "time", "rating", "item_id", "title")
+        named = [name for name in columns if self.form and getattr(self, name) is not None]
+        if named:
+            raise ValueError(f"form {self.form} tells the files and columns: leave {', '.join(named)} out")
+        if (self.split == "given") != (self.part is not None):
+            raise ValueError("split: given and the column of the part go together")
+        if self.split == "last" and self.minimum_interactions < 3:
+            raise ValueError("minimum_interactions is at least 3 where each user's last two items are held out")
+        return self
 
 
 class SdpoData(RecommendationSettings):

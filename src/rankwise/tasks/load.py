@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from rankwise.errors import UserError
 from rankwise.recommend.interactions import InteractionColumns
 from rankwise.recommend.items import ItemColumns
+from rankwise.recommend.known_logs import known_log
 from rankwise.recommend.prepare import InteractionSettings, prepare_interactions
 from rankwise.recommend.prompts import load_template
 from rankwise.recommend.published import PublishedSettings, prepare_published
@@ -48,6 +50,8 @@ def check_files(data: object) -> None:
         found = path is None or (Path(path).exists() if name in ("interactions", "items") else Path(path).is_file())
         if not found:
             raise UserError(f"data.{name} {path} does not exist: give a file's path, from the folder you are in")
+    if isinstance(data, InteractionData) and data.form is not None:
+        known_log(data.form, Path(data.interactions))
 
 
 def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) -> Task:
@@ -96,12 +100,8 @@ def prepare(data: RecommendationSettings, seed: int) -> Prepared:
 
 def interaction_settings(data: InteractionData, seed: int) -> InteractionSettings:
     """What the section says, as the settings of :func:`rankwise.recommend.prepare.prepare_interactions`."""
-    columns = InteractionColumns(user=data.user, item=data.item, time=data.time, rating=data.rating, part=data.part)
     return InteractionSettings(
-        ratings=Path(data.interactions),
-        items=Path(data.items) if data.items else None,
-        rating_columns=columns,
-        item_columns=ItemColumns(item=data.item_id, title=data.title),
+        **_log_files(data),
         tidy_titles=data.tidy_titles,
         minimum_rating=data.minimum_rating,
         minimum_interactions=data.minimum_interactions,
@@ -114,6 +114,26 @@ def interaction_settings(data: InteractionData, seed: int) -> InteractionSetting
         history=data.history,
         **_row_settings(data, seed),
     )
+
+
+def _log_files(data: InteractionData) -> dict[str, Any]:
+    """Where a log is, and how it is written."""
+    if data.form is None:
+        return {
+            "ratings": Path(data.interactions),
+            "items": Path(data.items) if data.items else None,
+            "rating_columns": InteractionColumns(data.user, data.item, data.time, data.rating, data.part),
+            "item_columns": ItemColumns(item=data.item_id, title=data.title),
+        }
+    known, ratings, items = known_log(data.form, Path(data.interactions))
+    return {
+        "ratings": ratings,
+        "items": items,
+        "rating_columns": replace(known.columns, part=data.part),
+        "item_columns": known.item_columns,
+        "rating_form": known.form,
+        "item_form": known.item_form,
+    }
 
 
 def _row_settings(data: RecommendationSettings, seed: int) -> dict[str, Any]:

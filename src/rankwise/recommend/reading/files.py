@@ -127,10 +127,15 @@ def _columnar(path: Path, suffix: str, rows: int) -> Tables:
 def _columns(path: Path, suffix: str, rows: int) -> Iterator[pl.DataFrame]:
     if suffix == ".parquet":
         yield from pl.scan_parquet(path, glob=False).collect_batches(chunk_size=rows, maintain_order=True)
-    elif path.open("rb").read(6) == b"ARROW1":
+    elif _begins(path, b"ARROW1"):
         yield from pl.scan_ipc(path, glob=False).collect_batches(chunk_size=rows, maintain_order=True)
     else:  # the stream format, which the datasets library writes, half a gigabyte a file
         yield from pl.read_ipc_stream(path).iter_slices(rows)
+
+
+def _begins(path: Path, mark: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(mark)) == mark
 
 
 _NONE = broken_rows(pl.DataFrame(schema={ROW: pl.Int64}), "")
