@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import compress, groupby
 from typing import Literal
 
 import polars as pl
@@ -178,18 +178,16 @@ def cases_of(log: pl.DataFrame, part: str, history: int, picks: Sequence[int] | 
     targets = targets.select(pl.col("row").cast(pl.Int64), "user", "position", "size")
     if picks is not None:
         targets = targets[list(picks)]
+    trains = log["part"] == "train"
     for user, rows in groupby(targets.iter_rows(), key=lambda row: row[1]):
         first, seen, titles = -1, frozenset[str](), list[str]()
         for row, _, position, size in rows:
             if first < 0:
                 first = row - position
                 titles = log["title"].slice(first, size).to_list()
-                seen = frozenset(titles) if part != "train" else _trained(log.slice(first, size))
+                known = titles if part != "train" else compress(titles, trains.slice(first, size))
+                seen = frozenset(known)
             yield Case(user, tuple(titles[max(0, position - history) : position]), titles[position], seen=seen)
-
-
-def _trained(log: pl.DataFrame) -> frozenset[str]:
-    return frozenset(log.filter(pl.col("part") == "train")["title"].to_list())
 
 
 @dataclass(frozen=True)
