@@ -43,6 +43,7 @@ def train(arguments: Arguments, console: Console) -> Any:
 
 def prepare(arguments: Arguments, console: Console) -> Any:
     """Write the rows of a recipe's interactions as JSONL with prompt, chosen and rejected, for any trainer."""
+    from rankwise.recommend.cluster import check_cluster, over_cluster
     from rankwise.recommend.prepare import WrittenRows, write_interactions
     from rankwise.recommend.rows import write_rows
     from rankwise.schema import InteractionData, RecommendationSettings
@@ -52,9 +53,12 @@ def prepare(arguments: Arguments, console: Console) -> Any:
     if not isinstance(recipe.data, RecommendationSettings):
         raise UserError(f"data of kind {recipe.data.kind} has no rows to prepare: use interactions or sdpo")
     check_files(recipe.data)
+    if arguments.cluster:
+        check_cluster()
     folder = Path(arguments.folder)
     if isinstance(recipe.data, InteractionData):
-        found = write_interactions(folder, interaction_settings(recipe.data, recipe.seed))
+        spread = over_cluster if arguments.cluster else map
+        found = write_interactions(folder, interaction_settings(recipe.data, recipe.seed), spread)
     else:
         prepared = prepare(recipe.data, recipe.seed)
         found = WrittenRows(write_rows(folder, prepared), prepared.counts, prepared.leaks)
@@ -112,10 +116,13 @@ def evaluate(arguments: Arguments, console: Console) -> Any:
 
 def recommend(arguments: Arguments, console: Console) -> Any:
     """Show the best titles of the whole catalogue for a user or a history, or write those of all users as Parquet."""
+    from rankwise.recommend.cluster import check_cluster
     from rankwise.recommending import load_recommender, recommend_once, recommend_to_folder
 
-    names = {"candidates": arguments.candidates, "users": arguments.users}
-    unused = [name for name, value in names.items() if value and (arguments.out is None) == (name == "users")]
+    if arguments.cluster:
+        check_cluster()
+    names = {"candidates": arguments.candidates, "users": arguments.users, "cluster": arguments.cluster}
+    unused = [name for name, value in names.items() if value and (arguments.out is None) == (name != "candidates")]
     if unused:
         raise UserError(f"--{unused[0]} {'needs' if arguments.out is None else 'cannot be with'} --out")
     users = None if arguments.users is None else _lines(Path(arguments.users))
@@ -128,7 +135,9 @@ def recommend(arguments: Arguments, console: Console) -> Any:
     recommender = load_recommender(arguments.run, arguments.stage)
     if arguments.out is not None:
         settings = {"run": str(Path(arguments.run).resolve()), "stage": arguments.stage}
-        return recommend_to_folder(recommender, Path(arguments.out), console, users=users, settings=settings, **options)
+        folder = Path(arguments.out)
+        whom = {"users": users, "cluster": arguments.cluster}
+        return recommend_to_folder(recommender, folder, console, settings=settings, **whom, **options)
     return recommend_once(
         recommender,
         console,
@@ -221,6 +230,7 @@ def parser() -> argparse.ArgumentParser:
     made = _add(commands, prepare, "rankwise prepare recipe.yaml rows/ data.negatives=5")
     made.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     made.add_argument("folder", metavar="FOLDER", help="where train.jsonl, validation.jsonl and test.jsonl go")
+    made.add_argument("--cluster", action="store_true", help="work on a log on the Ray cluster of RAY_ADDRESS")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
 
     _init_arguments(_add(commands, init, "rankwise init meta-llama/Llama-3.2-1B --part minor --rank 64 --out start/"))
@@ -338,6 +348,7 @@ def _recommend_arguments(made: argparse.ArgumentParser) -> None:
     whom.add_argument("--history", nargs="+", metavar="TITLE", help="titles or item ids, oldest first")
     whom.add_argument("--out", metavar="FOLDER", help="for the Parquet files of many users; all of the log")
     made.add_argument("--users", metavar="FILE", help="with --out: only these, one on each line")
+    made.add_argument("--cluster", action="store_true", help="with --out: on the Ray cluster of RAY_ADDRESS")
     made.add_argument("--candidates", nargs="+", metavar="TITLE", help="rank these instead of the whole catalogue")
     made.add_argument("--top", type=int, default=10, help="titles for each (%(default)s)")
     made.add_argument("--stage", help="whose adapter to take (the last)")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from rich.text import Text
 from rankwise.errors import UserError
 from rankwise.evaluation import open_run, trained_stage
 from rankwise.models import context_limit, load_tokenizer
-from rankwise.recommend.batch import recommend_users
+from rankwise.recommend.batch import Part, open_parts, recommend_users, write_part
+from rankwise.recommend.cluster import over_cluster
 from rankwise.recommend.recommender import Ranking, Recommender
 from rankwise.recommend.store import STORE, read_store
 
@@ -84,20 +87,51 @@ def recommend_to_folder(
     *,
     users: Sequence[str] | None,
     settings: dict[str, Any],
+    cluster: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Recommend to the users that are named, or to all of the log, into a folder of Parquet files."""
+    """Recommend to the users that are named, or to all of the log, into a folder of Parquet files.
+
+    Args:
+        recommender: of the run.
+        folder: see :func:`rankwise.recommend.batch.recommend_users`.
+        console: to say how far it is.
+        users: none for all of the log.
+        settings: the ``run`` and its ``stage``.
+        cluster: whether the workers of a Ray cluster do it, each with a model of its own.
+        **options: of :meth:`Recommender.recommend`.
+    """
     named = recommender.store.histories["user"].to_list() if users is None else list(dict.fromkeys(users))
     if not named:
         raise UserError("there is no user to recommend to: the run's data has none, or the list of users is empty")
     columns = (TextColumn("users"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    counts: Counter[str] = Counter()
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("users", total=len(named))
-        for done in recommend_users(recommender, named, folder, settings, **options):
-            bar.update(task, completed=done)
-    _say(recommender.counts, console)
+        if cluster:
+            work = partial(_write_elsewhere, settings["run"], settings["stage"], options)
+            parts = open_parts(recommender, named, folder, settings | options)
+            for part, found in zip(parts, over_cluster(work, parts), strict=True):
+                counts += found
+                bar.advance(task, len(part.users))
+        else:
+            for done in recommend_users(recommender, named, folder, settings, **options):
+                bar.update(task, completed=done)
+    counts += Counter(recommender.counts)
+    _say(counts, console)
     console.print(f"recommendations: {folder}: {len(named)} users", highlight=False)
     return {"folder": str(folder), "users": len(named)}
+
+
+def _write_elsewhere(run: str, stage: str | None, options: dict[str, Any], part: Part) -> Counter[str]:
+    """Write a part in a worker's process, and count what its recommender counted."""
+    recommender = _loaded(run, stage)
+    before = Counter(recommender.counts)
+    list(write_part(recommender, part, **options))
+    return Counter(recommender.counts) - before
+
+
+_loaded = lru_cache(maxsize=1)(load_recommender)  # a worker keeps its model from one part to the next
 
 
 def _say(counts: Mapping[str, int], console: Console) -> None:

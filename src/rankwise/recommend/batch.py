@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 
@@ -25,6 +25,13 @@ SCHEMA: dict[str, Any] = {
     "score": pl.Float64,
     "exact": pl.Boolean,
 }
+
+
+class Part(NamedTuple):
+    """Some users, and the file that their recommendations go to."""
+
+    path: Path
+    users: list[str]
 
 
 def recommend_users(
@@ -48,22 +55,36 @@ def recommend_users(
     Raises:
         UserError: a user is unknown, or the folder holds something else.
     """
-    histories = [recommender.store.history(user) for user in users]
-    settings = {**settings, **options, "users": list(users)}
-    _open(folder, settings)
-    for start in range(0, len(users), PART):
-        path = folder / f"part-{start // PART:05d}.parquet"
-        stop = min(start + PART, len(users))
-        if not path.exists():
-            rows: list[tuple[Any, ...]] = []
-            for place in range(start, stop, TOGETHER):
-                some = slice(place, min(place + TOGETHER, stop))
-                rows += _rows(recommender, users[some], histories[some], options)
-                yield some.stop
-            buffer = io.BytesIO()
-            pl.DataFrame(rows, schema=SCHEMA, orient="row").write_parquet(buffer)
-            write_bytes(path, buffer.getvalue())
-        yield stop
+    done = 0
+    for part in open_parts(recommender, users, folder, {**settings, **options}):
+        for some in write_part(recommender, part, **options):
+            yield done + some
+        done += len(part.users)
+
+
+def open_parts(recommender: Recommender, users: Sequence[str], folder: Path, settings: dict[str, Any]) -> list[Part]:
+    """The parts that :func:`recommend_users` writes; some may be there already."""
+    for user in users:
+        recommender.store.history(user)  # which an unknown one has not
+    _open(folder, {**settings, "users": list(users)})
+    starts = range(0, len(users), PART)
+    return [
+        Part(folder / f"part-{at:05d}.parquet", list(users[start : start + PART])) for at, start in enumerate(starts)
+    ]
+
+
+def write_part(recommender: Recommender, part: Part, **options: Any) -> Iterator[int]:
+    """Write one part, unless it is there; yield how many of its users are done, after each few."""
+    if not part.path.exists():
+        rows: list[tuple[Any, ...]] = []
+        for start in range(0, len(part.users), TOGETHER):
+            some = part.users[start : start + TOGETHER]
+            rows += _rows(recommender, some, [recommender.store.history(user) for user in some], options)
+            yield min(start + TOGETHER, len(part.users))
+        buffer = io.BytesIO()
+        pl.DataFrame(rows, schema=SCHEMA, orient="row").write_parquet(buffer)
+        write_bytes(part.path, buffer.getvalue())
+    yield len(part.users)
 
 
 def _open(folder: Path, settings: dict[str, Any]) -> None:
