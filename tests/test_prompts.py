@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from rankwise.errors import UserError
 from rankwise.recommend import load_template, template_names
+from rankwise.recommend.chats import as_chat
 
 GOOD = {
     "name": "mine",
@@ -50,9 +53,25 @@ def test_titles_with_braces_are_only_text() -> None:
     assert load_template("films").render_answer("{title}") == " {title}"
 
 
+def test_a_history_tells_ratings_and_columns_of_the_items(tmp_path: Path) -> None:
+    template = load_template(write(tmp_path, item="{title} ({genres}; rated {rating})", unknown="?"))
+    assert template.attributes == ("genres",)
+    assert template.shows_ratings
+    about = {"A": {"genres": "Drama {x}"}, "B": {"genres": None}}
+    assert template.render(["A", "B", "C"], about=about, ratings=[4.0, 3.5, None]) == (
+        "Seen: A (Drama {x}; rated 4), B (?; rated 3.5), C (?; rated ?). Next:"
+    )
+    assert template.render(["A"], about=about) == "Seen: A (Drama {x}; rated ?). Next:"
+    plain = load_template("films")
+    assert plain.attributes == ()
+    assert not plain.shows_ratings
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"item": "a film"}, r"item has no \{title\}"),
+        ({"item": "{title} {release year}"}, r"\{release year\} in item is no name of a column"),
         ({"prompt": "Seen: {histroy}"}, r"unknown placeholder \{histroy\} in prompt; did you mean 'history'"),
         ({"prompt": "Seen: {history} {}"}, r"unknown placeholder \{\} in prompt"),
         ({"prompt": "Seen: {history!r}"}, r"unknown placeholder \{history!r\}"),
@@ -87,3 +106,28 @@ def test_yaml_that_is_none_is_an_error_and_runs_no_code(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             load_template(path)
+
+
+CHAT = (
+    "{% for message in messages %}<{{ message['role'] }}>\n{{ message['content'] | trim }}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
+
+
+def test_a_template_becomes_a_chat(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    template = load_template(write(tmp_path, prompt="Seen: {history} {{of course}}"))
+    with pytest.raises(UserError, match=r"data\.chat holds chats, and the tokenizer has no chat template"):
+        as_chat(template, tokenizer)
+    tokenizer.chat_template = CHAT
+    chat = as_chat(template, tokenizer)
+    for title in ("Heat", "{title}", "The {0}"):
+        messages = [
+            {"role": "user", "content": template.render([title, "B"])},
+            {"role": "assistant", "content": title},
+        ]
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert chat.render([title, "B"]) + chat.render_answer(title) == whole.rstrip()
+    tokenizer.chat_template = CHAT.replace("| trim", "| upper")
+    with pytest.raises(UserError, match="does not write a message as it is"):
+        as_chat(template, tokenizer)

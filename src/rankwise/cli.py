@@ -61,7 +61,7 @@ def prepare(arguments: Arguments, console: Console) -> Any:
         found = write_interactions(folder, interaction_settings(recipe.data, recipe.seed), spread)
     else:
         prepared = prepare(recipe.data, recipe.seed)
-        found = WrittenRows(write_rows(folder, prepared), prepared.counts, prepared.leaks)
+        found = WrittenRows(write_rows(folder, prepared, recipe.data.chat), prepared.counts, prepared.leaks)
     for name, count in (found.counts | found.leaks).items():
         console.print(f"  {name}: {count}", highlight=False)
     console.print(f"rows: {folder}", highlight=False)

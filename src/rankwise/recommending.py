@@ -54,10 +54,11 @@ def recommend_once(
     """Show the best titles for a user of the log or for a history; out of candidates, where some are given."""
     store = recommender.store
     titles = store.history(str(user)) if history is None else store.find(history)
+    ratings = store.ratings(str(user)) if history is None else []
     if candidates is None:
-        [ranking] = recommender.recommend([titles], top, **options)
+        [ranking] = recommender.recommend([titles], top, ratings=[ratings], **options)
     else:
-        ranking = recommender.rank(titles, candidates, top)
+        ranking = recommender.rank(titles, candidates, top, ratings)
     _say(recommender.counts, console)
     console.print(ranking_table(ranking))
     if not ranking.exact:

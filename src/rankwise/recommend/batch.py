@@ -79,7 +79,7 @@ def write_part(recommender: Recommender, part: Part, **options: Any) -> Iterator
         rows: list[tuple[Any, ...]] = []
         for start in range(0, len(part.users), TOGETHER):
             some = part.users[start : start + TOGETHER]
-            rows += _rows(recommender, some, [recommender.store.history(user) for user in some], options)
+            rows += _rows(recommender, some, options)
             yield min(start + TOGETHER, len(part.users))
         buffer = io.BytesIO()
         pl.DataFrame(rows, schema=SCHEMA, orient="row").write_parquet(buffer)
@@ -98,9 +98,10 @@ def _open(folder: Path, settings: dict[str, Any]) -> None:
     write_json(path, settings)
 
 
-def _rows(
-    recommender: Recommender, users: Sequence[str], histories: Sequence[Sequence[str]], options: dict[str, Any]
-) -> Iterator[tuple[Any, ...]]:
-    for user, ranking in zip(users, recommender.recommend(histories, **options), strict=True):
+def _rows(recommender: Recommender, users: Sequence[str], options: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+    store = recommender.store
+    histories, ratings = [store.history(user) for user in users], [store.ratings(user) for user in users]
+    rankings = recommender.recommend(histories, ratings=ratings, **options)
+    for user, ranking in zip(users, rankings, strict=True):
         for rank, one in enumerate(ranking.best, start=1):
             yield user, rank, one.title, one.items, one.score, ranking.exact

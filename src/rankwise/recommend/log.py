@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ class LogSettings(SplitSettings):
     core: int = 1  # users and items with fewer interactions than this are left out, until there are none
     session_gap: float | None = None  # seconds without an interaction after which a user's next session begins
     rows_in_memory: int = 4_000_000  # interactions that are worked on together
+    attributes: tuple[str, ...] = ()  # further columns of the items, for the template
+    ratings_shown: bool = False  # whether the template tells ratings
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Log:
     Attributes:
         parts: interactions, with ``user`` (of a session: its name), ``title``, ``time``, ``part`` and ``case``, by user
             and time.
-        items: each ``item`` (its id) with its ``title``, those that nobody chose too.
+        items: each ``item`` (its id) with its ``title`` and further columns, those that nobody chose too.
         catalogue: the sorted titles of the log, of users that are left out too.
         counts: what was read and left out.
         broken: the rows that could not be read, a hundred thousand at most: ``file``, ``row``, ``reason``, ``content``.
@@ -97,9 +99,21 @@ class Log:
         return min(int(most or 0), self.settings.history)
 
     @cached_property
+    def attributes(self) -> dict[str, dict[str, str | None]]:
+        """What the template tells of each title; of items that share one, that of the first."""
+        if not self.settings.attributes:
+            return {}
+        first = self.items.unique("title", keep="first", maintain_order=True).select("title", *self.settings.attributes)
+        return {str(row.pop("title")): row for row in first.iter_rows(named=True)}
+
+    @cached_property
     def histories(self) -> pl.DataFrame:
-        """Each ``user`` with the ``titles`` of all interactions, oldest first; of the last session where there are."""
-        return pl.concat(_histories(load(part)) for part in self.parts)
+        """Each ``user`` with the ``titles`` of all interactions, oldest first; of the last session where there are.
+
+        And their ``ratings``, where the template tells them.
+        """
+        names = {"titles": "title"} | ({"ratings": "rating"} if self.settings.ratings_shown else {})
+        return pl.concat(_histories(load(part), names) for part in self.parts)
 
     def size(self, part: str) -> int:
         """How many cases a part of the split has."""
@@ -126,11 +140,11 @@ def _sizes(part: Part) -> dict[str, int]:
     return dict(scan([part]).filter("case").group_by("part").len().collect().iter_rows())
 
 
-def _histories(log: pl.DataFrame) -> pl.DataFrame:
+def _histories(log: pl.DataFrame, names: dict[str, str]) -> pl.DataFrame:
     if "person" not in log.columns:
-        return log.group_by("user", maintain_order=True).agg(titles="title")
+        return log.group_by("user", maintain_order=True).agg(**names)
     last = log.filter(pl.col("user") == pl.col("user").last().over("person"))
-    return last.group_by(user="person", maintain_order=True).agg(titles="title")
+    return last.group_by(user="person", maintain_order=True).agg(**names)
 
 
 def open_log(settings: LogSettings, workshop: Workshop) -> Log:
@@ -142,9 +156,10 @@ def open_log(settings: LogSettings, workshop: Workshop) -> Log:
     counts: Counts = {}
     listed = None
     if settings.items is not None:
-        listed, item_counts = read_items(
-            settings.items, settings.item_columns, settings.tidy_titles, settings.item_form
-        )
+        columns = replace(settings.item_columns or ItemColumns(), extra=settings.attributes)
+        listed, item_counts = read_items(settings.items, columns, settings.tidy_titles, settings.item_form)
+    elif settings.attributes:
+        raise UserError(f"the template tells {', '.join(settings.attributes)} of each item: give a table of items")
     runs, read, broken, units, users = _read(settings, workshop)
     counts |= read
     unit = choose_unit(settings.ratings, units)
@@ -207,7 +222,7 @@ def read_runs(found: Sequence[tuple[int, Path]], settings: LogSettings, folder: 
 
     def rated() -> Iterator[pl.DataFrame]:
         for _, path in found:
-            columns, wanted = settings.rating_columns, settings.minimum_rating is not None
+            columns, wanted = settings.rating_columns, settings.ratings_shown or settings.minimum_rating is not None
             for whole, unread in read_log(path, columns, wanted, settings.rating_form):
                 good = rated_enough(whole, settings.minimum_rating)
                 counts.update(count_read(whole, unread, good))

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,9 @@ from rankwise.files import new_folder, write_jsonl
 from rankwise.recommend.leaks import leaks
 from rankwise.recommend.log import Log, LogSettings, open_log
 from rankwise.recommend.parts import Part, Spread, Workshop, load
+from rankwise.recommend.prompts import load_template
 from rankwise.recommend.rows import (
+    About,
     Prepared,
     RowSettings,
     build,
@@ -45,10 +47,11 @@ def prepare_interactions(settings: InteractionSettings) -> Prepared:
             log,
             settings,
             log.counts,
+            attributes=log.attributes,
             popularity=log.popularity,
             most_history=log.most_history,
             histories=log.histories,
-            items=log.items.select("item", "title"),
+            items=log.items,
             broken=log.broken,
             leaks=leaks(log.parts),
         )
@@ -95,7 +98,7 @@ def _write_part(
     path: Path, shards: Path, log: Log, part: str, settings: InteractionSettings, spread: Spread
 ) -> dict[str, int]:
     chosen, counts = picked(log, part, settings)
-    share = partial(_write_share, part=part, catalogue=log.catalogue, settings=settings)
+    share = partial(_write_share, part=part, catalogue=log.catalogue, about=log.attributes, settings=settings)
     work = [(shards / f"{part}-{at:05d}.jsonl", *one) for at, one in enumerate(log.shares(part, chosen)) if one[1]]
     with path.open("xb") as whole:
         for shard, more in spread(share, work):
@@ -107,12 +110,17 @@ def _write_part(
 
 
 def _write_share(
-    share: tuple[Path, Part, Sequence[int]], part: str, catalogue: Sequence[str], settings: InteractionSettings
+    share: tuple[Path, Part, Sequence[int]],
+    part: str,
+    catalogue: Sequence[str],
+    about: About,
+    settings: InteractionSettings,
 ) -> tuple[Path, dict[str, int]]:
     path, table, chosen = share
     counts: dict[str, int] = {}
     cases = cases_of(load(table), part, settings.history, chosen)
-    write_jsonl(path, map(written, make_rows(cases, part, catalogue, settings, counts)))
+    rows = make_rows(cases, part, catalogue, settings, counts, about)
+    write_jsonl(path, (written(row, settings.messages) for row in rows))
     return path, counts
 
 
@@ -125,11 +133,13 @@ def _opened(settings: InteractionSettings, beside: Path | None = None, spread: S
     """
     check_rows(settings)
     check_split(settings)
+    template = load_template(settings.template)
+    settings = replace(settings, attributes=template.attributes, ratings_shown=template.shows_ratings)
     with tempfile.TemporaryDirectory(prefix=".log-", dir=beside) as folder:
         log = open_log(settings, Workshop(Path(folder), spread, spread_out=spread is not map))
         if not log.size("train"):
             raise UserError(
-                f"{settings.ratings}: no training row: every user has only {settings.minimum_history} training"
-                " items or fewer; give a longer log or a smaller minimum_history"
+                f"{settings.ratings}: no training row: no user has more than {settings.minimum_history} training"
+                " items; give a longer log or a smaller minimum_history"
             )
         yield log

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -12,6 +12,8 @@ from pathlib import Path
 import yaml
 
 from rankwise.errors import UserError, nearest
+
+RATING, TITLE = "rating", "title"
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,54 @@ class Template:
     prompt: str  # holds {history}, and {candidates} where the answer is to be chosen from a list
     separator: str  # between two titles of a list
     answer: str  # holds {title}; begins with a space or a line break
+    item: str = "{title}"  # of a history: may hold {rating}, and columns of the item list such as {genres}
+    unknown: str = "unknown"  # what a rating or column without a value is called
 
     @property
     def shows_candidates(self) -> bool:
         """Whether the prompt lists the candidates."""
         return "candidates" in _placeholders(self.prompt)
 
-    def render(self, history: Sequence[str], candidates: Sequence[str] = ()) -> str:
-        """The prompt for a history (oldest first) and the candidates in the order given."""
-        shown = self.prompt.format(history=self.separator.join(history), candidates=self.separator.join(candidates))
-        return shown.rstrip()
+    @property
+    def shows_ratings(self) -> bool:
+        """Whether a history tells how its items were rated."""
+        return RATING in _placeholders(self.item)
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """The columns of the item list that a history tells."""
+        return tuple(dict.fromkeys(name for name in _placeholders(self.item) if name not in (RATING, TITLE)))
+
+    def render(
+        self,
+        history: Sequence[str],
+        candidates: Sequence[str] = (),
+        *,
+        about: Mapping[str, Mapping[str, str | None]] | None = None,
+        ratings: Sequence[float | None] = (),
+    ) -> str:
+        """The prompt for a history (oldest first) and the candidates in the order given.
+
+        Args:
+            history: titles.
+            candidates: titles.
+            about: the attributes of titles.
+            ratings: of the history's titles, as many; unknown where there are none.
+        """
+        items = [
+            self._item(title, (about or {}).get(title, {}), rating)
+            for title, rating in zip(history, ratings or [None] * len(history), strict=True)
+        ]
+        shown = self.prompt.format(history=self.separator.join(items), candidates=self.separator.join(candidates))
+        return shown if self.prompt[-1].isspace() else shown.rstrip()  # a chat's turn begins with a line break
+
+    def _item(self, title: str, about: Mapping[str, str | None], rating: float | None) -> str:
+        if self.item == "{title}":
+            return title
+        values = {name: about.get(name) or self.unknown for name in self.attributes}
+        if self.shows_ratings:
+            values[RATING] = self.unknown if rating is None else f"{rating:g}"
+        return self.item.format(title=title, **values)
 
     def render_answer(self, title: str) -> str:
         """The text of an answer: what the model is to write after the prompt."""
@@ -49,12 +89,14 @@ def template_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_template(name: str | Path) -> Template:
-    """A shipped template by name, or a user's own by the path of a YAML file.
+def load_template(name: str | Path | Template) -> Template:
+    """A shipped template by name, or a user's own by the path of a YAML file; a template itself stays as it is.
 
     Raises:
         UserError: there is no such template or file, or the file is no valid template.
     """
+    if isinstance(name, Template):
+        return name
     if isinstance(name, Path) or name.endswith((".yaml", ".yml")) or "/" in name:
         path = Path(name)
         if not path.is_file():
@@ -79,7 +121,7 @@ def _parse(file: Path | Traversable, source: str) -> Template:
         if key not in known:
             raise UserError(f"template {source}: unknown key {key!r}; {nearest(str(key), known)}")
     for key in known:
-        if not isinstance(content.get(key), str):
+        if not isinstance(content.get(key, getattr(Template, key, None)), str):
             raise UserError(f"template {source}: {key} = {content.get(key)!r} must be a text")
     return _checked(Template(**{**content, "prompt": content["prompt"].rstrip()}), source)
 
@@ -87,6 +129,7 @@ def _parse(file: Path | Traversable, source: str) -> Template:
 def _checked(template: Template, source: str) -> Template:
     _check_placeholders(template.prompt, source, "prompt", required="history", known=("history", "candidates"))
     _check_placeholders(template.answer, source, "answer", required="title", known=("title",))
+    _check_placeholders(template.item, source, "item", required="title")
     if not template.answer[0].isspace():
         raise UserError(f"template {source}: answer = {template.answer!r} must begin with a space or a line break")
     if not template.separator:
@@ -94,13 +137,15 @@ def _checked(template: Template, source: str) -> Template:
     return template
 
 
-def _check_placeholders(text: str, source: str, key: str, required: str, known: Sequence[str]) -> None:
+def _check_placeholders(text: str, source: str, key: str, required: str, known: Sequence[str] | None = None) -> None:
     try:
         found = _placeholders(text)
     except ValueError as error:
         raise UserError(f"template {source}: {key}: {error}; a brace that is meant is written twice") from error
     for name in found:
-        if name not in known:
+        if known is None and not name.isidentifier():
+            raise UserError(f"template {source}: {{{name}}} in {key} is no name of a column")
+        if known is not None and name not in known:
             raise UserError(f"template {source}: unknown placeholder {{{name}}} in {key}; {nearest(name, known)}")
     if required not in found:
         raise UserError(f"template {source}: {key} has no {{{required}}}")

@@ -14,6 +14,7 @@ from typing import Any
 
 from rankwise.errors import UserError
 from rankwise.recommend.leaks import leaks_of_cases
+from rankwise.recommend.prompts import load_template
 from rankwise.recommend.rows import Prepared, RowSettings, build, check_rows
 from rankwise.recommend.splits import Case
 
@@ -44,6 +45,10 @@ def prepare_published(settings: PublishedSettings) -> Prepared:
         UserError: a file is missing, empty or of another form, or a setting is wrong.
     """
     check_rows(settings)
+    template = load_template(settings.template)
+    if template.attributes or template.shows_ratings:
+        told = ", ".join((*template.attributes, *(["rating"] if template.shows_ratings else [])))
+        raise UserError(f"template {template.name!r} tells {told} of each item, which published lists have not")
     names = None if settings.names is None else read_names(settings.names)
     parts: dict[str, list[Case]] = {}
     counts: Counter[str] = Counter()

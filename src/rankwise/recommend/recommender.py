@@ -81,7 +81,7 @@ class Recommender:
             raise UserError(f"none of {len(every)} titles fits half of {context} tokens: raise model.context")
         self.titles: list[str] = [title for title, _ in fitting]
         self._answers = [answer for _, answer in fitting]
-        self.counts = _counts(self._answers) | {"titles left out as too long": len(every) - len(fitting)}
+        self.counts = count_alike(self._answers) | {"titles left out as too long": len(every) - len(fitting)}
 
     @cached_property
     def trie(self) -> CatalogueTrie:
@@ -100,6 +100,7 @@ class Recommender:
         exclude_seen: bool = True,
         length_normalised: bool = False,
         most_nodes: int | None = None,
+        ratings: Sequence[Sequence[float | None]] | None = None,
     ) -> list[Ranking]:
         """The ``top`` titles with the highest scores after each history, out of the whole catalogue.
 
@@ -109,6 +110,7 @@ class Recommender:
             exclude_seen: leave the titles of a history out.
             length_normalised: rank by the mean log-probability of a title's tokens, and not by the sum.
             most_nodes: tokens of titles that may be read for each history; the ranking is exact without it.
+            ratings: of each history's titles, where the template tells them; an empty one is unknown.
 
         Raises:
             UserError: a history is empty or leaves nothing to recommend, ``top`` or ``most_nodes`` is below 1, a score
@@ -119,7 +121,8 @@ class Recommender:
                 f"the prompts of template {self.store.template.name!r} list the candidates: give candidates to rank, "
                 "or train with a template without {candidates} to rank the whole catalogue"
             )
-        prompts = [self._prompt(history) for history in histories]
+        rated = ratings or [()] * len(histories)
+        prompts = [self._prompt(*one) for one in zip(histories, rated, strict=True)]
         seen = [self._seen(history) if exclude_seen else frozenset[int]() for history in histories]
         found = top_answers(
             self.model,
@@ -136,7 +139,13 @@ class Recommender:
             for one in found
         ]
 
-    def rank(self, history: Sequence[str], candidates: Sequence[str], top: int = 10) -> Ranking:
+    def rank(
+        self,
+        history: Sequence[str],
+        candidates: Sequence[str],
+        top: int = 10,
+        ratings: Sequence[float | None] = (),
+    ) -> Ranking:
         """The ``top`` of some titles, which may be new to the catalogue; the prompt lists them where its template does.
 
         Raises:
@@ -146,7 +155,7 @@ class Recommender:
         if len(candidates) < 2 or len(set(candidates)) < len(candidates):
             raise UserError(f"candidates are {list(candidates)}: give 2 or more, each once")
         template = self.store.template
-        prompt = template.render(self._shown(history), candidates)
+        prompt = self._render(self._shown(history), ratings, candidates)
         answers = [template.render_answer(title) for title in candidates]
         cases, _ = encode_cases(self._tokenizer, [prompt], [answers], self._context)
         [scores] = score_candidates(self.model, cases, self._padding)
@@ -161,15 +170,21 @@ class Recommender:
             raise UserError("a history is empty: give at least one title")
         return history[-self.store.most_history :]
 
-    def _prompt(self, history: Sequence[str]) -> list[int]:
+    def _render(self, shown: Sequence[str], ratings: Sequence[float | None], candidates: Sequence[str] = ()) -> str:
+        """The prompt of a history's latest titles, of which the last ratings are."""
+        rated = ratings[len(ratings) - len(shown) :] if ratings else ()
+        return self.store.template.render(shown, candidates, about=self.store.about, ratings=rated)
+
+    def _prompt(self, history: Sequence[str], ratings: Sequence[float | None] = ()) -> list[int]:
         """Token ids with room for the longest title; where they are too many, the oldest titles go first."""
         shown, room = self._shown(history), self._context - self.trie.longest
         while True:
-            ids = encode_prompt(self._tokenizer, self.store.template.render(shown), self._context)
+            prompt = self._render(shown, ratings)
+            ids = encode_prompt(self._tokenizer, prompt, self._context)
             if len(ids) <= room:
                 return ids
             if len(shown) == 1:
-                return encode_prompt(self._tokenizer, self.store.template.render(shown), room)
+                return encode_prompt(self._tokenizer, prompt, room)
             shown = shown[1:]
 
     def _seen(self, history: Sequence[str]) -> frozenset[int]:
@@ -183,7 +198,7 @@ class Recommender:
         return [Recommendation(title, score, self.store.items.get(title, [])) for title, score in pairs]
 
 
-def _counts(answers: Sequence[Sequence[int]]) -> dict[str, int]:
+def count_alike(answers: Sequence[Sequence[int]]) -> dict[str, int]:
     """How many answers are not the first of their tokens, and how many, the end of the text aside, begin another."""
     occurring = Counter(map(tuple, answers))
     beginnings = {answer[:length] for answer in occurring for length in range(1, len(answer) - 1)}

@@ -17,6 +17,7 @@ from rankwise.recommend.splits import PARTS, Case
 from rankwise.sampling import picks
 
 Row = dict[str, Any]
+About = Mapping[str, Mapping[str, str | None]]  # attributes of titles
 _NOBODY = pl.DataFrame(schema={"user": pl.String, "titles": pl.List(pl.String)})
 _NOTHING = pl.DataFrame(schema={"item": pl.String, "title": pl.String})
 
@@ -29,7 +30,8 @@ class RowSettings:
     negatives: int = 3  # rejected answers of a row, drawn from its candidates
     training_rows: int | None = None  # at most, drawn by seed; none for all
     evaluation_cases: int | None = None  # of validation and of test, at most each, drawn by seed; none for all
-    template: str | Path = "films"  # a shipped template's name or the path of one
+    template: str | Path | Template = "films"  # a shipped template's name or the path of one
+    messages: bool = False  # whether prompts and answers are written to files as chat messages
     seed: int = 0
 
 
@@ -76,7 +78,12 @@ def picked(source: Source, part: str, settings: RowSettings) -> tuple[Sequence[i
 
 
 def make_rows(
-    cases: Iterable[Case], part: str, catalogue: Sequence[str], settings: RowSettings, counts: dict[str, int]
+    cases: Iterable[Case],
+    part: str,
+    catalogue: Sequence[str],
+    settings: RowSettings,
+    counts: dict[str, int],
+    about: About | None = None,
 ) -> Iterator[Row]:
     """A row for each case, its candidates and rejected answers drawn by the seed, the user and the target.
 
@@ -93,18 +100,33 @@ def make_rows(
         case = with_candidates(bare, catalogue, settings.candidates, settings.seed)
         if part != "train":
             counts[unwinnable] += cannot_be_won(case.candidates, case.target)
-        yield row_of(case, template, settings.negatives, settings.seed, list_candidates=part != "train")
+        yield row_of(case, template, settings.negatives, settings.seed, part != "train", about)
 
 
-def row_of(case: Case, template: Template, negatives: int, seed: int, list_candidates: bool = True) -> Row:
+def row_of(
+    case: Case,
+    template: Template,
+    negatives: int,
+    seed: int,
+    list_candidates: bool = True,
+    about: About | None = None,
+) -> Row:
     """The row of a case; its ``negatives`` rejected answers are drawn by ``seed`` from its candidates.
+
+    Args:
+        case: with candidates.
+        template: of the prompt and the answers.
+        negatives: how many rejected answers there are.
+        seed: of the draw.
+        list_candidates: whether the row tells the candidates.
+        about: the attributes of titles that the template tells.
 
     Raises:
         UserError: the case has too few candidates for the negatives.
     """
     row: Row = {
         "user": case.user,
-        "prompt": template.render(case.history, case.candidates),
+        "prompt": template.render(case.history, case.candidates, about=about, ratings=case.ratings),
         "chosen": template.render_answer(case.target),
         "rejected": [template.render_answer(title) for title in draw_negatives(case, negatives, seed)],
         "target": case.target,
@@ -121,8 +143,9 @@ class Prepared:
     """Rows of the three parts, the titles to rank, their popularity in training, and what was left out.
 
     ``histories`` has a row for each ``user`` of the log, with ``titles``: all that the user chose, the last two too,
-    oldest first. ``items`` has each ``item`` (its id) with its ``title``, those that nobody chose too. Published files
-    have neither users nor ids. ``broken`` has the rows of a log that could not be read: ``file``, ``row``, ``reason``
+    oldest first, and their ``ratings`` where the template tells them. ``items`` has each ``item`` (its id) with its
+    ``title`` and what else the template tells of it, those that nobody chose too. Published files have neither users
+    nor ids. ``broken`` has the rows of a log that could not be read: ``file``, ``row``, ``reason``
     and ``content``.
 
     A row of a part has ``user``, ``prompt``, ``chosen``, ``rejected`` (list), ``target``, ``history`` (titles) and
@@ -143,13 +166,16 @@ class Prepared:
     leaks: dict[str, int] = field(default_factory=dict)  # what crosses from training to what is held out
 
 
-def build(source: Source, settings: RowSettings, counts: Mapping[str, int], **about: Any) -> Prepared:
+def build(
+    source: Source, settings: RowSettings, counts: Mapping[str, int], attributes: About | None = None, **about: Any
+) -> Prepared:
     """Rows out of the cases of ``train``, ``validation`` and ``test``, sampled and counted.
 
     Args:
         source: of the cases.
         settings: of the rows.
         counts: of what was read.
+        attributes: of titles, which the template tells.
         **about: the other fields of :class:`Prepared`.
     """
     found = dict(counts)
@@ -157,13 +183,14 @@ def build(source: Source, settings: RowSettings, counts: Mapping[str, int], **ab
     def made(part: str) -> list[Row]:
         chosen, sampled = picked(source, part, settings)
         found.update(sampled)
-        return list(make_rows(source.cases(part, chosen), part, source.catalogue, settings, found))
+        cases = source.cases(part, chosen)
+        return list(make_rows(cases, part, source.catalogue, settings, found, attributes))
 
     train, validation, test = (made(part) for part in PARTS)
     return Prepared(train, validation, test, list(source.catalogue), counts=found, **about)
 
 
-def write_rows(folder: Path, prepared: Prepared) -> Path:
+def write_rows(folder: Path, prepared: Prepared, messages: bool = False) -> Path:
     """Write ``train.jsonl``, ``validation.jsonl``, ``test.jsonl``, ``catalogue.json`` and ``counts.json``.
 
     The folder appears whole or not at all.
@@ -175,7 +202,7 @@ def write_rows(folder: Path, prepared: Prepared) -> Path:
     check_new(folder)
     with new_folder(folder) as temporary:
         for part in PARTS:
-            write_jsonl(temporary / f"{part}.jsonl", map(written, getattr(prepared, part)))
+            write_jsonl(temporary / f"{part}.jsonl", (written(row, messages) for row in getattr(prepared, part)))
         catalogue, popularity = prepared.catalogue, prepared.popularity
         write_about(temporary, catalogue, popularity, prepared.counts, prepared.leaks, prepared.broken)
     return folder
@@ -191,9 +218,18 @@ def check_new(folder: Path) -> None:
         raise UserError(f"{folder}: already there and not empty; choose another folder or remove it first")
 
 
-def written(row: Row) -> Row:
-    """What of a row goes to a file."""
-    return {key: value for key, value in row.items() if key != "seen"}
+def written(row: Row, messages: bool = False) -> Row:
+    """What of a row goes to a file; prompt and answers as chat ``messages`` where these are wanted."""
+    kept = {key: value for key, value in row.items() if key != "seen"}
+    if messages:
+        kept["prompt"] = _message("user", row["prompt"])
+        kept["chosen"] = _message("assistant", row["chosen"])
+        kept["rejected"] = [_message("assistant", answer) for answer in row["rejected"]]
+    return kept
+
+
+def _message(role: str, text: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": text.strip()}]
 
 
 def write_about(

@@ -31,6 +31,7 @@ class Case:
     target: str
     candidates: tuple[str, ...] = ()
     seen: frozenset[str] = frozenset()
+    ratings: tuple[float, ...] = ()  # of the history's items, where the log has them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +180,7 @@ def cases_of(log: pl.DataFrame, part: str, history: int, picks: Sequence[int] | 
     if picks is not None:
         targets = targets[list(picks)]
     trains = log["part"] == "train"
+    rated = log["rating"] if "rating" in log.columns else None
     for user, rows in groupby(targets.iter_rows(), key=lambda row: row[1]):
         first, seen, titles = -1, frozenset[str](), list[str]()
         for row, _, position, size in rows:
@@ -187,7 +189,9 @@ def cases_of(log: pl.DataFrame, part: str, history: int, picks: Sequence[int] | 
                 titles = log["title"].slice(first, size).to_list()
                 known = titles if part != "train" else compress(titles, trains.slice(first, size))
                 seen = frozenset(known)
-            yield Case(user, tuple(titles[max(0, position - history) : position]), titles[position], seen=seen)
+            shown = slice(max(0, position - history), position)
+            ratings = () if rated is None else tuple(rated.slice(first, size)[shown].to_list())
+            yield Case(user, tuple(titles[shown]), titles[position], seen=seen, ratings=ratings)
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,10 @@ class Store:
     """A catalogue, its users, and how a prompt is made of a history.
 
     Attributes:
-        titles: each ``title`` once, sorted, with its ``popularity`` in training and the ids of its ``items``.
-        histories: each ``user`` with the ``titles`` of all interactions, oldest first.
+        titles: each ``title`` once, sorted, with its ``popularity`` in training, the ids of its ``items``, and the
+            attributes that the template tells.
+        histories: each ``user`` with the ``titles`` of all interactions, oldest first, and their ``ratings`` where the
+            template tells them.
         template: of the prompts that the model was trained on.
         most_history: titles in a prompt, the latest ones.
     """
@@ -55,6 +57,14 @@ class Store:
     def items(self) -> dict[str, list[str]]:
         """The ids of the items behind each title."""
         return dict(self.titles.select("title", "items").iter_rows())
+
+    @cached_property
+    def about(self) -> dict[str, dict[str, str | None]]:
+        """What the template tells of each title."""
+        names = self.template.attributes
+        if not names:
+            return {}
+        return {str(row.pop("title")): row for row in self.titles.select("title", *names).iter_rows(named=True)}
 
     def has_user(self, user: str) -> bool:
         """Whether the log has a user of this name."""
@@ -72,6 +82,13 @@ class Store:
             raise UserError(f"user {user!r} is none of {len(self._users)} in the log; {hint}")
         titles: list[str] = self.histories["titles"][place].to_list()
         return titles
+
+    def ratings(self, user: str) -> list[float | None]:
+        """How a user of the log rated each title of the history; nothing where the template does not tell it."""
+        if "ratings" not in self.histories.columns:
+            return []
+        ratings: list[float | None] = self.histories["ratings"][self._users[user]].to_list()
+        return ratings
 
     def find(self, names: Sequence[str]) -> list[str]:
         """The titles that a person means: by title, letters' case aside, or by the id of an item.
@@ -127,7 +144,8 @@ def make_store(prepared: Prepared, template: Template) -> Store:
         {"title": list(prepared.popularity), "popularity": list(prepared.popularity.values())},
         schema={"title": pl.String, "popularity": pl.Int64},
     )
-    items = prepared.items.group_by("title").agg(items=pl.col("item").sort())
+    about = [pl.col(name).first() for name in template.attributes]
+    items = prepared.items.group_by("title", maintain_order=True).agg(pl.col("item").sort().alias("items"), *about)
     titles = (
         pl.concat([prepared.items["title"], pl.Series("title", prepared.catalogue, dtype=pl.String)])
         .unique()

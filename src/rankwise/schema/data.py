@@ -65,6 +65,7 @@ class RecommendationSettings(Section):
     """What interactions and published files have in common."""
 
     template: str = Field("films", description="A shipped template's name, or the path of your own.")
+    chat: bool = Field(False, description="Write prompt and answer as a chat, by the model's template.")
     negatives: Count = Field(3, description="Most rejected answers of a training row.")
     candidates: int = Field(20, ge=2, description="Candidates of an evaluation case, the true one included.")
     rows: Count | None = Field(None, description="Most training rows, drawn by the seed.")

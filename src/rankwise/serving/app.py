@@ -158,6 +158,7 @@ def _add_recommend(app: FastAPI, stages: Stages, worker: Worker, settings: Serve
         question = Question(
             stage=stage,
             history=tuple(history),
+            ratings=() if asked.user is None else tuple(store.ratings(asked.user)),
             candidates=None if asked.candidates is None else tuple(asked.candidates),
             **asked.model_dump(include={"top", "exclude_seen", "length_normalised", "most_nodes"}),
         )

@@ -28,10 +28,11 @@ class Question:
     exclude_seen: bool = True
     length_normalised: bool = False
     most_nodes: int | None = None
+    ratings: tuple[float | None, ...] = ()
 
     def joins(self, other: Question) -> bool:
         """Whether both can go through the model in one call: they differ in their histories alone."""
-        return self.candidates is None and replace(self, history=other.history) == other
+        return self.candidates is None and replace(self, history=other.history, ratings=other.ratings) == other
 
 
 def answer_together(stages: Stages, questions: Sequence[Question]) -> list[Ranking]:
@@ -39,13 +40,14 @@ def answer_together(stages: Stages, questions: Sequence[Question]) -> list[Ranki
     first = questions[0]
     with stages.use(first.stage) as recommender:
         if first.candidates is not None:
-            return [recommender.rank(first.history, first.candidates, first.top)]
+            return [recommender.rank(first.history, first.candidates, first.top, first.ratings)]
         return recommender.recommend(
             [one.history for one in questions],
             first.top,
             exclude_seen=first.exclude_seen,
             length_normalised=first.length_normalised,
             most_nodes=first.most_nodes,
+            ratings=[one.ratings for one in questions],
         )
 
 

@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from rankwise.errors import UserError
+from rankwise.recommend.chats import as_chat
 from rankwise.recommend.interactions import InteractionColumns
 from rankwise.recommend.items import ItemColumns
 from rankwise.recommend.known_logs import known_log
 from rankwise.recommend.prepare import InteractionSettings, prepare_interactions
-from rankwise.recommend.prompts import load_template
+from rankwise.recommend.prompts import Template, load_template
 from rankwise.recommend.published import PublishedSettings, prepare_published
 from rankwise.recommend.rows import Prepared
 from rankwise.sampling import sample
@@ -62,10 +63,12 @@ def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) 
     """
     data = recipe.data
     if isinstance(data, RecommendationSettings):
-        evaluation = recipe.evaluation
+        evaluation, template = recipe.evaluation, load_template(data.template)
+        if data.chat:
+            template = as_chat(template, tokenizer)
         return RecommendationTask(
-            prepare(data, recipe.seed),
-            load_template(data.template),
+            prepare(data, recipe.seed, template),
+            template,
             tokenizer,
             recipe.model,
             context,
@@ -86,16 +89,23 @@ def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) 
     return _classification(recipe, data, tokenizer, context)
 
 
-def prepare(data: RecommendationSettings, seed: int) -> Prepared:
-    """Rows for recommendation, from a log of interactions or from published files."""
+def prepare(data: RecommendationSettings, seed: int, template: Template | None = None) -> Prepared:
+    """Rows for recommendation, from a log of interactions or from published files.
+
+    Args:
+        data: where they are.
+        seed: of the draws.
+        template: instead of the one that ``data`` names.
+    """
+    settings = {**_row_settings(data, seed), **({} if template is None else {"template": template})}
     if isinstance(data, SdpoData):
         names = Path(data.names) if data.names else None
         train, validation, test = (Path(path) for path in (data.train, data.validation, data.test))
         return prepare_published(
-            PublishedSettings(train=train, validation=validation, test=test, names=names, **_row_settings(data, seed))
+            PublishedSettings(train=train, validation=validation, test=test, names=names, **settings)
         )
     assert isinstance(data, InteractionData)
-    return prepare_interactions(interaction_settings(data, seed))
+    return prepare_interactions(replace(interaction_settings(data, seed), **settings))
 
 
 def interaction_settings(data: InteractionData, seed: int) -> InteractionSettings:
@@ -139,6 +149,7 @@ def _log_files(data: InteractionData) -> dict[str, Any]:
 def _row_settings(data: RecommendationSettings, seed: int) -> dict[str, Any]:
     return {
         "template": data.template,
+        "messages": data.chat,
         "negatives": data.negatives,
         "candidates": data.candidates,
         "training_rows": data.rows,

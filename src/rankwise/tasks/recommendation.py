@@ -21,13 +21,14 @@ from rankwise.recommend.generation import generate_answers
 from rankwise.recommend.metrics import Scores, substring_protocol
 from rankwise.recommend.prompts import Template
 from rankwise.recommend.ranking import encode_cases, score_candidates
+from rankwise.recommend.recommender import count_alike
 from rankwise.recommend.rows import Prepared
 from rankwise.recommend.store import Store, make_store
 from rankwise.sampling import sample
 from rankwise.schema import ModelSettings
 from rankwise.tasks.splits import hold_out
 from rankwise.tasks.task import Measurement, Metrics
-from rankwise.tokenise import answer_ids, encode_answers, padding_token
+from rankwise.tokenise import IGNORED, answer_ids, encode_answers, padding_token
 from rankwise.trees.catalogue import catalogue_scores
 from rankwise.trees.trie import CatalogueTrie
 
@@ -93,11 +94,17 @@ class RecommendationTask:
         room = self._trie.longest if self._full else 0
         self._cases, prompts_cut = encode_cases(tokenizer, prompts, answers, context, room)
         self.counts |= {"evaluation cases left out": left_out, "evaluation prompts cut to the context": prompts_cut}
+        self.counts |= _lengths(self._rows, self._answers) | count_alike(self._answers)
+
+    @cached_property
+    def _answers(self) -> list[list[int]]:
+        """Token ids of all titles as answers."""
+        return answer_ids(self._tokenizer, [self._template.render_answer(one) for one in self._titles])
 
     @cached_property
     def _trie(self) -> CatalogueTrie:
         """All titles as answers."""
-        return CatalogueTrie(answer_ids(self._tokenizer, [self._template.render_answer(one) for one in self._titles]))
+        return CatalogueTrie(self._answers)
 
     def load_model(self) -> PreTrainedModel:
         """A causal language model."""
@@ -199,3 +206,15 @@ class RecommendationTask:
 
     def _candidates(self) -> tuple[list[list[str]], list[str]]:
         return [row["candidates"] for row in self._evaluation], [row["target"] for row in self._evaluation]
+
+
+def _lengths(rows: Sequence[Mapping[str, Sequence[int]]], answers: Sequence[Sequence[int]]) -> dict[str, int]:
+    """Tokens of the training prompts, after what was cut, and of the titles."""
+    prompts = sorted(sum(label == IGNORED for label in row["labels"]) for row in rows)
+    titles = sorted(map(len, answers))
+    found: dict[str, int] = {}
+    for name, lengths in (("a training prompt", prompts), ("a title", titles)):
+        if lengths:
+            found[f"tokens of {name}, in the middle"] = lengths[len(lengths) // 2]
+            found[f"tokens of {name}, at most"] = lengths[-1]
+    return found
