@@ -31,6 +31,7 @@ FEWER = {
     "rows": 2,
     "less SFT": 4,
     "list in prompt": 6,
+    "no reference": 4,
     "seeds": 0,
 }
 BASE, POPULARITY = "base", "popularity"
@@ -54,6 +55,7 @@ class Run:
         negatives: how many rejected answers a row has.
         source: where they are drawn from.
         beta: of the loss.
+        reference: what the loss compares with: the ``start``, or ``none``.
         sft_weight: of the chosen answer's cross-entropy in it.
         loss: of supervised training: over the ``row`` or over its ``answer``.
         seed: of rows, their order, negatives and adapters.
@@ -72,6 +74,7 @@ class Run:
     negatives: int = 3
     source: str = "candidates"
     beta: float = 1.0
+    reference: str = "start"
     sft_weight: float = 0.0
     loss: str = "row"
     seed: int = 0
@@ -166,6 +169,7 @@ def _everything(entries: Sequence[Entry], data: str) -> Iterator[tuple[str, Run]
     yield from _rows(default, more)
     yield from _less_converged(starts, default, more)
     yield from _listed(starts["listed"])
+    yield from _no_reference(default)
     for seed in SEEDS[1:]:
         yield "seeds", replace(default, seed=seed)
 
@@ -185,6 +189,19 @@ def _less_converged(starts: dict[str, Run], default: Run, more: Run) -> Iterator
         for rate in (1e-4, 1e-3):
             yield "less SFT", replace(default, start=starts[name].folder, rate=rate)
         yield "less SFT", replace(more, start=starts[name].folder, rate=1e-3)
+
+
+def _no_reference(default: Run) -> Iterator[tuple[str, Run]]:
+    """At beta 1 the loss then is the cross-entropy of the answer among its candidates."""
+    free = replace(default, reference="none", negatives=15, rate=1e-3)
+    yield "no reference", free
+    yield "no reference", replace(free, rate=1e-4)
+    yield "no reference", replace(free, beta=0.3)
+    yield "no reference", replace(free, weights="all", rate=1e-4)
+    for negatives in (3, 1):
+        yield "no reference", replace(free, negatives=negatives)
+    yield "no reference", replace(free, sft_weight=1.0)
+    yield "no reference", replace(free, source="hard", negatives=3)
 
 
 def _listed(start: Run) -> Iterator[tuple[str, Run]]:

@@ -158,7 +158,8 @@ def preference_trainer(run: Run, model: nn.Module, tokenizer: Any, rows: Rows, w
         negatives=run.source,
         num_negatives=run.negatives,
         sft_weight=run.sft_weight,
-        reference_cache=str(work / "reference"),
+        reference=run.reference,
+        reference_cache=None if run.reference == "none" else str(work / "reference"),
         **({"mine_pool": POOL, "mine_every": MINE_EVERY} if run.source == "hard" else {}),
     )
     catalogue = Catalogue(list(rows.catalogue), list(rows.catalogue.values()))

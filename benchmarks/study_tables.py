@@ -67,7 +67,7 @@ def label(run: Run) -> str:
         return "SFT" if "seed" in run.start else run.start
     kind = {"supervised": "SFT", "more": f"more SFT, loss of the {run.loss}", "preference": method(run)}[run.kind]
     said = [kind, f"rate {run.rate:g}"]
-    names = ["rows", "passes", "new", "source", "beta", "sft_weight", "seed"]
+    names = ["rows", "passes", "new", "source", "beta", "reference", "sft_weight", "seed"]
     names += ["weights"] if run.kind != "supervised" else []
     said += [f"{name} {getattr(run, name)}" for name in names if getattr(run, name) != getattr(Run, name)]
     if f"-{LONG}-" not in run.start and run.start != BASE and not run.listed:
