@@ -14,8 +14,8 @@ import pytest
 
 from rankwise.errors import UserError
 from rankwise.recommend import Prepared, prepare_interactions
-from rankwise.recommend.known_logs import KNOWN_LOGS, known_log
-from rankwise.recommend.reading import read_table
+from rankwise.recommend.logs.known import KNOWN_LOGS, known_log
+from rankwise.recommend.logs.reading import read_table
 from rankwise.schema import InteractionData
 from rankwise.tasks.load import check_files, interaction_settings
 

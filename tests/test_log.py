@@ -23,7 +23,7 @@ from rankwise.recommend import (
     write_rows,
     write_synthetic,
 )
-from rankwise.recommend.cleaning import sessions
+from rankwise.recommend.logs.cleaning import sessions
 
 PARTS = ("train", "validation", "test")
 

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from rankwise.errors import UserError
-from rankwise.recommend.reading import find_column, find_optional_column, read_table
+from rankwise.recommend.logs.reading import find_column, find_optional_column, read_table
 
 
 def test_csv_is_text_with_quotes_lines_and_a_byte_order_mark(tmp_path: Path) -> None:

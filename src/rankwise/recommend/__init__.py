@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from rankwise.recommend.baselines import popularity_scores, random_scores, target_places
 from rankwise.recommend.candidates import draw_candidates, draw_negatives, with_candidates
-from rankwise.recommend.interactions import InteractionColumns, attach_titles, read_interactions
-from rankwise.recommend.items import ItemColumns, read_items, tidy_title
+from rankwise.recommend.logs.interactions import InteractionColumns, attach_titles, read_interactions
+from rankwise.recommend.logs.items import ItemColumns, read_items, tidy_title
+from rankwise.recommend.logs.reading import Form
 from rankwise.recommend.metrics import ProtocolResult, case_metrics, ranking_metrics, substring_protocol
 from rankwise.recommend.prepare import InteractionSettings, WrittenRows, prepare_interactions, write_interactions
 from rankwise.recommend.prompts import Template, load_template, template_names
@@ -16,7 +17,6 @@ from rankwise.recommend.published import (
     read_names,
     read_windows,
 )
-from rankwise.recommend.reading import Form
 from rankwise.recommend.rows import Prepared, RowSettings, row_of, write_rows
 from rankwise.recommend.splits import Case, Split, SplitSettings, leave_last_out
 from rankwise.recommend.synthetic import SyntheticSettings, synthetic_log, write_synthetic

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import pickle
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rankwise.errors import UserError
@@ -41,21 +42,32 @@ def over_cluster(function: Callable[[Any], Any], inputs: Sequence[Any]) -> Itera
         ray.init(include_dashboard=False, logging_level=logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    rows = [{"place": place, "given": pickle.dumps(given)} for place, given in enumerate(inputs)]
-    if not rows:
+    if not inputs:
         return
-    blocks = ray.data.from_items(rows, override_num_blocks=len(rows))
-    results = blocks.map(lambda row: {"place": row["place"], "made": _made(function, row["given"])}).take_all()
+    given = ray.put(list(inputs))
+    blocks = ray.data.range(len(inputs), override_num_blocks=len(inputs))
+    results = blocks.map(partial(_made, function, given)).take_all()
     for row in sorted(results, key=lambda one: one["place"]):
-        made = pickle.loads(row["made"])
-        if isinstance(made, UserError):
-            raise made
-        yield made
+        found: _Made = row["made"]
+        if found.error is not None:
+            raise UserError(found.error)
+        yield found.result
 
 
-def _made(function: Callable[[Any], Any], given: bytes) -> bytes:
-    """The result, or the user's mistake, which Ray would bury under its own errors."""
+@dataclass(frozen=True)
+class _Made:
+    """A result, or the user's mistake, which Ray would bury under its own errors."""
+
+    result: Any = None
+    error: str | None = None
+
+
+def _made(function: Callable[[Any], Any], inputs: Any, row: dict[str, Any]) -> dict[str, Any]:
+    """A worker's row: its place among the inputs, which are in Ray's store, and what the function makes of it."""
+    import ray
+
+    place = int(row["id"])
     try:
-        return pickle.dumps(function(pickle.loads(given)))
+        return {"place": place, "made": _Made(function(ray.get(inputs)[place]))}
     except UserError as error:
-        return pickle.dumps(UserError(str(error)))
+        return {"place": place, "made": _Made(error=str(error))}

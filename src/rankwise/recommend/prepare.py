@@ -12,9 +12,10 @@ from pathlib import Path
 
 from rankwise.errors import UserError
 from rankwise.files import new_folder, write_jsonl
-from rankwise.recommend.leaks import leaks
-from rankwise.recommend.log import Log, LogSettings, open_log
-from rankwise.recommend.parts import Part, Spread, Workshop, load
+from rankwise.recommend.logs.leaks import leaks
+from rankwise.recommend.logs.log import Log, open_log
+from rankwise.recommend.logs.parts import Part, Spread, Workshop, load
+from rankwise.recommend.logs.settings import LogSettings
 from rankwise.recommend.prompts import load_template
 from rankwise.recommend.rows import (
     About,

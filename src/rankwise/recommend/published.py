@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import UserError
-from rankwise.recommend.leaks import leaks_of_cases
+from rankwise.recommend.logs.leaks import leaks_of_cases
 from rankwise.recommend.prompts import load_template
 from rankwise.recommend.rows import Prepared, RowSettings, build, check_rows
 from rankwise.recommend.splits import Case

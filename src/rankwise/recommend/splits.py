@@ -12,7 +12,7 @@ from typing import Literal
 import polars as pl
 
 from rankwise.errors import UserError, nearest
-from rankwise.recommend.times import iso_seconds
+from rankwise.recommend.logs.times import iso_seconds
 
 PARTS = ("train", "validation", "test")
 _OTHER_NAMES = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation", "testing": "test"}

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rankwise.errors import UserError
 from rankwise.recommend.chats import as_chat
-from rankwise.recommend.interactions import InteractionColumns
-from rankwise.recommend.items import ItemColumns
-from rankwise.recommend.known_logs import known_log
+from rankwise.recommend.logs.interactions import InteractionColumns
+from rankwise.recommend.logs.items import ItemColumns
+from rankwise.recommend.logs.known import known_log
 from rankwise.recommend.prepare import InteractionSettings, prepare_interactions
 from rankwise.recommend.prompts import Template, load_template
 from rankwise.recommend.published import PublishedSettings, prepare_published

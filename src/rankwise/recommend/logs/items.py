@@ -9,7 +9,7 @@ from pathlib import Path
 import polars as pl
 
 from rankwise.errors import UserError
-from rankwise.recommend.reading import Form, find_column, read_table
+from rankwise.recommend.logs.reading import Form, find_column, read_table
 
 ITEM = (
     "item",

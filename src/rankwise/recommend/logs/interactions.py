@@ -13,10 +13,10 @@ from pathlib import Path
 import polars as pl
 
 from rankwise.errors import UserError
-from rankwise.recommend.items import ITEM, blank_to_null
-from rankwise.recommend.reading import ROW, Form, find_column, read_batches
-from rankwise.recommend.reading.text import broken_rows
-from rankwise.recommend.times import UNITS, choose_unit, count_units, number, parse_times, unit_of
+from rankwise.recommend.logs.items import ITEM, blank_to_null
+from rankwise.recommend.logs.reading import ROW, Form, find_column, read_batches
+from rankwise.recommend.logs.reading.text import broken_rows
+from rankwise.recommend.logs.times import UNITS, choose_unit, count_units, number, parse_times, unit_of
 
 _COMMON = {
     "user": ("user", "user_id", "uid", "customer_id", "reviewer_id", "visitor_id"),
@@ -48,7 +48,8 @@ def read_log(
 
     Whole rows have ``row`` (their number in the file), ``user, item`` (text), ``time`` and, where they are named or
     ``rated``, ``rating`` and ``part``. Broken are rows with no user or item, with a time or rating that is none, and
-    lines that :func:`rankwise.recommend.reading.read_batches` cannot read: ``file``, ``row``, ``reason``, ``content``.
+    lines that :func:`rankwise.recommend.logs.reading.read_batches` cannot read: ``file``, ``row``, ``reason`` and
+    ``content``.
 
     Raises:
         UserError: the file or a column is missing, or the file is empty.

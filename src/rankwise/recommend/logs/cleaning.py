@@ -8,8 +8,8 @@ from functools import partial
 import polars as pl
 
 from rankwise.errors import UserError
-from rankwise.recommend.interactions import TWICE, attach_titles, clean_times, drop_duplicates
-from rankwise.recommend.parts import Part, UserRange, Workshop, heights, load, scan
+from rankwise.recommend.logs.interactions import TWICE, attach_titles, clean_times, drop_duplicates
+from rankwise.recommend.logs.parts import Part, UserRange, Workshop, heights, load, scan
 
 Counts = dict[str, int]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import polars as pl
 
-from rankwise.recommend.parts import Part, scan
+from rankwise.recommend.logs.parts import Part, scan
 from rankwise.recommend.splits import PARTS, Case
 
 WINDOW = 3  # items before a target that make it the same question

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankwise.errors import UserError, nearest
-from rankwise.recommend.interactions import InteractionColumns
-from rankwise.recommend.items import ItemColumns
-from rankwise.recommend.reading import Form
-from rankwise.recommend.reading.forms import COMPRESSED
+from rankwise.recommend.logs.interactions import InteractionColumns
+from rankwise.recommend.logs.items import ItemColumns
+from rankwise.recommend.logs.reading import Form
+from rankwise.recommend.logs.reading.forms import COMPRESSED
 
 _GENRES = tuple("unknown action adventure animation children comedy crime documentary drama fantasy film_noir horror "
                 "musical mystery romance sci_fi thriller war western".split())  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 
 from rankwise.errors import UserError
-from rankwise.recommend.reading.forms import Form
+from rankwise.recommend.logs.reading.forms import Form
 
 ROW = "\0row"  # the number of a row in its file, from 1
 TOO_LONG, NO_OBJECT = "more fields than columns", "no JSON object"

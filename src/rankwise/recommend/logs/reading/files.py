@@ -10,9 +10,9 @@ from pathlib import Path
 import polars as pl
 
 from rankwise.errors import UserError
-from rankwise.recommend.reading.columns import as_text
-from rankwise.recommend.reading.forms import ACCEPTED, COLUMNAR, COMPRESSED, SUFFIXES, Form
-from rankwise.recommend.reading.text import ROW, Tables, broken_rows, objects, separated
+from rankwise.recommend.logs.reading.columns import as_text
+from rankwise.recommend.logs.reading.forms import ACCEPTED, COLUMNAR, COMPRESSED, SUFFIXES, Form
+from rankwise.recommend.logs.reading.text import ROW, Tables, broken_rows, objects, separated
 
 ROWS = 1_000_000  # of a batch
 _STATE, _SPLITS = "state.json", "dataset_dict.json"  # of a folder that the datasets library wrote
