@@ -31,6 +31,7 @@ FEWER = {
     "rows": 2,
     "less SFT": 4,
     "list in prompt": 6,
+    "longer, list in prompt": 2,
     "no reference": 4,
     "seeds": 0,
 }
@@ -209,8 +210,16 @@ def _listed(start: Run) -> Iterator[tuple[str, Run]]:
     default = Run(start.data, "preference", start.folder, listed=True, rows=1000)
     for rate, negatives in ((1e-4, 3), (1e-3, 3), (1e-4, 1), (1e-5, 3)):
         yield "list in prompt", replace(default, rate=rate, negatives=negatives)
+    more = replace(default, kind="more", loss="answer")
     for rate in (1e-4, 1e-3):
-        yield "list in prompt", replace(default, kind="more", loss="answer", rate=rate)
+        yield "list in prompt", replace(more, rate=rate)
+    yield "longer, list in prompt", replace(default, rate=3e-3)
+    yield "longer, list in prompt", replace(default, rate=1e-3, negatives=15)
+    longer = {"rows": 4000, "weights": "all", "rate": 3e-4}
+    for run in (default, more, replace(default, reference="none", negatives=15)):
+        yield "longer, list in prompt", replace(run, **longer)
+    yield "longer, list in prompt", replace(default, rate=1e-3, rows=4000)
+    yield "longer, list in prompt", replace(more, rate=1e-3, rows=4000)
 
 
 def chosen(entries: Sequence[Entry], data: str, listed: bool) -> dict[str, Run]:
