@@ -273,3 +273,26 @@ def test_one_time_for_all_cannot_be_cut(tmp_path: Path) -> None:
     rows = [("a", item, 5) for item in "PQRST"]
     with pytest.raises(UserError, match="cannot be cut by time"):
         prepare_interactions(InteractionSettings(ratings=written(tmp_path / "log.csv", rows), kind="time"))
+
+
+def test_a_folder_may_have_files_without_rows_or_without_a_whole_one(tmp_path: Path) -> None:
+    folder = tmp_path / "log"
+    folder.mkdir()
+    rows = [("a", item, time) for time, item in enumerate("PQRST")] + [("b", "U", 1)]
+    written(folder / "1.csv", rows)
+    (folder / "0.csv").write_text("user,item,time\n")
+    (folder / "2.csv").write_text("user,item,time\nbroken,row\n")
+    (folder / "3.csv").touch()
+    (folder / "4.jsonl").write_text("no object\n")
+    asked = InteractionSettings(ratings=folder, candidates=2, negatives=1)
+    prepared = prepare_interactions(asked)
+    assert prepared.counts["interactions read"] == 8
+    assert prepared.counts["unparsable rows"] == 2
+    assert prepared.broken["file"].to_list() == ["2.csv", "4.jsonl"]
+    (folder / "1.csv").unlink()
+    with pytest.raises(UserError, match="all 2 rows are unparsable"):
+        prepare_interactions(asked)
+    for name in ("2.csv", "4.jsonl"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match="it is empty but for its header"):
+        prepare_interactions(asked)

@@ -15,6 +15,7 @@ import polars as pl
 from rankwise.errors import UserError
 from rankwise.recommend.logs.items import ITEM, blank_to_null
 from rankwise.recommend.logs.reading import ROW, Form, find_column, read_batches
+from rankwise.recommend.logs.reading.files import NO_ROWS
 from rankwise.recommend.logs.reading.text import broken_rows
 from rankwise.recommend.logs.times import UNITS, choose_unit, count_units, number, parse_times, unit_of
 
@@ -115,7 +116,7 @@ def read_interactions(
         UserError: the file or a column is missing, the file is empty, times are in mixed units, or no row is left.
     """
     counts: Counter[str] = Counter()
-    parts = []
+    parts: list[pl.DataFrame] = []
     for whole, broken in read_log(path, columns or InteractionColumns(), minimum_rating is not None, form):
         rated = rated_enough(whole, minimum_rating)
         counts += count_read(whole, broken, rated)
@@ -145,7 +146,9 @@ def check_some_left(path: Path, counts: Mapping[str, int], minimum_rating: float
     Raises:
         UserError: no row is whole, or none is rated high enough.
     """
-    read, parsed = counts[READ], counts[READ] - counts[UNPARSABLE]
+    read, parsed = counts.get(READ, 0), counts.get(READ, 0) - counts.get(UNPARSABLE, 0)
+    if not read:
+        raise UserError(f"{path}: {NO_ROWS}")
     if not parsed:
         raise UserError(f"{path}: all {read} rows are unparsable; check the names of the columns")
     if parsed == counts[LOW]:

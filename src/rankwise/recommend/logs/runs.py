@@ -17,6 +17,8 @@ from rankwise.recommend.logs.settings import LogSettings
 from rankwise.recommend.logs.times import count_units
 
 LISTED = 100_000  # broken rows that are kept, at most
+NO_BROKEN_ROWS = pl.DataFrame(schema={"file": pl.String, "row": pl.Int64, "reason": pl.String, "content": pl.String})
+NOBODY = pl.DataFrame(schema={"user": pl.String, "len": pl.get_index_type()})
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,10 @@ def read_runs(settings: LogSettings, workshop: Workshop) -> Runs:
         counts.update(one.counts)
         units.update(one.units)
     check_some_left(settings.ratings, counts, settings.minimum_rating)
-    parts = [part for one in results for part in one.parts]
+    read = [one for one in results if one.parts]
+    parts = [part for one in read for part in one.parts]
     broken = pl.concat(one.broken for one in results).head(LISTED)
-    return Runs(parts, dict(counts), broken, dict(units), pl.concat(one.users for one in results))
+    return Runs(parts, dict(counts), broken, dict(units), pl.concat(one.users for one in read))
 
 
 def _read(found: Sequence[tuple[int, Path]], settings: LogSettings, folder: Path, in_memory: bool) -> Runs:
@@ -80,9 +83,10 @@ def _read(found: Sequence[tuple[int, Path]], settings: LogSettings, folder: Path
         waiting = frame.sort("user", maintain_order=True)
         units.update(count_units(frame["time"]))
         users.append(frame.group_by("user").len())
-    assert waiting is not None
-    parts.append(waiting if in_memory and not parts else save(waiting, path()))
-    return Runs(parts, dict(reader.counts), pl.concat(reader.broken), dict(units), pl.concat(users))
+    if waiting is not None:
+        parts.append(waiting if in_memory and not parts else save(waiting, path()))
+    broken = pl.concat(reader.broken) if reader.broken else NO_BROKEN_ROWS
+    return Runs(parts, dict(reader.counts), broken, dict(units), pl.concat(users) if users else NOBODY)
 
 
 class _Reader:
@@ -102,4 +106,5 @@ class _Reader:
             self.counts.update(count_read(whole, broken, good))
             if sum(some.height for some in self.broken) < LISTED:
                 self.broken.append(broken)
-            yield good.drop("row")
+            if good.height:
+                yield good.drop("row")

@@ -15,6 +15,7 @@ from rankwise.recommend.logs.reading.forms import ACCEPTED, COLUMNAR, COMPRESSED
 from rankwise.recommend.logs.reading.text import ROW, Tables, broken_rows, objects, separated
 
 ROWS = 1_000_000  # of a batch
+NO_ROWS = "it is empty but for its header"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"  # of a folder that the datasets library wrote
 
 
@@ -41,21 +42,18 @@ def read_batches(path: Path, form: Form | None = None, rows: int = ROWS) -> Iter
         rows: of a batch.
 
     Raises:
-        UserError: a file is missing, of an unknown kind, not readable as its suffix says, or all are empty.
+        UserError: a file is missing, of an unknown kind, or not readable as its suffix says, or all have no byte.
     """
-    path, some = Path(path), False
-    for file in files(path, form):
+    for file in files(Path(path), form):
         try:
             for table, broken in _tables(file, form, rows):
-                some = some or table.height + broken.height > 0
-                yield Batch(file, table, broken)
+                if table.height + broken.height:
+                    yield Batch(file, table, broken)
         except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
             kind = _suffix(file)[1:].upper() or "text"
             encoding = form.encoding.upper() if form and form.encoding != "utf8" else "UTF-8"
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{file}: not readable as {kind} in {encoding} ({reason})") from error
-    if not some:
-        raise UserError(f"{path}: the file is empty but for its header")
 
 
 def read_table(path: Path, form: Form | None = None) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -65,6 +63,8 @@ def read_table(path: Path, form: Form | None = None) -> tuple[pl.DataFrame, pl.D
         UserError: as :func:`read_batches`, or no row is whole.
     """
     batches = list(read_batches(path, form))
+    if not batches:
+        raise UserError(f"{path}: {NO_ROWS}")
     table = pl.concat([batch.table for batch in batches], how="diagonal")
     broken = pl.concat([batch.broken for batch in batches])
     if table.is_empty():
