@@ -31,7 +31,7 @@ FEWER = {
     "rows": 2,
     "less SFT": 4,
     "list in prompt": 6,
-    "longer, list in prompt": 2,
+    "faster, list in prompt": 4,
     "no reference": 4,
     "seeds": 0,
 }
@@ -213,13 +213,14 @@ def _listed(start: Run) -> Iterator[tuple[str, Run]]:
     more = replace(default, kind="more", loss="answer")
     for rate in (1e-4, 1e-3):
         yield "list in prompt", replace(more, rate=rate)
-    yield "longer, list in prompt", replace(default, rate=3e-3)
-    yield "longer, list in prompt", replace(default, rate=1e-3, negatives=15)
-    longer = {"rows": 4000, "weights": "all", "rate": 3e-4}
-    for run in (default, more, replace(default, reference="none", negatives=15)):
-        yield "longer, list in prompt", replace(run, **longer)
-    yield "longer, list in prompt", replace(default, rate=1e-3, rows=4000)
-    yield "longer, list in prompt", replace(more, rate=1e-3, rows=4000)
+    fast = {"rate": 3e-3}
+    for run in (default, more, replace(default, negatives=1), replace(default, negatives=15)):
+        yield "faster, list in prompt", replace(run, **fast)
+    for run in (default, more):
+        yield "faster, list in prompt", replace(run, rows=4000, **fast)
+    yield "faster, list in prompt", replace(default, rate=1e-2)
+    yield "faster, list in prompt", replace(default, reference="none", **fast)
+    yield "faster, list in prompt", replace(default, weights="all", rate=3e-4)
 
 
 def chosen(entries: Sequence[Entry], data: str, listed: bool) -> dict[str, Run]:

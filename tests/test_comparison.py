@@ -57,6 +57,17 @@ def test_the_section_has_both_tables(folder: Path) -> None:
     assert "<b>" not in page
 
 
+def test_users_are_grouped_where_it_is_known_what_they_chose(folder: Path) -> None:
+    assert "how many titles the user chose" not in comparison_section(read_run(folder))
+    for name, reciprocal in (("sft", [1.0, 0.5, 0.25, 0.2]), ("DPO", [1.0, 1.0, 0.5, 0.1])):
+        known = cases(reciprocal).with_columns(activity=pl.Series(["1 up to 5", "3 more", "3 more", "1 up to 5"]))
+        known.write_parquet(folder / "cases" / f"{name}.parquet")
+    page = comparison_section(read_run(folder))
+    assert "by how many titles the user chose" in page
+    assert "up to 5 (2 cases)" in page and "more (2 cases)" in page
+    assert "0.375 [0.250, 0.500]" in page  # sft's MRR of those who chose more
+
+
 def test_without_cases_there_is_no_section(folder: Path) -> None:
     for path in (folder / "cases").iterdir():
         path.unlink()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankwise.errors import UserError
-from rankwise.recommend.lists import coverage, novelty, popularity_groups, popularity_lift
+from rankwise.recommend.lists import activity_groups, coverage, novelty, popularity_groups, popularity_lift
 from rankwise.recommend.uncertainty import by_group, compare_paired, mean_interval
 
 
@@ -132,3 +132,14 @@ def test_a_third_of_the_interactions_is_the_head() -> None:
     popularity = {"a": 4, "b": 3, "c": 2, "d": 2, "e": 1, "f": 0}  # 12: the head has 4, the middle 4 more
     groups = popularity_groups(["a", "b", "c", "d", "e", "f", "new"], popularity)
     assert groups.tolist() == ["1 head", "2 middle", "2 middle", *["3 tail"] * 4]
+
+
+def test_users_are_grouped_by_thirds_of_the_cases() -> None:
+    assert (
+        activity_groups([3, 9, 4, 8, 5, 7]).tolist()
+        == ["1 up to 4", "3 more", "1 up to 4", "3 more"] + ["2 up to 7"] * 2
+    )
+    assert set(activity_groups([5] * 10)) == {"1 up to 5"}
+    numbers = np.random.default_rng(0).integers(2, 200, 999)
+    sizes = np.unique(activity_groups(numbers.tolist()), return_counts=True)[1]
+    assert sizes.min() > 300

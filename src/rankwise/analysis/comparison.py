@@ -11,13 +11,18 @@ import polars as pl
 from rankwise.analysis.markup import Cell, muted, section, table
 from rankwise.analysis.runfolder import CASES, Run
 from rankwise.errors import UserError
-from rankwise.recommend.cases import ABOUT, values
+from rankwise.recommend.cases import ABOUT, ACTIVITY, values
 from rankwise.recommend.uncertainty import Comparison, by_group, compare_paired
 
 TITLE = "Case by case"
 COMPARED = ("HR@1", "MRR")
 GROUPED = "MRR"  # the finest of them: a single place up or down changes it
 LEVEL = 0.05
+GROUPS = {
+    "group": "by the popularity of the true item, with 95 % intervals: the titles with the most interactions, "
+    "a third of all, are the head, those with the next third the middle, the others the tail.",
+    ACTIVITY: "by how many titles the user chose, with 95 % intervals.",
+}
 
 
 def read_cases(run: Run) -> dict[str, pl.DataFrame]:
@@ -66,12 +71,14 @@ def compared(cases: Mapping[str, pl.DataFrame], reference: str) -> dict[str, dic
 
 
 def comparison_section(run: Run) -> str:
-    """Both tables; nothing where no row of the results is known case by case."""
+    """The tables; nothing where no row of the results is known case by case."""
     cases = read_cases(run)
     reference = reference_row(run, list(cases))
     if reference is None:
         return ""
-    return section(TITLE, _differences(cases, reference) + _groups(cases))
+    first = next(iter(cases.values()))
+    groups = [_groups(cases, name) for name in GROUPS if name in first.columns]
+    return section(TITLE, _differences(cases, reference) + "".join(groups))
 
 
 def _differences(cases: Mapping[str, pl.DataFrame], reference: str) -> str:
@@ -95,8 +102,8 @@ def _difference_cell(one: Comparison) -> Cell:
     return text, f' class="number{" best" if one.p < LEVEL else ""}"'
 
 
-def _groups(cases: Mapping[str, pl.DataFrame]) -> str:
-    groups = next(iter(cases.values()))["group"].to_numpy().astype(str)
+def _groups(cases: Mapping[str, pl.DataFrame], column: str) -> str:
+    groups = next(iter(cases.values()))[column].to_numpy().astype(str)
     sizes = dict(zip(*np.unique(groups, return_counts=True), strict=True))
     rows: list[list[Cell]] = []
     for name, one in cases.items():
@@ -105,8 +112,4 @@ def _groups(cases: Mapping[str, pl.DataFrame]) -> str:
         texts = [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in cells]
         rows.append([(name, ""), *((text, "") for text in texts)])
     head = ["", *(f"{group[2:]} ({size:,} cases)" for group, size in sizes.items())]
-    caption = (
-        f"{GROUPED} by the popularity of the true item, with 95 % intervals: the titles with the most interactions, "
-        "a third of all, are the head, those with the next third the middle, the others the tail."
-    )
-    return table(caption, head, rows)
+    return table(f"{GROUPED} {GROUPS[column]}", head, rows)

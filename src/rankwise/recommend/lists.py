@@ -92,6 +92,21 @@ def popularity_groups(titles: Sequence[str], popularity: Mapping[str, int]) -> S
     return np.array([names.get(title, TAIL) if popularity.get(title) else TAIL for title in titles])
 
 
+def activity_groups(chosen: Sequence[int]) -> Shaped[np.ndarray, " cases"]:
+    """Of each case the group of its user: about a third of the cases are of users that chose fewest titles, and so on.
+
+    Args:
+        chosen: titles of each case's user.
+
+    Returns:
+        The groups by the number of titles, such as ``1 up to 20``, ``2 up to 65``, ``3 more``; users that chose as many
+        are in one group, so that there may be fewer than three.
+    """
+    few, some = (int(bound) for bound in np.quantile(chosen, [1 / 3, 2 / 3], method="lower"))
+    names = (f"1 up to {few}", f"2 up to {some}", "3 more")
+    return np.array([names[int(number > few) + int(number > some)] for number in chosen])
+
+
 def _mean_popularity(lists: Lists, popularity: Mapping[str, int]) -> float:
     _all(lists)
     if not all(lists):

@@ -172,7 +172,8 @@ class RecommendationTask:
         candidates, targets = self._candidates()
         popularity = self._prepared.popularity
         users = [str(row["user"]) for row in self._evaluation]
-        cases = ranked_cases(users, targets, scores, target_places(candidates, targets), popularity)
+        chosen = [len(row["seen"]) for row in self._evaluation]
+        cases = ranked_cases(users, targets, scores, target_places(candidates, targets), popularity, chosen=chosen)
         metrics = means(cases)
         if self._full:
             more, columns = full_ranking([self._evaluation[at] for at in self._full], self._titles, popularity, full)
