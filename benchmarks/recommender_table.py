@@ -26,7 +26,8 @@ import numpy as np
 import torch
 
 from rankwise.recommend import popularity_scores, random_scores, target_places
-from rankwise.recommend.baselines import BASELINES, TrainedBaseline, Window
+from rankwise.recommend.baselines.trained import BASELINES, TrainedBaseline
+from rankwise.recommend.baselines.windows import Window
 from rankwise.recommend.cases import intervals, means, ranked_cases
 from rankwise.recommend.full_ranking import full_ranking
 from rankwise.recommend.metrics import Scores

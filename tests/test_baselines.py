@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from rankwise.errors import UserError
-from rankwise.recommend.baselines import BASELINES, TrainedBaseline, Window, sequential
+from rankwise.recommend.baselines import sequential
 from rankwise.recommend.baselines.counting import ItemNeighbours, MatrixFactorisation
 from rankwise.recommend.baselines.networks import Caser, GRU4Rec, NextTitle, SASRec
-from rankwise.recommend.baselines.windows import Titles, by_user
+from rankwise.recommend.baselines.trained import BASELINES, TrainedBaseline
+from rankwise.recommend.baselines.windows import Titles, Window, by_user
 
 CIRCLE = [f"film {number}" for number in range(12)]
 NETWORKS = ("gru4rec", "caser", "sasrec")

@@ -17,7 +17,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import small_runs
 from rankwise.errors import UserError
-from rankwise.recommend.baselines import BASELINES, sequential
+from rankwise.recommend.baselines import sequential
+from rankwise.recommend.baselines.trained import BASELINES
 from rankwise.recommend.cases import intervals, means, metric_names, ranked_cases
 from rankwise.recommend.full_ranking import full_ranking
 from rankwise.recommend.metrics import ranking_metrics

@@ -64,7 +64,7 @@ def test_unknown_public_name_is_an_attribute_error() -> None:
         rankwise.no_such_name  # noqa: B018
 
 
-@pytest.mark.parametrize("module", ["rankwise", "rankwise.cli"])
+@pytest.mark.parametrize("module", ["rankwise", "rankwise.cli", "rankwise.recommend"])
 def test_importing_stays_light(module: str) -> None:
     loaded = fresh_python(f"import sys, {module}; print(*(name for name in sys.modules if '.' not in name))")
     assert HEAVY & set(loaded.split()) == set()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rankwise.recommend.baselines import popularity_scores, random_scores, target_places
+from rankwise.recommend.baselines.simple import popularity_scores, random_scores, target_places
 from rankwise.recommend.candidates import draw_candidates, draw_negatives, with_candidates
 from rankwise.recommend.logs.interactions import InteractionColumns, attach_titles, read_interactions
 from rankwise.recommend.logs.items import ItemColumns, read_items, tidy_title

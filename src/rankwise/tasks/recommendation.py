@@ -14,7 +14,9 @@ from rankwise.errors import UserError
 from rankwise.likelihood import evaluating
 from rankwise.models import load_language_model
 from rankwise.preferences.negatives import Catalogue
-from rankwise.recommend.baselines import TrainedBaseline, Window, check_baselines, popularity_scores, target_places
+from rankwise.recommend.baselines.simple import popularity_scores, target_places
+from rankwise.recommend.baselines.trained import TrainedBaseline, check_baselines
+from rankwise.recommend.baselines.windows import Window
 from rankwise.recommend.cases import means, ranked_cases
 from rankwise.recommend.full_ranking import CASES, LISTS, full_ranking
 from rankwise.recommend.generation import generate_answers
