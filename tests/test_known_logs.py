@@ -46,6 +46,13 @@ def test_movielens_100k(tmp_path: Path) -> None:
     check(prepared(tmp_path, "movielens-100k"), TITLES)
 
 
+def test_a_compressed_list_in_latin_1(tmp_path: Path) -> None:
+    (tmp_path / "u.data").write_text("".join(f"{user}\t{item}\t4\t{time}\n" for user, item, time in PLAYS))
+    items = [f"{number}|{title}|01-Jan-1995||http://x|{'0|' * 18}1" for number, title in enumerate(TITLES, start=1)]
+    (tmp_path / "u.item.gz").write_bytes(gzip.compress("\n".join(items).encode("latin-1")))
+    check(prepared(tmp_path, "movielens-100k"), TITLES)
+
+
 def test_movielens_1m(tmp_path: Path) -> None:
     (tmp_path / "ratings.dat").write_text("".join(f"{user}::{item}::4::{time}\n" for user, item, time in PLAYS))
     items = [f"{number}::{title}::Drama|Comedy\r" for number, title in enumerate(TITLES, start=1)]
@@ -142,5 +149,5 @@ def test_a_dataset_on_disk_is_read(tmp_path: Path) -> None:
     table.shuffle(seed=0).save_to_disk(str(tmp_path / "shuffled"))
     assert sorted(read_table(tmp_path / "shuffled")[0]["item"]) == rows["item"]
     datasets.DatasetDict({"train": table, "test": table}).save_to_disk(str(tmp_path / "both"))
-    with pytest.raises(UserError, match="a dataset with the parts train, test: give the folder of one of them"):
+    with pytest.raises(UserError, match="a dataset with the parts test, train: give the folder of one of them"):
         read_table(tmp_path / "both")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,12 +21,17 @@ from rankwise.recommend import (
     InteractionColumns,
     InteractionSettings,
     SyntheticSettings,
+    load_template,
     prepare_interactions,
     write_interactions,
     write_rows,
     write_synthetic,
 )
 from rankwise.recommend.logs.cleaning import sessions
+from rankwise.recommend.logs.parts import Workshop, user_ranges
+from rankwise.recommend.logs.runs import read_runs
+from rankwise.recommend.splits import moment
+from rankwise.schema import InteractionData
 
 PARTS = ("train", "validation", "test")
 
@@ -47,12 +55,17 @@ def contents(folder: Path) -> dict[str, bytes]:
     "changes", [{}, {"kind": "time"}, {"kind": "users"}, {"core": 4}, {"session_gap": 86_400.0 * 30}]
 )
 def test_a_log_in_many_parts_gives_the_same_rows(
-    small: InteractionSettings, tmp_path: Path, changes: dict[str, Any]
+    small: InteractionSettings, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = replace(small, training_rows=100, **changes)
     write_rows(tmp_path / "memory", prepare_interactions(whole))
     write_interactions(tmp_path / "whole", whole)
-    write_interactions(tmp_path / "parts", replace(whole, rows_in_memory=900))
+    monkeypatch.setattr("rankwise.recommend.logs.reading.files.ROWS", 50)
+    runs = read_runs(replace(whole, rows_in_memory=150), Workshop(tmp_path))
+    assert len(runs.parts) > 2
+    assert len(user_ranges(runs.parts, runs.users, 150)) > 2
+    shutil.rmtree(tmp_path / "runs")
+    write_interactions(tmp_path / "parts", replace(whole, rows_in_memory=150))
     assert contents(tmp_path / "memory") == contents(tmp_path / "whole") == contents(tmp_path / "parts")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
@@ -296,3 +309,87 @@ def test_a_folder_may_have_files_without_rows_or_without_a_whole_one(tmp_path: P
         (folder / name).unlink()
     with pytest.raises(UserError, match="it is empty but for its header"):
         prepare_interactions(asked)
+
+
+def test_the_documentation_is_a_recipe(tmp_path: Path) -> None:
+    """Dates that YAML reads as such included."""
+    page = (Path(__file__).parents[1] / "docs" / "recommenders.md").read_text(encoding="utf-8")
+    values = yaml.safe_load(page.split("```yaml")[1].split("```")[0])
+    data = InteractionData(**values["data"])
+    assert (data.validation_from, data.test_from) == ("2024-01-01", "2024-03-01")
+    assert moment(data.test_from or 0) > moment(data.validation_from or 0)
+    (tmp_path / "rated.yaml").write_text(page.split("```yaml")[2].split("```")[0], encoding="utf-8")
+    assert load_template(tmp_path / "rated.yaml").attributes == ("genres",)
+
+
+def test_an_open_quote_is_told_with_its_remedy(tmp_path: Path) -> None:
+    lines = [f"u{number % 20},i{number}{chr(34) if number == 300 else ''},{number}" for number in range(1000)]
+    lines[300] = 'u1,"i300,300'
+    (tmp_path / "log.csv").write_text("\n".join(["user,item,time", *lines]) + "\n")
+    asked = InteractionSettings(ratings=tmp_path / "log.csv")
+    with pytest.raises(UserError, match="where they are plain characters set quoting: false"):
+        prepare_interactions(asked)
+    prepared = prepare_interactions(replace(asked, quoting=False))
+    assert prepared.counts["interactions read"] == 1000
+    assert '"i300' in prepared.catalogue
+
+
+def test_sessions_of_a_person_are_on_one_side(tmp_path: Path) -> None:
+    rows = [(f"u{user}", f"i{user}-{item}", 1000 * (item // 4) + item) for user in range(40) for item in range(12)]
+    asked = InteractionSettings(
+        ratings=written(tmp_path / "log.csv", rows), session_gap=500.0, kind="users", holdout=0.25
+    )
+    prepared = prepare_interactions(asked)
+    people = {part: {row["user"].split("/")[0] for row in getattr(prepared, part)} for part in PARTS}
+    assert not people["train"] & people["test"]
+    assert prepared.leaks["test targets of users who train too"] == 0
+
+
+def test_a_training_history_has_no_item_that_is_held_out(tmp_path: Path) -> None:
+    rows = [("a", "P", 1, "train"), ("a", "Q", 2, "test"), ("a", "R", 3, "train"), ("a", "S", 4, "test"),
+            ("b", "T", 1, "train")]  # fmt: skip
+    asked = InteractionSettings(
+        ratings=written(tmp_path / "log.csv", rows, "user item time part"), kind="given",
+        rating_columns=InteractionColumns(part="part"), candidates=2, negatives=1,
+    )  # fmt: skip
+    prepared = prepare_interactions(asked)
+    assert [(row["history"], row["target"]) for row in prepared.train] == [(["P"], "R")]
+    assert [(row["history"], row["target"]) for row in prepared.test] == [(["P"], "Q"), (["P", "Q", "R"], "S")]
+
+
+def test_an_empty_part_is_refused(small: InteractionSettings) -> None:
+    late = replace(small, kind="time", validation_from="2090-01-01", test_from="2091-01-01")
+    with pytest.raises(UserError, match=r"by time leaves no validation case with a history; times go from \d+ to"):
+        prepare_interactions(late)
+    with pytest.raises(UserError, match="'nan' is no time"):
+        prepare_interactions(replace(late, test_from="nan"))
+
+
+def test_what_the_core_leaves_out_is_no_item(tmp_path: Path) -> None:
+    rows = [(user, item, time) for user in "abc" for time, item in enumerate("PQRS")] + [("a", "rare", 9)]
+    asked = InteractionSettings(
+        ratings=written(tmp_path / "log.csv", [*rows, ("d", "P", 1), ("d", "T", 2)]), core=2, candidates=2, negatives=1
+    )
+    written(tmp_path / "log.csv", [*rows, *(("d", item, 5) for item in "PQT"), *(("e", item, 5) for item in "PQT")])
+    prepared = prepare_interactions(asked)
+    assert "rare" not in prepared.catalogue
+    assert set(prepared.items["title"]) == set(prepared.catalogue)
+
+
+def test_folders_and_damaged_files_are_told(tmp_path: Path) -> None:
+    folder = tmp_path / "a[1]"
+    (folder / "inner").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds the folder inner"):
+        prepare_interactions(InteractionSettings(ratings=folder))
+    data = gzip.compress(b"user,item,time\n" + b"a,b,1\n" * 1000)
+    (tmp_path / "cut.csv.gz").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"cut\.csv\.gz: not readable as CSV"):
+        prepare_interactions(InteractionSettings(ratings=tmp_path / "cut.csv.gz"))
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000 + "\n{}\n")
+    with pytest.raises(UserError, match="all 2 rows are unparsable"):
+        prepare_interactions(InteractionSettings(ratings=tmp_path / "deep.jsonl"))
+
+
+def test_a_folder_with_brackets_is_a_folder(small: InteractionSettings, tmp_path: Path) -> None:
+    found = write_interactions(tmp_path / "a[1]" / "rows", replace(small, rows_in_memory=100))
+    assert (found.folder / "train.jsonl").is_file()

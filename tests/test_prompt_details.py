@@ -82,7 +82,13 @@ def test_what_is_to_be_told_must_be_there(settings: InteractionSettings, tmp_pat
     items.write_csv(tmp_path / "items.csv")
     with pytest.raises(UserError, match="no column 'genres' for the extra column"):
         prepare_interactions(replace(settings, items=tmp_path / "items.csv"))
-    pl.read_csv(settings.ratings).drop("rating").write_csv(tmp_path / "log.csv")
+    ratings = pl.read_csv(settings.ratings)
+    some = ratings.with_columns(pl.when(pl.int_range(pl.len()) % 2 == 0).then(pl.col("rating")))
+    some.write_csv(tmp_path / "log.csv")
+    found = prepare_interactions(replace(settings, ratings=tmp_path / "log.csv"))
+    assert found.counts["unparsable rows"] == 0
+    assert "unknown of 5" in found.train[0]["prompt"] + found.train[-1]["prompt"] + found.test[0]["prompt"]
+    ratings.drop("rating").write_csv(tmp_path / "log.csv")
     with pytest.raises(UserError, match="no column found for the rating"):
         prepare_interactions(replace(settings, ratings=tmp_path / "log.csv"))
     lists = dict.fromkeys(("train", "validation", "test"), tmp_path / "none.json")

@@ -70,6 +70,7 @@ def test_a_history_tells_ratings_and_columns_of_the_items(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"item": "{title} {popularity}"}, "a column 'popularity' cannot be told in item"),
         ({"item": "a film"}, r"item has no \{title\}"),
         ({"item": "{title} {release year}"}, r"\{release year\} in item is no name of a column"),
         ({"prompt": "Seen: {histroy}"}, r"unknown placeholder \{histroy\} in prompt; did you mean 'history'"),

@@ -8,6 +8,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,13 +44,13 @@ def train(arguments: Arguments, console: Console) -> Any:
 
 def prepare(arguments: Arguments, console: Console) -> Any:
     """Write the rows of a recipe's interactions as JSONL with prompt, chosen and rejected, for any trainer."""
+    recipe = _recipe(arguments)  # first: a mistake in it is told before torch is imported
     from rankwise.recommend.cluster import check_cluster, over_cluster
     from rankwise.recommend.prepare import WrittenRows, write_interactions
     from rankwise.recommend.rows import write_rows
     from rankwise.schema import InteractionData, RecommendationSettings
     from rankwise.tasks.load import check_files, interaction_settings, prepare
 
-    recipe = _recipe(arguments)
     if not isinstance(recipe.data, RecommendationSettings):
         raise UserError(f"data of kind {recipe.data.kind} has no rows to prepare: use interactions or sdpo")
     check_files(recipe.data)
@@ -58,7 +59,8 @@ def prepare(arguments: Arguments, console: Console) -> Any:
     folder = Path(arguments.folder)
     if isinstance(recipe.data, InteractionData):
         spread = over_cluster if arguments.cluster else map
-        found = write_interactions(folder, interaction_settings(recipe.data, recipe.seed), spread)
+        settings = replace(interaction_settings(recipe.data, recipe.seed), evaluation_cases=recipe.evaluation.cases)
+        found = write_interactions(folder, settings, spread)
     else:
         prepared = prepare(recipe.data, recipe.seed)
         found = WrittenRows(write_rows(folder, prepared, recipe.data.chat), prepared.counts, prepared.leaks)

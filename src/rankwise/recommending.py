@@ -111,9 +111,11 @@ def recommend_to_folder(
         task = bar.add_task("users", total=len(named))
         if cluster:
             work = partial(_write_elsewhere, settings["run"], settings["stage"], options)
-            parts = open_parts(recommender, named, folder, settings | options)
+            parts = open_parts(recommender, named, folder.resolve(), settings | options)
             for part, found in zip(parts, over_cluster(work, parts), strict=True):
                 counts += found
+                if not part.path.is_file():
+                    raise UserError(f"{part.path} is not there: all machines of the cluster must see its folder")
                 bar.advance(task, len(part.users))
         else:
             for done in recommend_users(recommender, named, folder, settings, **options):

@@ -21,7 +21,10 @@ def as_chat(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
     """
     require_template(tokenizer, "data.chat")
     ask: Chat = [{"role": "user", "content": _ASKED}]
-    opened, [answer] = render_answers(tokenizer, ask, [[{"role": "assistant", "content": _ANSWERED}]])
+    try:
+        opened, [answer] = render_answers(tokenizer, ask, [[{"role": "assistant", "content": _ANSWERED}]])
+    except UserError as error:
+        raise UserError(f"data.chat: the recipe {error}") from None
     if opened.count(_ASKED) != 1 or answer.count(_ANSWERED) != 1:
         raise UserError("data.chat: the model's chat template does not write a message as it is: leave chat out")
     prompt = _literal(opened).replace(_ASKED, template.prompt)

@@ -10,14 +10,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import polars as pl
+
 from rankwise.errors import UserError
 from rankwise.files import new_folder, write_jsonl
 from rankwise.recommend.logs.leaks import leaks
 from rankwise.recommend.logs.log import Log, open_log
-from rankwise.recommend.logs.parts import Part, Spread, Workshop, load
+from rankwise.recommend.logs.parts import Part, Spread, Workshop, load, scan
 from rankwise.recommend.logs.settings import LogSettings
 from rankwise.recommend.prompts import load_template
 from rankwise.recommend.rows import (
+    UNWINNABLE,
     About,
     Prepared,
     RowSettings,
@@ -71,7 +74,7 @@ def write_interactions(folder: Path, settings: InteractionSettings, spread: Spre
     """Write what :func:`prepare_interactions` makes as :func:`rankwise.recommend.rows.write_rows` does.
 
     A log of any length takes the memory of ``rows_in_memory`` interactions, of the titles, and of what is counted by
-    user; while it works, its interactions lie once or twice beside the folder.
+    user; while it is worked on, its interactions lie up to twice in a temporary folder beside.
 
     Args:
         folder: new or empty; it appears whole or not at all.
@@ -81,10 +84,15 @@ def write_interactions(folder: Path, settings: InteractionSettings, spread: Spre
     Raises:
         UserError: as :func:`prepare_interactions`, or the folder exists and is not empty.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # other machines may be in another folder
+    settings = replace(
+        settings,
+        template=load_template(settings.template),
+        ratings=Path(settings.ratings).resolve(),
+        items=None if settings.items is None else Path(settings.items).resolve(),
+    )
     check_new(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _opened(settings, folder.parent, spread) as log, new_folder(folder) as made:
+    with new_folder(folder) as made, _opened(settings, made, spread) as log:
         counts, found = dict(log.counts), leaks(log.parts)
         shards = made / "shards"
         shards.mkdir()
@@ -99,6 +107,8 @@ def _write_part(
     path: Path, shards: Path, log: Log, part: str, settings: InteractionSettings, spread: Spread
 ) -> dict[str, int]:
     chosen, counts = picked(log, part, settings)
+    if part != "train":
+        counts[UNWINNABLE.format(part)] = 0
     share = partial(_write_share, part=part, catalogue=log.catalogue, about=log.attributes, settings=settings)
     work = [(shards / f"{part}-{at:05d}.jsonl", *one) for at, one in enumerate(log.shares(part, chosen)) if one[1]]
     with path.open("xb") as whole:
@@ -138,9 +148,27 @@ def _opened(settings: InteractionSettings, beside: Path | None = None, spread: S
     settings = replace(settings, attributes=template.attributes, ratings_shown=template.shows_ratings)
     with tempfile.TemporaryDirectory(prefix=".log-", dir=beside) as folder:
         log = open_log(settings, Workshop(Path(folder), spread, spread_out=spread is not map))
-        if not log.size("train"):
-            raise UserError(
-                f"{settings.ratings}: no training row: no user has more than {settings.minimum_history} training"
-                " items; give a longer log or a smaller minimum_history"
-            )
+        _check_parts(log)
         yield log
+
+
+def _check_parts(log: Log) -> None:
+    """Refuse a split that leaves a part without a case.
+
+    Raises:
+        UserError: it does.
+    """
+    settings = log.settings
+    if not log.size("train"):
+        raise UserError(
+            f"{settings.ratings}: no training row: no user has more than {settings.minimum_history} training items;"
+            " give a longer log or a smaller minimum_history"
+        )
+    needed = ("test",) if settings.kind == "given" else ("validation", "test")
+    empty = [part for part in needed if not log.size(part)]
+    if empty:
+        first, last = scan(log.parts).select(first=pl.col("time").min(), last=pl.col("time").max()).collect().row(0)
+        raise UserError(
+            f"{settings.ratings}: the split by {settings.kind} leaves no {empty[0]} case with a history; times go from"
+            f" {first:.0f} to {last:.0f} seconds: choose other dates, a larger holdout, or another split"
+        )

@@ -14,6 +14,7 @@ import yaml
 from rankwise.errors import UserError, nearest
 
 RATING, TITLE = "rating", "title"
+_TAKEN = ("item", "items", "popularity", "user")  # what other columns are called
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,9 @@ def _checked(template: Template, source: str) -> Template:
     _check_placeholders(template.prompt, source, "prompt", required="history", known=("history", "candidates"))
     _check_placeholders(template.answer, source, "answer", required="title", known=("title",))
     _check_placeholders(template.item, source, "item", required="title")
+    taken = [name for name in template.attributes if name in _TAKEN]
+    if taken:
+        raise UserError(f"template {source}: a column {taken[0]!r} cannot be told in item: give it another name")
     if not template.answer[0].isspace():
         raise UserError(f"template {source}: answer = {template.answer!r} must begin with a space or a line break")
     if not template.separator:

@@ -17,6 +17,7 @@ from rankwise.recommend.splits import PARTS, Case
 from rankwise.sampling import picks
 
 Row = dict[str, Any]
+UNWINNABLE = "{} cases that cannot be won by substring"
 About = Mapping[str, Mapping[str, str | None]]  # attributes of titles
 _NOBODY = pl.DataFrame(schema={"user": pl.String, "titles": pl.List(pl.String)})
 _NOTHING = pl.DataFrame(schema={"item": pl.String, "title": pl.String})
@@ -93,7 +94,7 @@ def make_rows(
         UserError: the catalogue is too small for the candidates, or these for the rejected answers.
     """
     template = load_template(settings.template)
-    unwinnable = f"{part} cases that cannot be won by substring"
+    unwinnable = UNWINNABLE.format(part)
     if part != "train":
         counts[unwinnable] = 0
     for bare in cases:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import compress, groupby
+from itertools import groupby
 from typing import Literal
 
 import polars as pl
@@ -31,7 +32,7 @@ class Case:
     target: str
     candidates: tuple[str, ...] = ()
     seen: frozenset[str] = frozenset()
-    ratings: tuple[float, ...] = ()  # of the history's items, where the log has them
+    ratings: tuple[float | None, ...] = ()  # of the history's items, where the log has them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +84,10 @@ def moment(value: int | float | str) -> float:
         UserError: it is neither.
     """
     try:
-        return float(value)
+        seconds: float | None = float(value)
     except ValueError:
         seconds = iso_seconds(str(value))
-    if seconds is None:
+    if seconds is None or not math.isfinite(seconds):
         raise UserError(f"{value!r} is no time: give seconds since 1970 or a date such as 2020-01-31")
     return seconds
 
@@ -128,8 +129,10 @@ def with_parts(log: pl.DataFrame, settings: SplitSettings, cuts: tuple[float, fl
     place = pl.int_range(pl.len(), dtype=pl.Int64).over("user")
     placed = log.with_columns(position=place, size=pl.len().over("user").cast(pl.Int64))
     parted = placed.with_columns(part=_parts(placed, settings, cuts))
-    least = pl.when(pl.col("part") == "train").then(settings.minimum_history).otherwise(1)
-    return parted.with_columns(case=pl.col("part").is_not_null() & (pl.col("position") >= least))
+    trains = pl.col("part") == "train"
+    before = pl.when(trains).then(trains.fill_null(False).cum_sum().over("user") - 1).otherwise(pl.col("position"))
+    least = pl.when(trains).then(settings.minimum_history).otherwise(1)
+    return parted.with_columns(case=pl.col("part").is_not_null() & (before >= least))
 
 
 def _parts(log: pl.DataFrame, settings: SplitSettings, cuts: tuple[float, float] | None) -> pl.Expr | pl.Series:
@@ -142,11 +145,17 @@ def _parts(log: pl.DataFrame, settings: SplitSettings, cuts: tuple[float, float]
         later, latest = pl.col("time") >= cuts[0], pl.col("time") >= cuts[1]
         return pl.when(latest).then(test).when(later).then(validation).otherwise(train)
     if settings.kind == "users":
-        users = log["user"].unique(maintain_order=True)
+        who = person(log.columns)
+        users = log[who].unique(maintain_order=True)
         drawn = pl.Series([_draw_part(user, settings) for user in users], dtype=pl.String)
-        part = pl.col("user").replace_strict(users, drawn, return_dtype=pl.String)
+        part = pl.col(who).replace_strict(users, drawn, return_dtype=pl.String)
         return pl.when((part == "train") | (left == 1)).then(part)
     return _given_parts(log)
+
+
+def person(columns: Sequence[str]) -> str:
+    """The column that tells who it is: a ``user`` may be one of a person's sessions."""
+    return "person" if "person" in columns else "user"
 
 
 def _draw_part(user: str, settings: SplitSettings) -> str:
@@ -156,7 +165,7 @@ def _draw_part(user: str, settings: SplitSettings) -> str:
 
 
 def _given_parts(log: pl.DataFrame) -> pl.Series:
-    named = log["part"].str.to_lowercase().replace(_OTHER_NAMES)
+    named = log["part"].str.to_lowercase().replace(_OTHER_NAMES)  # no row is without: reading sees to it
     unknown = log["part"].filter(~named.is_in(PARTS))
     if unknown.len():
         raise UserError(f"{unknown[0]!r} is no part of a split; {nearest(str(unknown[0]), PARTS)}")
@@ -166,8 +175,8 @@ def _given_parts(log: pl.DataFrame) -> pl.Series:
 def cases_of(log: pl.DataFrame, part: str, history: int, picks: Sequence[int] | None = None) -> Iterator[Case]:
     """The cases of a part, by user and time.
 
-    A training case knows of training interactions alone: were those held out never drawn as its wrong candidates, a
-    model could learn from what is missing which items the user will choose.
+    A training case knows of training interactions alone, in its history too: were those held out never drawn as its
+    wrong candidates, a model could learn from what is missing which items the user will choose.
 
     Args:
         log: that :func:`with_parts` made.
@@ -175,11 +184,13 @@ def cases_of(log: pl.DataFrame, part: str, history: int, picks: Sequence[int] | 
         history: the most items before a target, the latest ones.
         picks: which of the cases, by place and in order; all of them by default.
     """
+    if part == "train":
+        place = pl.int_range(pl.len(), dtype=pl.Int64).over("user")
+        log = log.filter(pl.col("part") == part).with_columns(position=place, size=pl.len().over("user").cast(pl.Int64))
     targets = log.with_row_index("row").filter(pl.col("case") & (pl.col("part") == part))
     targets = targets.select(pl.col("row").cast(pl.Int64), "user", "position", "size")
     if picks is not None:
-        targets = targets[list(picks)]
-    trains = log["part"] == "train"
+        targets = targets[picks.start : picks.stop] if isinstance(picks, range) else targets[list(picks)]
     rated = log["rating"] if "rating" in log.columns else None
     for user, rows in groupby(targets.iter_rows(), key=lambda row: row[1]):
         first, seen, titles = -1, frozenset[str](), list[str]()
@@ -187,8 +198,7 @@ def cases_of(log: pl.DataFrame, part: str, history: int, picks: Sequence[int] | 
             if first < 0:
                 first = row - position
                 titles = log["title"].slice(first, size).to_list()
-                known = titles if part != "train" else compress(titles, trains.slice(first, size))
-                seen = frozenset(known)
+                seen = frozenset(titles)
             shown = slice(max(0, position - history), position)
             ratings = () if rated is None else tuple(rated.slice(first, size)[shown].to_list())
             yield Case(user, tuple(titles[shown]), titles[position], seen=seen, ratings=ratings)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from datetime import date
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 EMBEDDED = "embedded"
 
@@ -18,10 +19,16 @@ def _expand(path: str) -> str:
     return expanded
 
 
+def _iso(value: object) -> object:
+    """A date as text: YAML reads one that is not quoted as a date."""
+    return value.isoformat() if isinstance(value, date) else value
+
+
 File = Annotated[str, AfterValidator(_expand)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
+Moment = Annotated[int | float | str, BeforeValidator(_iso)]
 Part = Literal["minor", "principal", "middle", "random"]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rankwise.schema.base import Count, File, Positive, Section, Share
+from rankwise.schema.base import Count, File, Moment, Positive, Section, Share
 
 
 class TextData(Section):
@@ -88,6 +88,7 @@ class InteractionData(RecommendationSettings):
     rating: str | None = Field(None, description="Column of the rating; a common name is found.")
     item_id: str | None = Field(None, description="Column of the item in the items; a common name is found.")
     title: str | None = Field(None, description="Column of the title; a common name is found.")
+    quoting: bool = Field(True, description="Whether quotes enclose the fields of CSV and TSV files.")
     minimum_rating: float | None = Field(None, description="Interactions rated lower are left out.")
     minimum_interactions: int = Field(3, ge=2, description="Users with fewer are left out.")
     core: Count = Field(1, description="Users and items with fewer are left out, again until there are none.")
@@ -95,10 +96,8 @@ class InteractionData(RecommendationSettings):
     split: Literal["last", "time", "users", "given"] = Field(
         "last", description="Held out: each user's last items, what came latest, some users, or as 'part' tells."
     )
-    validation_from: int | float | str | None = Field(
-        None, description="Split by time: where validation begins, a date."
-    )
-    test_from: int | float | str | None = Field(None, description="Split by time: where test begins, a date.")
+    validation_from: Moment | None = Field(None, description="Split by time: where validation begins, a date.")
+    test_from: Moment | None = Field(None, description="Split by time: where test begins, a date.")
     holdout: Share = Field(0.1, description="Split by time or users: share held out for each of the two parts.")
     part: str | None = Field(None, description="Column of the part (train, validation, test), for split: given.")
     history: Count = Field(10, description="Most items of a history.")

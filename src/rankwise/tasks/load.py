@@ -131,6 +131,7 @@ def _log_files(data: InteractionData) -> dict[str, Any]:
     if data.form is None:
         return {
             "ratings": Path(data.interactions),
+            "quoting": data.quoting,
             "items": Path(data.items) if data.items else None,
             "rating_columns": InteractionColumns(data.user, data.item, data.time, data.rating, data.part),
             "item_columns": ItemColumns(item=data.item_id, title=data.title),

@@ -6,9 +6,10 @@ Nothing is lost in silence: what is read comes with counts (rows read, dropped b
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import polars as pl
 
@@ -43,39 +44,58 @@ class InteractionColumns:
 
 
 def read_log(
-    path: Path, columns: InteractionColumns, rated: bool, form: Form | None = None
+    path: Path,
+    columns: InteractionColumns,
+    rating: Literal["needed", "told", "unused"],
+    form: Form | None = None,
+    quoting: bool = True,
 ) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
     """The whole rows and the broken ones of a log, a batch at a time.
 
     Whole rows have ``row`` (their number in the file), ``user, item`` (text), ``time`` and, where they are named or
-    ``rated``, ``rating`` and ``part``. Broken are rows with no user or item, with a time or rating that is none, and
+    wanted, ``rating`` and ``part``. Broken are rows with no user or item, with a time or rating that is none, and
     lines that :func:`rankwise.recommend.logs.reading.read_batches` cannot read: ``file``, ``row``, ``reason`` and
     ``content``.
+
+    Args:
+        path: a file or a folder.
+        columns: of it; a rating that is named is needed.
+        rating: whether each row needs one, it is read where it is there, or only where ``columns`` names it.
+        form: how files are written that their suffix does not tell.
+        quoting: whether quotes enclose fields.
 
     Raises:
         UserError: the file or a column is missing, or the file is empty.
     """
     names: dict[str, str] = {}
-    for batch in read_batches(path, form):
+
+    def chosen(found: Sequence[str]) -> Collection[str]:
+        return _names(path, list(found), columns, rating).values()
+
+    for batch in read_batches(path, form, quoting, chosen):
         if not names and batch.table.width > 1:
-            names = _names(path, batch.table.drop(ROW).columns, columns, rated)
-        whole, unparsable = _parse(batch.table, names, columns.time_form) if names else (_NOTHING, _NO_REASON)
+            names = _names(path, batch.table.drop(ROW).columns, columns, rating)
+        needed = [role for role in names if role != "rating" or rating == "needed" or columns.rating is not None]
+        made = _parse(batch.table, names, needed, columns.time_form) if names else (_NOTHING, _NO_REASON)
+        whole, unparsable = made
         broken = pl.concat([batch.broken, unparsable]).sort("row")
         yield whole, broken.insert_column(0, pl.Series("file", [batch.path.name] * broken.height, dtype=pl.String))
 
 
-def _names(path: Path, found: list[str], columns: InteractionColumns, rated: bool) -> dict[str, str]:
+def _names(path: Path, found: list[str], columns: InteractionColumns, rating: str) -> dict[str, str]:
     """The column of each role."""
     roles = ["user", "item", "time"]
-    if rated or columns.rating is not None:  # otherwise an empty rating harms no row
+    if rating != "unused" or columns.rating is not None:  # otherwise an empty rating harms no row
         roles.append("rating")
     if columns.part is not None:
         roles.append("part")
     return {role: find_column(path, found, role, getattr(columns, role), _COMMON.get(role, ())) for role in roles}
 
 
-def _parse(table: pl.DataFrame, names: Mapping[str, str], time_form: str | None) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The rows in which every mapped column has a value of its kind, and the others."""
+def _parse(
+    table: pl.DataFrame, names: Mapping[str, str], needed: Sequence[str], time_form: str | None
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The rows in which every column of a ``needed`` role has a value of its kind, and the others."""
     missing = [name for name in names.values() if name not in table.columns]
     table = table.with_columns(pl.lit(None, dtype=pl.String).alias(name) for name in missing)
     parsed = table.select(
@@ -87,7 +107,7 @@ def _parse(table: pl.DataFrame, names: Mapping[str, str], time_form: str | None)
         *([blank_to_null(names["part"]).alias("part")] if "part" in names else []),
     )
     reason = pl.lit(None, dtype=pl.String)
-    for role in reversed(list(names)):
+    for role in reversed(needed):
         reason = pl.when(pl.col(role).is_null()).then(pl.lit(f"no valid {role}")).otherwise(reason)
     reasons = parsed.select(reason.alias("reason"))["reason"]
     if reasons.null_count() == len(reasons):
@@ -117,7 +137,8 @@ def read_interactions(
     """
     counts: Counter[str] = Counter()
     parts: list[pl.DataFrame] = []
-    for whole, broken in read_log(path, columns or InteractionColumns(), minimum_rating is not None, form):
+    wanted: Literal["needed", "unused"] = "unused" if minimum_rating is None else "needed"
+    for whole, broken in read_log(path, columns or InteractionColumns(), wanted, form):
         rated = rated_enough(whole, minimum_rating)
         counts += count_read(whole, broken, rated)
         parts.append(rated.drop("row"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,11 @@ class ItemColumns:
 
 
 def read_items(
-    path: Path, columns: ItemColumns | None = None, tidy: bool = False, form: Form | None = None
+    path: Path,
+    columns: ItemColumns | None = None,
+    tidy: bool = False,
+    form: Form | None = None,
+    quoting: bool = True,
 ) -> tuple[pl.DataFrame, dict[str, int]]:
     """An item list as ``item, title`` (text) and the extra columns; ``tidy`` moves articles to the front.
 
@@ -50,15 +55,13 @@ def read_items(
     Raises:
         UserError: the file or a column is missing, the file is empty, or no item has a title.
     """
-    table, broken = read_table(path, form)
-    columns = columns or ItemColumns()
-    item = find_column(path, table.columns, "item", columns.item, (*ITEM, "id"))
-    title = find_column(path, table.columns, "title", columns.title, _TITLE)
-    extra = [find_column(path, table.columns, "extra column", name, ()) for name in columns.extra]
+    wanted = columns or ItemColumns()
+    table, broken = read_table(path, form, quoting, lambda found: _columns(path, found, wanted))
+    item, title, *extra = _columns(path, table.columns, wanted)
     listed = table.select(
         blank_to_null(item).alias("item"),
         blank_to_null(title, collapse=True).alias("title"),
-        *(pl.col(name) for name in extra),
+        *(blank_to_null(name, collapse=True).alias(name) for name in extra),
     )
     known = listed.filter(pl.col("item").is_not_null())
     titled = known.filter(pl.col("title").is_not_null())
@@ -74,6 +77,12 @@ def read_items(
         "items listed twice": titled.height - items.height,
         "items that share another's title": items.height - items["title"].n_unique(),
     }
+
+
+def _columns(path: Path, found: Sequence[str], columns: ItemColumns) -> list[str]:
+    item = find_column(path, found, "item", columns.item, (*ITEM, "id"))
+    title = find_column(path, found, "title", columns.title, _TITLE)
+    return [item, title, *(find_column(path, found, "extra column", name, ()) for name in columns.extra)]
 
 
 def items_as_titles(ids: pl.Series, tidy: bool) -> pl.DataFrame:

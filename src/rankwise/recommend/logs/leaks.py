@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import polars as pl
 
 from rankwise.recommend.logs.parts import Part, scan
-from rankwise.recommend.splits import PARTS, Case
+from rankwise.recommend.splits import PARTS, Case, person
 
 WINDOW = 3  # items before a target that make it the same question
 _HELD_OUT = PARTS[1:]
@@ -22,10 +22,10 @@ def leaks(parts: Sequence[Part]) -> dict[str, int]:
     """
     before = [pl.col("title").shift(back).over("user").fill_null("") for back in range(WINDOW, 0, -1)]
     window = pl.concat_str(*before, "title", separator="\0").hash()
-    targets = pl.concat(
-        scan([part]).with_columns(window=window).select("user", "title", "time", "part", "case", "window")
-        for part in parts
-    )
+    window = pl.when(pl.col("position") >= WINDOW).then(window)  # a shorter history asks another question
+    who = person(scan(parts).collect_schema().names())
+    names = ("title", "time", "part", "case", "window")
+    targets = pl.concat(scan([part]).with_columns(window=window).select(pl.col(who), *names) for part in parts)
     train, found = targets.filter(pl.col("part") == "train"), dict[str, int]()
     for name in _HELD_OUT:
         held_out = targets.filter(pl.col("case") & (pl.col("part") == name))
@@ -33,7 +33,7 @@ def leaks(parts: Sequence[Part]) -> dict[str, int]:
         first = held_out.select(pl.col("time").min()).collect(engine="streaming")["time"]
         later = train.join(first.to_frame("first").lazy(), how="cross").filter(pl.col("time") >= pl.col("first"))
         found[f"training interactions at or after the first {name} target"] = _count(later)
-        found[f"{name} targets of users who train too"] = _matched(held_out, train, "user")
+        found[f"{name} targets of users who train too"] = _matched(held_out, train, who)
     return found
 
 
@@ -47,8 +47,12 @@ def leaks_of_cases(train: Iterable[Case], held_out: dict[str, Sequence[Case]]) -
 
 
 def _windows(cases: Iterable[Case]) -> pl.LazyFrame:
-    rows = [("\0".join((*case.history[-WINDOW:], case.target)), case.target) for case in cases]
+    rows = [(_window(case), case.target) for case in cases]
     return pl.DataFrame(rows, schema={"window": pl.String, "title": pl.String}, orient="row").lazy()
+
+
+def _window(case: Case) -> str | None:
+    return "\0".join((*case.history[-WINDOW:], case.target)) if len(case.history) >= WINDOW else None
 
 
 def _crossing(train: pl.LazyFrame, held_out: pl.LazyFrame, name: str) -> dict[str, int]:

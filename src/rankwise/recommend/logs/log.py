@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -91,14 +92,16 @@ class Log:
         """How many cases a part of the split has."""
         return sum(sizes.get(part, 0) for sizes in self._sizes)
 
-    def shares(self, part: str, picks: Sequence[int]) -> Iterator[tuple[Part, list[int]]]:
+    def shares(self, part: str, picks: Sequence[int]) -> Iterator[tuple[Part, Sequence[int]]]:
         """Each part of the table with those of the cases in it that are picked, by their place in it."""
-        start = at = 0
+        start = 0
         for table, sizes in zip(self.parts, self._sizes, strict=True):
-            stop, first = start + sizes.get(part, 0), at
-            while at < len(picks) and picks[at] < stop:
-                at += 1
-            yield table, [pick - start for pick in picks[first:at]]
+            stop = start + sizes.get(part, 0)
+            some = picks[bisect_left(picks, start) : bisect_left(picks, stop)]
+            if isinstance(some, range):  # of all cases: their places take no memory
+                yield table, range(some.start - start, some.stop - start)
+            else:
+                yield table, [pick - start for pick in some]
             start = stop
 
     def cases(self, part: str, picks: Sequence[int]) -> Iterator[Case]:
@@ -128,21 +131,26 @@ def open_log(settings: LogSettings, workshop: Workshop) -> Log:
     listed, item_counts = _listed(settings)
     runs = read_runs(settings, workshop)
     unit = choose_unit(settings.ratings, runs.units)
-    items = listed if listed is not None else items_as_titles(_ids(runs.parts), settings.tidy_titles)
+    items = items_as_titles(_ids(runs.parts), settings.tidy_titles) if listed is None else listed
     cleaner = partial(clean, unit=unit, items=items.select("item", "title"), gap=settings.session_gap)
     parts, found = workshop.each("clean", cleaner, user_ranges(runs.parts, runs.users, settings.rows_in_memory))
     cleaned = _sum(found)
     first = {name: cleaned.pop(name) for name in (STRAY, TWICE)}
     counts = runs.counts | first | item_counts | cleaned
+    workshop.drop("runs")
     if counts[UNTITLED] and not sum(heights(parts)):
         raise UserError(f"{settings.ratings}: no item of the log is in the item list; check the item columns")
     if settings.core > 1:
         parts, core_counts = core(parts, settings.core, workshop)
         counts |= core_counts
+        workshop.drop("clean")
     catalogue = scan(parts).select(pl.col("title").unique().sort()).collect(engine="streaming")["title"].to_list()
+    if listed is None:  # what was left out is no item either
+        items = items.filter(pl.col("title").is_in(catalogue))
     cuts = time_cuts(scan(parts), settings) if settings.kind == "time" else None
     parts, found = workshop.each("split", partial(_split, settings=settings, cuts=cuts), parts)
     counts |= _sum(found)
+    workshop.drop("core" if settings.core > 1 else "clean")
     check_users(counts, settings.minimum_interactions)
     return Log(settings, parts, items, catalogue, counts, runs.broken)
 
@@ -151,7 +159,7 @@ def _listed(settings: LogSettings) -> tuple[pl.DataFrame | None, Counts]:
     """The list of items, where there is one."""
     if settings.items is not None:
         columns = replace(settings.item_columns or ItemColumns(), extra=settings.attributes)
-        return read_items(settings.items, columns, settings.tidy_titles, settings.item_form)
+        return read_items(settings.items, columns, settings.tidy_titles, settings.item_form, settings.quoting)
     if settings.attributes:
         raise UserError(f"the template tells {', '.join(settings.attributes)} of each item: give a table of items")
     return None, {}

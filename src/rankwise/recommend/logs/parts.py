@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,9 @@ def load(part: Part) -> pl.DataFrame:
 
 def scan(parts: Iterable[Part]) -> pl.LazyFrame:
     """All parts as one lazy table."""
-    return pl.concat(part.lazy() if isinstance(part, pl.DataFrame) else pl.scan_parquet(part) for part in parts)
+    return pl.concat(
+        part.lazy() if isinstance(part, pl.DataFrame) else pl.scan_parquet(part, glob=False) for part in parts
+    )
 
 
 def heights(parts: Iterable[Part]) -> list[int]:
@@ -63,6 +66,10 @@ class Workshop:
             folder.mkdir()
         results = list(self.spread(partial(_made, function, folder), list(enumerate(inputs))))
         return [part for part, _ in results], [extra for _, extra in results]
+
+    def drop(self, name: str) -> None:
+        """Remove the files of an earlier ``name``."""
+        shutil.rmtree(self.folder / name, ignore_errors=True)
 
 
 def _made(
@@ -105,10 +112,12 @@ def user_ranges(runs: Sequence[Part], users: pl.DataFrame, most: int) -> list[Us
 def batched(frames: Iterable[pl.DataFrame], most: int) -> Iterator[pl.DataFrame]:
     """The frames joined to larger ones, of ``most`` rows or a little more."""
     waiting: list[pl.DataFrame] = []
+    height = 0
     for frame in frames:
         waiting.append(frame)
-        if sum(one.height for one in waiting) >= most:
+        height += frame.height
+        if height >= most:
             yield pl.concat(waiting)
-            waiting = []
+            waiting, height = [], 0
     if waiting:
         yield pl.concat(waiting)

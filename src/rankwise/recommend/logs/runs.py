@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import polars as pl
 
@@ -100,8 +101,11 @@ class _Reader:
     def rows(self, path: Path) -> Iterator[pl.DataFrame]:
         """Interactions of a file that are rated high enough."""
         settings = self.settings
-        rated = settings.ratings_shown or settings.minimum_rating is not None
-        for whole, broken in read_log(path, settings.rating_columns, rated, settings.rating_form):
+        rating: Literal["needed", "told", "unused"] = "told" if settings.ratings_shown else "unused"
+        if settings.minimum_rating is not None:
+            rating = "needed"
+        columns, form = settings.rating_columns, settings.rating_form
+        for whole, broken in read_log(path, columns, rating, form, settings.quoting):
             good = rated_enough(whole, settings.minimum_rating)
             self.counts.update(count_read(whole, broken, good))
             if sum(some.height for some in self.broken) < LISTED:

@@ -21,6 +21,7 @@ class LogSettings(SplitSettings):
     item_columns: ItemColumns | None = None
     rating_form: Form | None = None  # how the files are written; by default as their suffixes say
     item_form: Form | None = None
+    quoting: bool = True  # whether quotes enclose the fields of CSV and TSV files
     tidy_titles: bool = False  # "Matrix, The (1999)" becomes "The Matrix (1999)"
     minimum_rating: float | None = None  # interactions rated lower are left out
     core: int = 1  # users and items with fewer interactions than this are left out, until there are none

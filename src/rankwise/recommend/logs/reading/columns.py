@@ -11,7 +11,10 @@ from rankwise.errors import UserError, nearest
 
 
 def as_text(column: pl.Series) -> pl.Series:
-    """Text of a typed column; whole floats lose their ``.0``: ids become floats where some are missing."""
+    """Text of a typed column; whole floats lose their ``.0``: ids become floats where some are missing.
+
+    Lists of texts are joined by a comma; what has no text of its own is null.
+    """
     if column.dtype == pl.String:
         return column
     if column.dtype.is_float():
@@ -20,7 +23,9 @@ def as_text(column: pl.Series) -> pl.Series:
         return whole.cast(pl.String).zip_with(is_whole, column.cast(pl.String))
     if column.dtype in (pl.Datetime, pl.Date):
         return column.cast(pl.Datetime("us")).dt.to_string("iso:strict")
-    if column.dtype.is_nested() or column.dtype == pl.Binary:
+    if column.dtype == pl.List(pl.String):
+        return column.list.join(", ")
+    if column.dtype.is_nested() or column.dtype in (pl.Binary, pl.Duration, pl.Time, pl.Object, pl.Null):
         return pl.Series(column.name, [None] * len(column), dtype=pl.String)
     return column.cast(pl.String, strict=False)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
@@ -14,7 +14,7 @@ from rankwise.recommend.logs.reading.columns import as_text
 from rankwise.recommend.logs.reading.forms import ACCEPTED, COLUMNAR, COMPRESSED, SUFFIXES, Form
 from rankwise.recommend.logs.reading.text import ROW, Tables, broken_rows, objects, separated
 
-ROWS = 1_000_000  # of a batch
+ROWS = 250_000  # of a batch
 NO_ROWS = "it is empty but for its header"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"  # of a folder that the datasets library wrote
 
@@ -32,37 +32,49 @@ class Batch:
     broken: pl.DataFrame
 
 
-def read_batches(path: Path, form: Form | None = None, rows: int = ROWS) -> Iterator[Batch]:
+Choose = Callable[[Sequence[str]], Collection[str]]  # of a file's columns, those to read
+
+
+def read_batches(
+    path: Path, form: Form | None = None, quoting: bool = True, choose: Choose | None = None
+) -> Iterator[Batch]:
     """The rows of a file, or of all files of a folder by name, in batches of about as many rows.
 
     Args:
         path: a file, a folder of files, or a dataset that the datasets library saved to disk. Names that begin with
             a dot or an underscore are passed over.
         form: how the files are written; by default what their suffixes say.
-        rows: of a batch.
+        quoting: whether quotes enclose fields, where the form does not say.
+        choose: the columns to read of a Parquet or Arrow file, all by default; others are read as a whole.
 
     Raises:
         UserError: a file is missing, of an unknown kind, or not readable as its suffix says, or all have no byte.
     """
     for file in files(Path(path), form):
         try:
-            for table, broken in _tables(file, form, rows):
+            for table, broken in _tables(file, form, quoting, choose):
                 if table.height + broken.height:
                     yield Batch(file, table, broken)
-        except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
+        except pl.exceptions.NoDataError:
+            continue
+        except (pl.exceptions.PolarsError, UnicodeDecodeError, OSError) as error:
             kind = _suffix(file)[1:].upper() or "text"
             encoding = form.encoding.upper() if form and form.encoding != "utf8" else "UTF-8"
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{file}: not readable as {kind} in {encoding} ({reason})") from error
+            hint = "; a quotation mark may be open: where they are plain characters set quoting: false"
+            quoted = '"' in reason or "CSV malformed" in reason
+            raise UserError(f"{file}: not readable as {kind} in {encoding} ({reason}){hint * quoted}") from error
 
 
-def read_table(path: Path, form: Form | None = None) -> tuple[pl.DataFrame, pl.DataFrame]:
+def read_table(
+    path: Path, form: Form | None = None, quoting: bool = True, choose: Choose | None = None
+) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The rows of all batches as one table, without their numbers, and the broken ones.
 
     Raises:
         UserError: as :func:`read_batches`, or no row is whole.
     """
-    batches = list(read_batches(path, form))
+    batches = list(read_batches(path, form, quoting, choose))
     if not batches:
         raise UserError(f"{path}: {NO_ROWS}")
     table = pl.concat([batch.table for batch in batches], how="diagonal")
@@ -92,14 +104,29 @@ def files(path: Path, form: Form | None = None) -> list[Path]:
 
 def _folder(path: Path) -> list[Path]:
     if (path / _SPLITS).is_file():
-        splits = json.loads((path / _SPLITS).read_text(encoding="utf-8"))["splits"]
-        raise UserError(f"{path}: a dataset with the parts {', '.join(splits)}: give the folder of one of them")
+        parts = sorted(folder.name for folder in path.iterdir() if folder.is_dir())
+        raise UserError(f"{path}: a dataset with the parts {', '.join(parts)}: give the folder of one of them")
     if (path / _STATE).is_file():
+        return _saved_dataset(path)
+    found = sorted(file for file in path.iterdir() if file.name[0] not in "._")
+    folders = [file.name for file in found if file.is_dir()]
+    if folders:
+        raise UserError(f"{path}: holds the folder {folders[0]}, and folders in folders are not read: give one of them")
+    return found
+
+
+def _saved_dataset(path: Path) -> list[Path]:
+    try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        if state.get("_indices_files"):
-            raise UserError(f"{path}: a dataset with a selection of its rows: save its flatten_indices() to disk")
-        return [path / file["filename"] for file in state["_data_files"]]
-    return sorted(file for file in path.iterdir() if file.is_file() and file.name[0] not in "._")
+        files, selected = [path / file["filename"] for file in state["_data_files"]], state.get("_indices_files")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / _STATE}: not what the datasets library writes: save the dataset again") from error
+    if selected:
+        raise UserError(f"{path}: a dataset with a selection of its rows: save its flatten_indices() to disk")
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise UserError(f"{path}: a dataset without its file {missing[0]}: save it again")
+    return files
 
 
 def _suffix(path: Path) -> str:
@@ -108,29 +135,32 @@ def _suffix(path: Path) -> str:
     return name.suffix.lower()
 
 
-def _tables(path: Path, form: Form | None, rows: int) -> Tables:
+def _tables(path: Path, form: Form | None, quoting: bool, choose: Choose | None) -> Tables:
     suffix = _suffix(path)
     if form is None and suffix in COLUMNAR:
-        return _columnar(path, suffix, rows)
-    chosen = form or SUFFIXES[suffix]
-    return separated(path, chosen, rows) if chosen.separator else objects(path, chosen, rows)
+        return _columnar(path, suffix, choose)
+    chosen = form or replace(SUFFIXES[suffix], quoting=quoting)
+    return separated(path, chosen, ROWS) if chosen.separator else objects(path, chosen, ROWS)
 
 
-def _columnar(path: Path, suffix: str, rows: int) -> Tables:
+def _columnar(path: Path, suffix: str, choose: Choose | None) -> Tables:
     number = 0
-    for table in _columns(path, suffix, rows):
+    for table in _columns(path, suffix, choose):
         texts = pl.DataFrame([as_text(column) for column in table])
         yield texts.with_row_index(ROW, number + 1).with_columns(pl.col(ROW).cast(pl.Int64)), _NONE
         number += table.height
 
 
-def _columns(path: Path, suffix: str, rows: int) -> Iterator[pl.DataFrame]:
+def _columns(path: Path, suffix: str, choose: Choose | None) -> Iterator[pl.DataFrame]:
     if suffix == ".parquet":
-        yield from pl.scan_parquet(path, glob=False).collect_batches(chunk_size=rows, maintain_order=True)
+        scanned = pl.scan_parquet(path, glob=False)
     elif _begins(path, b"ARROW1"):
-        yield from pl.scan_ipc(path, glob=False).collect_batches(chunk_size=rows, maintain_order=True)
+        scanned = pl.scan_ipc(path, glob=False)
     else:  # the stream format, which the datasets library writes, half a gigabyte a file
-        yield from pl.read_ipc_stream(path).iter_slices(rows)
+        scanned = pl.read_ipc_stream(path).lazy()
+    names = scanned.collect_schema().names()
+    wanted = names if choose is None else [name for name in names if name in choose(names)]
+    yield from scanned.select(wanted).collect_batches(chunk_size=ROWS, maintain_order=True)
 
 
 def _begins(path: Path, mark: bytes) -> bool:

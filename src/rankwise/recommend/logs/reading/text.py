@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gzip
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -106,7 +107,13 @@ def _lines(path: Path, form: Form, rows: int) -> Iterator[pl.DataFrame]:
 
 
 def _source(path: Path, form: Form) -> Path | bytes:
-    return path if form.encoding == "utf8" else path.read_text(encoding=form.encoding).encode()
+    if form.encoding == "utf8":
+        return path
+    if path.suffix.lower() == ".gz":
+        return gzip.decompress(path.read_bytes()).decode(form.encoding).encode()
+    if path.suffix.lower() == ".zst":
+        raise UserError(f"{path}: a file in {form.encoding} is not read compressed: unpack it first")
+    return path.read_text(encoding=form.encoding).encode()
 
 
 def _json_object(line: str) -> dict[str, object] | None:
@@ -114,22 +121,25 @@ def _json_object(line: str) -> dict[str, object] | None:
         value = json.loads(line)
         if "\\u" in line:  # half of a surrogate pair is valid JSON and no text
             json.dumps(value, ensure_ascii=False).encode()
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict) and value else None
 
 
 def _literal(line: str) -> dict[str, object] | None:
     try:
         value = ast.literal_eval(line)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        repr(value).encode()
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
-    return value if isinstance(value, dict) and all(isinstance(key, str) for key in value) else None
+    return value if isinstance(value, dict) and value and all(isinstance(key, str) for key in value) else None
 
 
 def _scalar_text(value: object) -> str | None:
     if isinstance(value, str):
         return value
+    if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+        return ", ".join(value)
     if value is None or isinstance(value, bool | dict | list):
         return None
     if isinstance(value, float) and value.is_integer():
