@@ -144,7 +144,7 @@ class Worker:
             self._seen(len(taken))
             started = time.monotonic()
             self._settle(taken)
-            return_free_memory()  # or the holes of one call make the next one's memory grow
+            return_free_memory()  # or the holes that this call leaves stay beside the next one's tensors
             self._seconds = time.monotonic() - started
 
     def _take(self) -> list[_Waiting]:
