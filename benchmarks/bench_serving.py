@@ -5,8 +5,12 @@
 
 Both servers are processes of their own, asked in turns by clients in this process, each of which asks again as soon as
 it has its answer. Without ``--run`` a run is made first: the embedded model on a synthetic log, barely trained. Its
-searches read more of the catalogue than those of a model that knows it. The soak ends with SIGTERM while every client
-waits for an answer.
+searches read more of the catalogue than those of a model that knows it.
+
+The soak begins with a warm-up by as many clients, who ask for the users with the longest prompts. Resident memory rises
+and falls with every call of the model, whatever the time: so it is read all along, and told for each quarter. What is
+kept for good raises the least of the quarters, one after the other. The soak ends with SIGTERM while every client waits
+for an answer.
 """
 
 from __future__ import annotations
@@ -28,14 +32,16 @@ from pathlib import Path
 
 import httpx2
 import numpy as np
+import polars as pl
 import torch
 
-from rankwise.recommend.store import STORE, read_store
+from rankwise.recommend.store import STORE, Store, read_store
 from synthetic_run import make_run
 from timing import machine, table
 
 WAYS = {"together": 16, "one at a time": 1}  # --batch
-SETTLED = 5.0  # seconds of a soak before its memory is first read
+MOMENT = 0.1  # seconds between two readings of a soak's memory
+QUARTERS = 4
 ARRIVAL = 0.2  # seconds that a request has to reach the server before SIGTERM does
 
 
@@ -130,47 +136,56 @@ def row(clients: int, way: str, loads: list[Load]) -> list[str]:
     return [str(clients), way, rate, *(f"{np.percentile(times, part):.0f} ms" for part in (50, 95)), str(failed)]
 
 
+def longest_prompts(store: Store, count: int) -> list[str]:
+    """So many users, those whose prompts have the most letters of titles."""
+    letters = pl.col("titles").list.tail(store.most_history).list.join("").str.len_chars()
+    users: list[str] = store.histories.sort(letters, descending=True)["user"].head(count).to_list()
+    return users
+
+
 @dataclass
 class Soak:
-    """A whole load, resident memory in mebibytes, and what became of the requests in flight at SIGTERM."""
+    """A whole load, resident memory in mebibytes all along, and what became of the requests in flight at SIGTERM."""
 
     load: Load
-    first: float
-    end: float
+    memory: list[float]
     last: Counter[str]
 
 
 async def soak(server: Server, users: list[str], clients: int, seconds: float) -> Soak:
-    load, stop = Load(), asyncio.Event()
+    load, stop, memory = Load(), asyncio.Event(), list[float]()
     started = time.perf_counter()
     tasks = [asyncio.create_task(client(server.address, users, seed, load, stop)) for seed in range(clients)]
-    await asyncio.sleep(min(SETTLED, seconds / 2))
-    first = server.memory
-    await asyncio.sleep(max(0.0, started + seconds - time.perf_counter()))
-    end = server.memory
+    while time.perf_counter() < started + seconds:
+        memory.append(server.memory)
+        await asyncio.sleep(MOMENT)
     stop.set()
     await asyncio.sleep(ARRIVAL)
     before = Counter(load.outcomes)
     server.process.terminate()
     await asyncio.gather(*tasks)
     load.seconds = time.perf_counter() - started
-    return Soak(load, first, end, load.outcomes - before)
+    return Soak(load, memory, load.outcomes - before)
 
 
-def run_soak(run: Path, users: list[str], arguments: argparse.Namespace, folder: Path) -> None:
+def run_soak(run: Path, store: Store, arguments: argparse.Namespace, folder: Path) -> None:
     """Print what a soak came to; exit with 1 where a request failed or the server did not end well."""
+    clients, users = arguments.soak_clients, store.histories["user"].to_list()
     with served(run, WAYS["together"], folder / "soak.log") as server:
-        found = asyncio.run(soak(server, users, arguments.soak_clients, arguments.soak))
+        warm = asyncio.run(ask(server.address, longest_prompts(store, clients), clients, arguments.warm_up))
+        found = asyncio.run(soak(server, users, clients, arguments.soak))
         answered = time.perf_counter()
         code = server.process.wait(timeout=120)
         ended = time.perf_counter() - answered
     load, times = found.load, 1000 * np.array(found.load.times)
-    print(f"{arguments.soak_clients} clients for {arguments.soak:g} s: {len(times)} requests, {dict(load.outcomes)}")
+    print(f"warm-up of {warm.seconds:.0f} s: {len(warm.times)} requests, {dict(warm.outcomes)}")
+    print(f"{clients} clients for {arguments.soak:g} s: {len(times)} requests, {dict(load.outcomes)}")
     print(f"p50 {np.percentile(times, 50):.0f} ms, p95 {np.percentile(times, 95):.0f} ms, longest {times.max():.0f} ms")
-    settled = min(SETTLED, arguments.soak / 2)
-    print(f"resident memory after {settled:g} s: {found.first:.0f} MiB; at the end: {found.end:.0f} MiB")
-    print(f"in flight at SIGTERM: {dict(found.last)}; exit status {code}, {ended:.1f} s after the last answer")
-    if set(load.outcomes) != {"200"} or code != 0:
+    print(f"in flight at SIGTERM: {dict(found.last)}; exit status {code}, {ended:.1f} s after the last answer\n")
+    quarters = enumerate(np.array_split(found.memory, QUARTERS), start=1)
+    rows = [[str(number), *(f"{np.percentile(part, at):.0f}" for at in (0, 50, 100))] for number, part in quarters]
+    print(table(["quarter", "least MiB", "median", "most"], rows))
+    if set(load.outcomes + warm.outcomes) != {"200"} or code != 0:
         sys.exit(1)
 
 
@@ -183,6 +198,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="of each way and number of clients (%(default)s)")
     parser.add_argument("--soak", type=float, metavar="SECONDS", help="soak for so long instead")
     parser.add_argument("--soak-clients", type=int, default=32, help="of the soak (%(default)s)")
+    parser.add_argument("--warm-up", type=float, default=30.0, help="seconds before the soak (%(default)s)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -191,7 +207,7 @@ def main() -> None:
         users: list[str] = store.histories["user"].to_list()
         print(f"{machine(torch.get_num_threads())}; {store.titles.height} titles, {len(users)} users")
         if arguments.soak:
-            run_soak(run, users, arguments, folder)
+            run_soak(run, store, arguments, folder)
             return
         rows = compare(run, users, arguments, folder)
     print(f"{arguments.runs} runs of {arguments.seconds:g} s of each, in turns: median (least to most) of the rate\n")

@@ -192,8 +192,13 @@ def test_the_benchmark_compares_and_soaks_to_the_end(run: Path) -> None:
         [clients, way] for clients in "14" for way in ("together", "one at a time")
     ]
     assert {row[-1] for row in rows[2:]} == {"0"}
-    soaked = output("--soak", "2", "--soak-clients", "4")
-    assert re.search(r"requests, \{'200': \d+\}", soaked) and "exit status 0" in soaked
+    soaked = output("--soak", "2", "--soak-clients", "4", "--warm-up", "0.5")
+    assert len(re.findall(r"requests, \{'200': \d+\}", soaked)) == 2 and "exit status 0" in soaked
+    lines = [line for line in soaked.splitlines() if re.match(r"\| \d", line)]
+    memory = [list(map(float, re.findall(r"\d+|nan", line))) for line in lines]
+    assert [quarter for quarter, *_ in memory] == [1, 2, 3, 4]
+    if sys.platform == "linux":
+        assert all(0 < least <= middle <= most for _, least, middle, most in memory)
 
 
 # Mistakes

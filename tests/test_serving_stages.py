@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rankwise.models import load_language_model, load_tokenizer
 from rankwise.recommend.recommender import Recommender
 from rankwise.run import BASE, Run
 from rankwise.serving.stages import load_stages
+from rankwise.serving.worker import Question, answer_together
 
 CHANGES: dict[str, dict[str, Any]] = {
     "milora": {"adapter": {"kind": "milora", "r": 4}},
@@ -69,6 +71,28 @@ def test_the_base_is_in_memory_once(run: Path) -> None:
     assert not any(parameter.requires_grad for parameter in every.parameters())
     shared = {name: tensor for name, tensor in one.named_parameters() if name in base}
     assert all(torch.equal(tensor, every.get_parameter(name)) for name, tensor in shared.items())
+
+
+@pytest.mark.parametrize("candidates", [None, 3])
+def test_an_answer_leaves_no_tensor_behind(run: Path, candidates: int | None) -> None:
+    """Keys and values are freed with the answer, and do not wait for the garbage collector."""
+    stages = load_stages(run, ["sft"])
+    store = stages.recommender.store
+    listed = None if candidates is None else tuple(store.titles["title"].head(candidates).to_list())
+    questions = [Question("sft", tuple(titles), listed) for titles in store.histories["titles"].to_list()[:3]]
+
+    def left() -> int:
+        answer_together(stages, questions)
+        return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+
+    left()  # what is made once is made here
+    gc.collect()
+    gc.disable()
+    try:
+        first = left()
+        assert {left() for _ in range(3)} == {first}
+    finally:
+        gc.enable()
 
 
 def test_some_stages_alone(run: Path) -> None:

@@ -65,9 +65,9 @@ def worker(model: Gated, sizes: list[int]) -> Iterator[Worker]:
     made.stop(60.0)
 
 
-def occupy(worker: Worker, model: Gated) -> Future[Ranking]:
+def occupy(worker: Worker, model: Gated, title: str = "first") -> Future[Ranking]:
     """Have the model busy with one question."""
-    answer = worker.submit(asked("first"))
+    answer = worker.submit(asked(title))
     assert model.begun.acquire(timeout=60)
     return answer
 
@@ -131,6 +131,17 @@ def test_what_fails_is_asked_again_alone(worker: Worker, model: Gated) -> None:
     assert [len(call) for call in model.calls] == [1, 3, 1, 1, 1]
     model.go.release()
     assert titles(worker.submit(asked("later"))) == ["later"]
+
+
+def test_after_each_call_freed_memory_goes_back(worker: Worker, model: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
+    returned = threading.Semaphore(0)
+    monkeypatch.setattr("rankwise.serving.worker.return_free_memory", returned.release)
+    for title in ("good", "bad"):
+        answer = occupy(worker, model, title)
+        assert not returned.acquire(blocking=False)
+        model.go.release()
+        assert answer.exception(timeout=60) is None or title == "bad"
+        assert returned.acquire(timeout=60)
 
 
 def test_stopping_gives_up_what_waits_and_ends_what_runs(worker: Worker, model: Gated) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
-import sys
 import time
 from collections.abc import Generator, Mapping
 from contextlib import closing
@@ -32,6 +30,7 @@ from rankwise.directions.saving import live_pair
 from rankwise.directions.tensor_file import DTYPES, TensorFile
 from rankwise.errors import UserError
 from rankwise.files import check_writable, new_folder
+from rankwise.memory import return_free_memory
 from rankwise.peft_bridge import adapted_layers
 from rankwise.peft_bridge.matrices import factor_matrices
 
@@ -254,17 +253,6 @@ def _start(name: str, layer: LoraLayer, weight: Tensor, config: MiloraConfig) ->
         getattr(layer, part).to("meta")
     base.weight = held
     return {f"base_model.model.{name}.{end}": tensor for end, tensor in tensors.items()}, written
-
-
-def return_free_memory() -> None:
-    """Have glibc give freed memory back to the system; elsewhere, nothing.
-
-    It keeps blocks of less than 32 MB, and what is allocated between them leaves holes that the next matrix does not
-    fit into: without this the process grew by as much as the whole model.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
-    if trim is not None:
-        trim(0)
 
 
 def _energy(layer: LoraLayer, weight: Tensor) -> float:

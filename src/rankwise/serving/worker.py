@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from rankwise.memory import return_free_memory
 from rankwise.recommend.recommender import Ranking
 from rankwise.serving.stages import Stages
 
@@ -143,6 +144,7 @@ class Worker:
             self._seen(len(taken))
             started = time.monotonic()
             self._settle(taken)
+            return_free_memory()  # or the holes that this call leaves stay beside the next one's tensors
             self._seconds = time.monotonic() - started
 
     def _take(self) -> list[_Waiting]:
