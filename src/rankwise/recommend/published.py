@@ -14,7 +14,7 @@ from typing import Any
 
 from rankwise.errors import UserError
 from rankwise.recommend.logs.leaks import leaks_of_cases
-from rankwise.recommend.prompts import load_template
+from rankwise.recommend.prompts import Template, load_template
 from rankwise.recommend.rows import Prepared, RowSettings, build, check_rows
 from rankwise.recommend.splits import Case
 
@@ -30,7 +30,7 @@ class PublishedSettings(RowSettings):
     test: Path
     names: Path | None = None  # id2name.txt: "0::Morcheeba", one a line
     minimum_history: int = 3  # windows with fewer items are left out, as in the paper
-    template: str | Path = "artists-candidates"
+    template: str | Path | Template = "artists-candidates"
 
 
 def prepare_published(settings: PublishedSettings) -> Prepared:
