@@ -240,3 +240,14 @@ def test_movielens_is_read_whole(real_data: Path) -> None:
     assert items.height == 9_742
     assert item_counts["items that share another's title"] == 5
     assert not items["title"].str.contains(r", The \(").any()
+
+
+def test_files_of_a_folder_may_name_their_columns_differently(tmp_path: Path) -> None:
+    folder = tmp_path / "log"
+    folder.mkdir()
+    write(folder / "a.csv", "userId,movieId,timestamp\n1,2,3\n")
+    write(folder / "b.csv", "ts,user,item\n5,1,4\n")
+    pl.DataFrame({"uid": [1], "item_id": [6], "date": [7], "other": [[1]]}).write_parquet(folder / "c.parquet")
+    log, counts = read_interactions(folder)
+    assert log.rows() == [("1", "2", 3.0), ("1", "4", 5.0), ("1", "6", 7.0)]
+    assert counts["unparsable rows"] == 0

@@ -57,3 +57,18 @@ def test_common_names_are_found_whatever_their_spelling(tmp_path: Path) -> None:
         find_column(tmp_path, columns, "time", None, ("time",))
     with pytest.raises(UserError, match="no column 'ratings' for the rating; did you mean 'rating'"):
         find_optional_column(tmp_path, columns, "rating", "ratings", ())
+
+
+def test_no_field_is_lost_beyond_the_header(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("id,title\n1,a\n2,b,,c\n3,d,\n")
+    table, broken = read_table(path)
+    assert table.rows() == [("1", "a"), ("3", "d")]  # nothing stands after the last comma
+    assert broken.rows() == [(2, "more fields than columns", '["2", "b", null, "c"]')]
+
+
+def test_quotes_are_plain_characters_in_the_header_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text('id\t"title"\n1\t12" disk\n')
+    table, _ = read_table(path, quoting=False)
+    assert table.to_dicts() == [{"id": "1", '"title"': '12" disk'}]

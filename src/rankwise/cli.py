@@ -8,7 +8,6 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,10 +58,10 @@ def prepare(arguments: Arguments, console: Console) -> Any:
     folder = Path(arguments.folder)
     if isinstance(recipe.data, InteractionData):
         spread = over_cluster if arguments.cluster else map
-        settings = replace(interaction_settings(recipe.data, recipe.seed), evaluation_cases=recipe.evaluation.cases)
+        settings = interaction_settings(recipe.data, recipe.seed, recipe.evaluation.cases)
         found = write_interactions(folder, settings, spread)
     else:
-        prepared = prepare(recipe.data, recipe.seed)
+        prepared = prepare(recipe.data, recipe.seed, recipe.evaluation.cases)
         found = WrittenRows(write_rows(folder, prepared, recipe.data.chat), prepared.counts, prepared.leaks)
     for name, count in (found.counts | found.leaks).items():
         console.print(f"  {name}: {count}", highlight=False)

@@ -67,7 +67,7 @@ def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) 
         if data.chat:
             template = as_chat(template, tokenizer)
         return RecommendationTask(
-            prepare(data, recipe.seed, template),
+            prepare(data, recipe.seed, evaluation.cases, template),
             template,
             tokenizer,
             recipe.model,
@@ -89,27 +89,35 @@ def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) 
     return _classification(recipe, data, tokenizer, context)
 
 
-def prepare(data: RecommendationSettings, seed: int, template: Template | None = None) -> Prepared:
+def prepare(
+    data: RecommendationSettings, seed: int, cases: int | None = None, template: Template | None = None
+) -> Prepared:
     """Rows for recommendation, from a log of interactions or from published files.
 
     Args:
         data: where they are.
         seed: of the draws.
+        cases: of validation and of test, at most each.
         template: instead of the one that ``data`` names.
     """
-    settings = {**_row_settings(data, seed), **({} if template is None else {"template": template})}
     if isinstance(data, SdpoData):
         names = Path(data.names) if data.names else None
         train, validation, test = (Path(path) for path in (data.train, data.validation, data.test))
+        settings = _row_settings(data, seed, cases, template)
         return prepare_published(
             PublishedSettings(train=train, validation=validation, test=test, names=names, **settings)
         )
     assert isinstance(data, InteractionData)
-    return prepare_interactions(replace(interaction_settings(data, seed), **settings))
+    return prepare_interactions(interaction_settings(data, seed, cases, template))
 
 
-def interaction_settings(data: InteractionData, seed: int) -> InteractionSettings:
-    """What the section says, as the settings of :func:`rankwise.recommend.prepare.prepare_interactions`."""
+def interaction_settings(
+    data: InteractionData, seed: int, cases: int | None = None, template: Template | None = None
+) -> InteractionSettings:
+    """What the section says, as the settings of :func:`rankwise.recommend.prepare.prepare_interactions`.
+
+    The arguments are those of :func:`prepare`.
+    """
     return InteractionSettings(
         **_log_files(data),
         tidy_titles=data.tidy_titles,
@@ -122,7 +130,7 @@ def interaction_settings(data: InteractionData, seed: int) -> InteractionSetting
         test_from=data.test_from,
         holdout=data.holdout,
         history=data.history,
-        **_row_settings(data, seed),
+        **_row_settings(data, seed, cases, template),
     )
 
 
@@ -147,9 +155,12 @@ def _log_files(data: InteractionData) -> dict[str, Any]:
     }
 
 
-def _row_settings(data: RecommendationSettings, seed: int) -> dict[str, Any]:
+def _row_settings(
+    data: RecommendationSettings, seed: int, cases: int | None, template: Template | None
+) -> dict[str, Any]:
     return {
-        "template": data.template,
+        "template": template or data.template,
+        "evaluation_cases": cases,
         "messages": data.chat,
         "negatives": data.negatives,
         "candidates": data.candidates,

@@ -67,17 +67,17 @@ def read_log(
     Raises:
         UserError: the file or a column is missing, or the file is empty.
     """
-    names: dict[str, str] = {}
+    names: dict[Path, dict[str, str]] = {}  # of each file, in which they may differ
 
     def chosen(found: Sequence[str]) -> Collection[str]:
         return _names(path, list(found), columns, rating).values()
 
     for batch in read_batches(path, form, quoting, chosen):
-        if not names and batch.table.width > 1:
-            names = _names(path, batch.table.drop(ROW).columns, columns, rating)
-        needed = [role for role in names if role != "rating" or rating == "needed" or columns.rating is not None]
-        made = _parse(batch.table, names, needed, columns.time_form) if names else (_NOTHING, _NO_REASON)
-        whole, unparsable = made
+        if batch.path not in names and batch.table.width > 1:
+            names[batch.path] = _names(batch.path, batch.table.drop(ROW).columns, columns, rating)
+        own = names.get(batch.path, {})  # none where all is broken so far
+        needed = [role for role in own if role != "rating" or rating == "needed" or columns.rating is not None]
+        whole, unparsable = _parse(batch.table, own, needed, columns.time_form) if own else (_NOTHING, _NO_REASON)
         broken = pl.concat([batch.broken, unparsable]).sort("row")
         yield whole, broken.insert_column(0, pl.Series("file", [batch.path.name] * broken.height, dtype=pl.String))
 

@@ -159,8 +159,10 @@ def _columns(path: Path, suffix: str, choose: Choose | None) -> Iterator[pl.Data
     else:  # the stream format, which the datasets library writes, half a gigabyte a file
         scanned = pl.read_ipc_stream(path).lazy()
     names = scanned.collect_schema().names()
-    wanted = names if choose is None else [name for name in names if name in choose(names)]
-    yield from scanned.select(wanted).collect_batches(chunk_size=ROWS, maintain_order=True)
+    wanted = names if choose is None else choose(names)
+    yield from scanned.select(name for name in names if name in wanted).collect_batches(
+        chunk_size=ROWS, maintain_order=True
+    )
 
 
 def _begins(path: Path, mark: bytes) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import gzip
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -15,17 +15,21 @@ from rankwise.recommend.logs.reading.forms import Form
 
 ROW = "\0row"  # the number of a row in its file, from 1
 TOO_LONG, NO_OBJECT = "more fields than columns", "no JSON object"
-_OVERFLOW = "\0overflow"
+_OVERFLOW = ["\0first", "\0second", "\0third"]  # fields that the header does not name; the first may be empty
 _TWICE = "_duplicated_0"  # what polars adds to a name that was there before
 _BROKEN: dict[str, type[pl.DataType]] = {"row": pl.Int64, "reason": pl.String, "content": pl.String}
 Tables = Iterator[tuple[pl.DataFrame, pl.DataFrame]]  # rows, and the broken ones
 
 
 def broken_rows(rows: pl.DataFrame, reason: str) -> pl.DataFrame:
-    """Of rows of a table: their number, why they are broken, and their fields as JSON."""
-    fields = rows.drop(ROW)
-    content = [json.dumps(field, ensure_ascii=False) for field in fields.iter_rows()] if rows.height else []
+    """Of rows of a table: their number, why they are broken, and their fields as JSON, up to the last with a value."""
+    content = [json.dumps(_filled(fields), ensure_ascii=False) for fields in rows.drop(ROW).iter_rows()]
     return pl.DataFrame({"row": rows[ROW].to_list(), "reason": [reason] * rows.height, "content": content}, _BROKEN)
+
+
+def _filled(fields: Sequence[str | None]) -> list[str | None]:
+    last = max((place for place, field in enumerate(fields) if field is not None), default=-1)
+    return list(fields[: last + 1])
 
 
 def separated(path: Path, form: Form, rows: int) -> Tables:
@@ -38,13 +42,13 @@ def separated(path: Path, form: Form, rows: int) -> Tables:
 
 def _scan_csv(path: Path, form: Form, rows: int) -> Tables:
     names, source = form.names or _header(path, form), _source(path, form)
-    # One column more than the header names catches lines that are too long, which would be cut in silence.
+    # More columns than the header names catch lines that are too long, which would be cut in silence.
     scanned = pl.scan_csv(
         source,
         separator=form.separator or ",",
         quote_char='"' if form.quoting else None,
         has_header=not form.names,
-        schema=dict.fromkeys([*names, _OVERFLOW], pl.String),
+        schema=dict.fromkeys([*names, *_OVERFLOW], pl.String),
         missing_columns="insert",
         truncate_ragged_lines=True,
         row_index_name=ROW,
@@ -53,12 +57,14 @@ def _scan_csv(path: Path, form: Form, rows: int) -> Tables:
     )
     for table in scanned.collect_batches(chunk_size=rows, maintain_order=True):
         table = table.with_columns(pl.col(ROW).cast(pl.Int64))
-        whole = table.filter(pl.col(_OVERFLOW).is_null()).drop(_OVERFLOW)
-        yield whole, broken_rows(table.filter(pl.col(_OVERFLOW).is_not_null()), TOO_LONG)
+        fits = pl.all_horizontal(pl.col(_OVERFLOW).is_null())
+        yield table.filter(fits).drop(_OVERFLOW), broken_rows(table.filter(~fits), TOO_LONG)
 
 
 def _header(path: Path, form: Form) -> list[str]:
-    read = pl.scan_csv(_source(path, form), separator=form.separator or ",", infer_schema=False, n_rows=0, glob=False)
+    source, quote = _source(path, form), '"' if form.quoting else None
+    separator = form.separator or ","
+    read = pl.scan_csv(source, separator=separator, quote_char=quote, infer_schema=False, n_rows=0, glob=False)
     names = read.collect_schema().names()
     twice = [name.removesuffix(_TWICE) for name in names if name.endswith(_TWICE)]
     if twice:
