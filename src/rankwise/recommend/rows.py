@@ -17,6 +17,7 @@ from rankwise.recommend.splits import PARTS, Case
 from rankwise.sampling import picks
 
 Row = dict[str, Any]
+BROKEN = "broken_rows.jsonl"
 UNWINNABLE = "{} cases that cannot be won by substring"
 About = Mapping[str, Mapping[str, str | None]]  # attributes of titles
 _NOBODY = pl.DataFrame(schema={"user": pl.String, "titles": pl.List(pl.String)})
@@ -247,4 +248,4 @@ def write_about(
     write_json(folder / "counts.json", counts)
     write_json(folder / "leaks.json", leaks)
     if broken.height:
-        write_jsonl(folder / "broken_rows.jsonl", broken.iter_rows(named=True))
+        write_jsonl(folder / BROKEN, broken.iter_rows(named=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -13,9 +13,9 @@ from pathlib import Path
 import polars as pl
 
 from rankwise.errors import UserError
-from rankwise.files import new_folder, write_json
+from rankwise.files import new_folder, write_json, write_jsonl
 from rankwise.recommend.prompts import Template
-from rankwise.recommend.rows import Prepared
+from rankwise.recommend.rows import BROKEN, Prepared
 
 STORE = "store"  # of a run's folder
 TITLES, HISTORIES, SETTINGS = "titles.parquet", "histories.parquet", "settings.json"
@@ -46,12 +46,14 @@ class Store:
             template tells them.
         template: of the prompts that the model was trained on.
         most_history: titles in a prompt, the latest ones.
+        broken: rows of the log that could not be read, for a person to look at; not read back.
     """
 
     titles: pl.DataFrame
     histories: pl.DataFrame
     template: Template
     most_history: int
+    broken: pl.DataFrame = field(default_factory=pl.DataFrame)
 
     @cached_property
     def items(self) -> dict[str, list[str]]:
@@ -155,7 +157,7 @@ def make_store(prepared: Prepared, template: Template) -> Store:
         .join(items, on="title", how="left")
         .with_columns(pl.col("popularity").fill_null(0), pl.col("items").fill_null([]))
     )
-    return Store(titles, prepared.histories, template, prepared.most_history)
+    return Store(titles, prepared.histories, template, prepared.most_history, prepared.broken)
 
 
 def write_store(folder: Path, store: Store) -> None:
@@ -163,6 +165,8 @@ def write_store(folder: Path, store: Store) -> None:
     with new_folder(folder) as made:
         store.titles.write_parquet(made / TITLES)
         store.histories.write_parquet(made / HISTORIES)
+        if store.broken.height:
+            write_jsonl(made / BROKEN, store.broken.iter_rows(named=True))
         write_json(made / SETTINGS, {"most_history": store.most_history, "template": asdict(store.template)})
 
 

@@ -90,7 +90,11 @@ class RecommendationTask:
         self.cases = len(self._evaluation)
         rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in prepared.train]
         self._rows, cut = encode_answers(rows, tokenizer, context)
-        self.counts = {**prepared.counts, **{f"training {name}": number for name, number in cut.items()}}
+        self.counts = {
+            **prepared.counts,
+            **prepared.leaks,
+            **{f"training {name}": number for name, number in cut.items()},
+        }
         prompts = [row["prompt"] for row in self._evaluation]
         answers = [[template.render_answer(title) for title in row["candidates"]] for row in self._evaluation]
         room = self._trie.longest if self._full else 0
