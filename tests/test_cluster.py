@@ -21,9 +21,13 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'rank
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning")
 
 
+def start(gpus: int) -> None:
+    ray.init(num_cpus=2, num_gpus=gpus, include_dashboard=False, log_to_driver=False, logging_level="error")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def workers() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    start(gpus=0)
     yield
     ray.shutdown()
 
@@ -82,3 +86,14 @@ def test_without_ray_it_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         check_cluster()
     assert main(["recommend", "run", "--user", "1", "--cluster"]) != 0
     assert "needs Ray" in capsys.readouterr().err
+
+
+def test_what_runs_a_model_asks_for_a_gpu_where_there_is_one() -> None:
+    def gpus(_: int) -> int:
+        return len(ray.get_gpu_ids())
+
+    assert list(over_cluster(gpus, [0, 1], models=True)) == [0, 0]
+    ray.shutdown()
+    start(gpus=2)  # the number is only said: none need be there
+    assert list(over_cluster(gpus, [0, 1], models=True)) == [1, 1]
+    assert list(over_cluster(gpus, [0, 1])) == [0, 0]

@@ -112,7 +112,7 @@ def recommend_to_folder(
         if cluster:
             work = partial(_write_elsewhere, settings["run"], settings["stage"], options)
             parts = open_parts(recommender, named, folder.resolve(), settings | options)
-            for part, found in zip(parts, over_cluster(work, parts), strict=True):
+            for part, found in zip(parts, over_cluster(work, parts, models=True), strict=True):
                 counts += found
                 if not part.path.is_file():
                     raise UserError(f"{part.path} is not there: all machines of the cluster must see its folder")

@@ -22,7 +22,7 @@ def check_cluster() -> None:
         raise UserError("work on a cluster needs Ray: pip install 'rankwise[cluster]'")
 
 
-def over_cluster(function: Callable[[Any], Any], inputs: Sequence[Any]) -> Iterator[Any]:
+def over_cluster(function: Callable[[Any], Any], inputs: Sequence[Any], *, models: bool = False) -> Iterator[Any]:
     """What ``map`` gives, computed by the workers of a Ray cluster: a block of Ray Data for each input.
 
     The cluster is that of the environment variable ``RAY_ADDRESS``, or one on this machine. All machines see the same
@@ -31,6 +31,8 @@ def over_cluster(function: Callable[[Any], Any], inputs: Sequence[Any]) -> Itera
     Args:
         function: of one input; what it returns is small.
         inputs: whose results come in their order, when all are there.
+        models: whether the function runs a model, so that it asks for a GPU where the cluster has any; Ray hides the
+            GPUs of a machine from what asks for none.
 
     Raises:
         UserError: one in a worker.
@@ -46,7 +48,8 @@ def over_cluster(function: Callable[[Any], Any], inputs: Sequence[Any]) -> Itera
         return
     given = ray.put(list(inputs))
     blocks = ray.data.range(len(inputs), override_num_blocks=len(inputs))
-    results = blocks.map(partial(_made, function, given)).take_all()
+    gpus = 1 if models and ray.cluster_resources().get("GPU") else None
+    results = blocks.map(partial(_made, function, given), num_gpus=gpus).take_all()
     for row in sorted(results, key=lambda one: one["place"]):
         found: _Made = row["made"]
         if found.error is not None:
