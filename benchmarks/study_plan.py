@@ -224,7 +224,10 @@ def _listed(start: Run) -> Iterator[tuple[str, Run]]:
 
 
 def chosen(entries: Sequence[Entry], data: str, listed: bool) -> dict[str, Run]:
-    """The best of DPO, softmax-DPO and the control, from the most supervised start, by HR@1 on validation, then MRR."""
+    """The best of DPO, softmax-DPO and the control, from the most supervised start, by HR@1 on validation, then MRR.
+
+    Runs without a reference have another loss than the two, and are not chosen from.
+    """
     rate = supervised_rate(entries, data)
     if rate is None:
         return {}
@@ -234,7 +237,7 @@ def chosen(entries: Sequence[Entry], data: str, listed: bool) -> dict[str, Run]:
         run = of(one)
         if (run.start, run.split, run.seed) != (start, "validation", 0) or run.kind == "measure" or not one["metrics"]:
             continue
-        if run.kind == "supervised":
+        if run.kind == "supervised" or run.reference == "none":
             continue
         family = run.kind if run.kind == "more" else "DPO" if run.negatives == 1 else "softmax-DPO"
         if family not in best or _quality(one) > _quality(best[family]):

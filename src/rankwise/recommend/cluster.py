@@ -48,7 +48,7 @@ def over_cluster(function: Callable[[Any], Any], inputs: Sequence[Any], *, model
         return
     given = ray.put(list(inputs))
     blocks = ray.data.range(len(inputs), override_num_blocks=len(inputs))
-    gpus = 1 if models and ray.cluster_resources().get("GPU") else None
+    gpus = 1 if models and ray.cluster_resources().get("GPU") else None  # type: ignore[no-untyped-call]
     results = blocks.map(partial(_made, function, given), num_gpus=gpus).take_all()
     for row in sorted(results, key=lambda one: one["place"]):
         found: _Made = row["made"]
