@@ -221,6 +221,8 @@ def _listed(start: Run) -> Iterator[tuple[str, Run]]:
     yield "faster, list in prompt", replace(default, rate=1e-2)
     yield "faster, list in prompt", replace(default, reference="none", **fast)
     yield "faster, list in prompt", replace(default, weights="all", rate=3e-4)
+    for negatives in (1, 15):
+        yield "faster, list in prompt", replace(default, negatives=negatives, rows=4000, **fast)
 
 
 def chosen(entries: Sequence[Entry], data: str, listed: bool) -> dict[str, Run]:
