@@ -133,15 +133,25 @@ def test_the_reference_of_drawn_answers_is_the_start(
     assert abs(logged(made, "rewards/margins")[-1]) > 1e-3
 
 
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        {"negatives": "uniform", "num_negatives": 3},
+        {"negatives": "hard", "num_negatives": 2, "mine_every": 2, "learning_rate": 0.3},
+        {"negatives": "hard", "num_negatives": 2, "mine_every": 2, "mine_pool": 4, "learning_rate": 0.3},
+    ],
+)
 def test_draws_go_on_where_a_training_was_stopped(
-    adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, drawn: dict[str, Any]
 ) -> None:
-    drawn = {"negatives": "uniform", "num_negatives": 3}
+    """Hard ones within the second pass, after the first of two steps for which they are mined at once."""
+    steps = {"max_steps": 8, "per_device_train_batch_size": 1}
     whole, part, rest = (copy.deepcopy(adapted) for _ in range(3))
-    first = train(whole, tiny_tokenizer, tmp_path / "whole", **drawn)
-    train(part, tiny_tokenizer, tmp_path / "part", save_strategy="steps", save_steps=3.0, **drawn)
-    second = train(rest, tiny_tokenizer, tmp_path / "rest", resume=str(tmp_path / "part" / "checkpoint-3"), **drawn)
-    assert second.trained == first.trained[6:]
+    first = train(whole, tiny_tokenizer, tmp_path / "whole", **drawn, **steps)
+    train(part, tiny_tokenizer, tmp_path / "part", save_strategy="steps", save_steps=5.0, **drawn, **steps)
+    resume = str(tmp_path / "part" / "checkpoint-5")
+    second = train(rest, tiny_tokenizer, tmp_path / "rest", resume=resume, **drawn, **steps)
+    assert second.trained == first.trained[5:]
     assert torch.equal(weights(whole), weights(rest))
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rankwise.counting import count
+from rankwise.files import write_json
 from rankwise.preferences.config import OWN, SoftmaxDPOConfig
 from rankwise.preferences.mining import answer_trie, mine_hard
 from rankwise.preferences.negatives import Catalogue, Drawn, check_negatives, draw_negatives, negatives_at
@@ -19,6 +22,7 @@ from rankwise.tokenise import padding_token
 
 FROM_CATALOGUE = ("uniform", "popularity", "hard")
 ALONE = "times that a row's batch had no negative for it, and another chosen answer was drawn"
+MINED_FILE = "mined_answers_{}.json"
 OTHERS = 50  # chosen answers of other rows that are looked at then
 
 
@@ -94,6 +98,20 @@ class Negatives:
         found = mine_hard(model, prompts, self._trie, excluded, most, padding=self._padding, pools=pools)
         texts = [[self.catalogue.answers[place] for place in places] for places in found]
         self._mined = {row.number: mined for row, mined in zip(rows, texts, strict=True)}
+
+    def keep_mined(self, checkpoint: Path, process: int, batches: Sequence[Sequence[PreferenceRow]]) -> None:
+        """Write what is mined for batches that a process has yet to train on beside its checkpoint."""
+        answers = {row.number: self._mined[row.number] for rows in batches for row in rows}
+        write_json(checkpoint / MINED_FILE.format(process), {"batches": len(batches), "answers": answers})
+
+    def take_mined(self, checkpoint: Path, process: int) -> int:
+        """Read it again; for how many batches it is, 0 where nothing was kept."""
+        path = checkpoint / MINED_FILE.format(process)
+        if not path.is_file():
+            return 0
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        self._mined = {int(number): texts for number, texts in kept["answers"].items()}
+        return int(kept["batches"])
 
     def _own(self, row: PreferenceRow, wanted: int, number: int) -> PreferenceRow:
         """With some of its own answers, and what is known of them."""

@@ -131,6 +131,7 @@ class SoftmaxDPOTrainer(Trainer):
         self._first: list[list[float]] | None = None
         self._ahead: deque[Any] = deque()
         self._ahead_of: Any = None
+        self._mined_before = 0  # batches whose hard answers a checkpoint has told
 
     def _batch_maker(self, padding: int, longest: int) -> BatchMaker:
         """Trees where they are wanted and the model takes them."""
@@ -158,6 +159,9 @@ class SoftmaxDPOTrainer(Trainer):
         self._begin(Path(checkpoint) if checkpoint else None)
         self.compute_reference()
         self._ahead.clear()
+        if self._negatives is not None:
+            process = self.args.process_index
+            self._mined_before = self._negatives.take_mined(Path(checkpoint), process) if checkpoint else 0
         return super().train(checkpoint or None, *args, **kwargs)
 
     def _begin(self, checkpoint: Path | None) -> None:
@@ -173,11 +177,14 @@ class SoftmaxDPOTrainer(Trainer):
             self.reference.keep()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Trainer's hook: keep what tells the reference in the checkpoint too."""
+        """Trainer's hook: keep what tells the reference, and what is mined for later, in the checkpoint too."""
         super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save and self._first is not None:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             write_check(folder, self._first)
+        if self._ahead and self._negatives is not None:
+            batches = [batch["rows"] for batch in self._ahead]
+            self._negatives.keep_mined(folder, self.args.process_index, batches)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -342,12 +349,17 @@ class SoftmaxDPOTrainer(Trainer):
             return super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[no-any-return]
         if not self._ahead or self._ahead_of is not epoch_iterator:
             self._ahead_of = epoch_iterator
-            self._ahead = deque(itertools.islice(epoch_iterator, self.args.mine_every * num_batches))
-            rows = [row for batch in self._ahead for row in batch["rows"]]
-            with self.accelerator.autocast():
-                self._negatives.mine(self.model, rows, self._pass)
+            known, self._mined_before = self._mined_before, 0
+            self._ahead = deque(itertools.islice(epoch_iterator, known or self.args.mine_every * num_batches))
+            if not known:
+                self._mine([row for batch in self._ahead for row in batch["rows"]])
         batches = [self._ahead.popleft() for _ in range(min(num_batches, len(self._ahead)))]
         return batches, self._get_num_items_in_batch(batches, device)
+
+    def _mine(self, rows: Sequence[PreferenceRow]) -> None:
+        assert self._negatives is not None
+        with self.accelerator.autocast():
+            self._negatives.mine(self.model, rows, self._pass)
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
