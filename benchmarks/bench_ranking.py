@@ -20,10 +20,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from preference_ways import SHAPES
+from rankwise.generation import generate_answers
 from rankwise.likelihood import answer_log_probabilities
 from rankwise.models import load_language_model, load_tokenizer, quiet_libraries
-from rankwise.recommend.generation import generate_answers
-from rankwise.recommend.ranking import encode_cases, score_candidates, score_continued
+from rankwise.recommend.ranking import GENERATED, encode_cases, score_candidates, score_continued
 from rankwise.recommend.synthetic import SyntheticSettings, synthetic_log
 from rankwise.schema import ModelSettings
 from rankwise.tokenise import AnswerCollator, encode_answer, padding_token, token_ids
@@ -98,7 +98,14 @@ def work(way: str, length: int, shape: str) -> Callable[[], list[np.ndarray]]:
     cases, _ = encode_cases(tokenizer, *given, CONTEXT)
     parts = [cases] if way in TOGETHER else [[case] for case in cases]
     if way in (WRITTEN, WRITTEN_ALL):
-        return lambda: [text for part in parts for text in generate_answers(model, tokenizer, part)] and []
+        return lambda: (
+            [
+                text
+                for part in parts
+                for text in generate_answers(model, tokenizer, [case.prompt for case in part], GENERATED)
+            ]
+            and []
+        )
     scored = SCORING[way]
     return lambda: [scores for part in parts for scores in scored(model, part, padding)]
 

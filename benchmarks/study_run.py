@@ -28,12 +28,12 @@ from transformers import (
 
 from rankwise import MiloraConfig
 from rankwise.files import new_folder, write_json
+from rankwise.generation import generate_answers
 from rankwise.models import load_language_model, load_tokenizer, quiet_libraries
 from rankwise.preferences import SoftmaxDPOConfig, SoftmaxDPOTrainer
 from rankwise.preferences.negatives import Catalogue
 from rankwise.recommend import load_template, popularity_scores, substring_protocol
-from rankwise.recommend.generation import generate_answers
-from rankwise.recommend.ranking import EncodedCase, encode_cases, score_candidates
+from rankwise.recommend.ranking import GENERATED, EncodedCase, encode_cases, score_candidates
 from rankwise.run import whole_rows
 from rankwise.schema import EMBEDDED, ModelSettings
 from rankwise.tokenise import AnswerCollator, encode_answers, padding_token, token_ids
@@ -83,7 +83,7 @@ class Cases:
     def protocol(self, model: nn.Module) -> Entry:
         """What the papers measure on text that is written freely."""
         model.eval()
-        texts = generate_answers(model, self.tokenizer, self.encoded)
+        texts = generate_answers(model, self.tokenizer, [case.prompt for case in self.encoded], GENERATED)
         found = substring_protocol(texts, self.titles, [row["target"] for row in self.rows])
         values = {"HR@1 greedy": found.hit_rate, "HR@1 greedy of valid": found.hit_rate_valid}
         return values | {"valid ratio": found.valid_ratio}

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from rankwise.errors import UserError
+from rankwise.generation import generate_answers
 from rankwise.recommend import ranking
-from rankwise.recommend.generation import generate_answers
 from rankwise.recommend.ranking import EncodedCase, encode_cases, score_candidates
 from rankwise.tokenise import encode_answer, encode_prompt
 
@@ -182,10 +182,11 @@ def test_greedy_answers_are_those_of_each_row_alone(
     """Two prompts are cut to 44 tokens; the model's own settings, which would sample, do not count."""
     expected = [greedy(model, tiny_tokenizer, prompt, 44, 20) for prompt in PROMPTS]
     assert len(set(expected)) == len(PROMPTS)
+    prompts = [case.prompt for case in encoded(tiny_tokenizer, 64)]
     model.generation_config.update(repetition_penalty=3.0, no_repeat_ngram_size=1)
     adapted = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     for one in (model, adapted):
-        assert generate_answers(one, tiny_tokenizer, encoded(tiny_tokenizer, 64), batch_size) == expected
+        assert generate_answers(one, tiny_tokenizer, prompts, 20, batch_size) == expected
         assert one.generation_config.repetition_penalty == 3.0
     model.generation_config = GenerationConfig()
     for prompt, text in zip(PROMPTS, expected, strict=True):
@@ -203,4 +204,6 @@ def test_an_answer_ends_at_the_end_of_text_token(
         tiny_llama.lm_head.weight.zero_()
         tiny_llama.model.norm.weight.fill_(1)
     assert tiny_tokenizer.eos_token_id == 0  # the first of equal logits
-    assert generate_answers(tiny_llama, tiny_tokenizer, encoded(tiny_tokenizer)) == [""] * 4
+    assert (
+        generate_answers(tiny_llama, tiny_tokenizer, [case.prompt for case in encoded(tiny_tokenizer)], 20) == [""] * 4
+    )

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from rankwise.errors import UserError
+from rankwise.generation import generate_answers
 from rankwise.likelihood import evaluating
 from rankwise.models import load_language_model
 from rankwise.preferences.negatives import Catalogue
@@ -19,10 +20,9 @@ from rankwise.recommend.baselines.trained import TrainedBaseline, check_baseline
 from rankwise.recommend.baselines.windows import Window
 from rankwise.recommend.cases import means, ranked_cases
 from rankwise.recommend.full_ranking import CASES, LISTS, full_ranking
-from rankwise.recommend.generation import generate_answers
 from rankwise.recommend.metrics import Scores, substring_protocol
 from rankwise.recommend.prompts import Template
-from rankwise.recommend.ranking import encode_cases, score_candidates
+from rankwise.recommend.ranking import GENERATED, encode_cases, score_candidates
 from rankwise.recommend.recommender import count_alike
 from rankwise.recommend.rows import Prepared
 from rankwise.recommend.store import Store, make_store
@@ -199,7 +199,7 @@ class RecommendationTask:
 
     def _with_protocol(self, model: nn.Module, found: Measurement) -> Measurement:
         candidates, targets = self._candidates()
-        texts = generate_answers(model, self._tokenizer, self._cases)
+        texts = generate_answers(model, self._tokenizer, [case.prompt for case in self._cases], GENERATED)
         result = substring_protocol(texts, candidates, targets)
         values = (result.hit_rate, result.hit_rate_valid, result.valid_ratio)
         valid, right = zip(*result.outcomes, strict=True)
