@@ -98,14 +98,8 @@ def work(way: str, length: int, shape: str) -> Callable[[], list[np.ndarray]]:
     cases, _ = encode_cases(tokenizer, *given, CONTEXT)
     parts = [cases] if way in TOGETHER else [[case] for case in cases]
     if way in (WRITTEN, WRITTEN_ALL):
-        return lambda: (
-            [
-                text
-                for part in parts
-                for text in generate_answers(model, tokenizer, [case.prompt for case in part], GENERATED)
-            ]
-            and []
-        )
+        prompts = [[case.prompt for case in part] for part in parts]
+        return lambda: [text for part in prompts for text in generate_answers(model, tokenizer, part, GENERATED)] and []
     scored = SCORING[way]
     return lambda: [scores for part in parts for scores in scored(model, part, padding)]
 

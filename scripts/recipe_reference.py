@@ -29,6 +29,7 @@ SECTIONS: dict[str, tuple[type[schema.Section], ...]] = {
         schema.InteractionData,
         schema.SdpoData,
         schema.InstructionData,
+        schema.MathsData,
         schema.PreferenceData,
         schema.ClassificationData,
         schema.TextData,
@@ -56,6 +57,8 @@ def default_of(field: FieldInfo) -> str:
     value: Any = field.default
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
+    if isinstance(value, str):
+        value = value.replace("\n", "\\n")
     return "" if value is None else f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 
 

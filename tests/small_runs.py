@@ -38,6 +38,16 @@ def instructions(folder: Path) -> dict[str, Any]:
     return {"kind": "instructions", "train": _jsonl(folder / "instructions.jsonl", rows)}
 
 
+def maths(folder: Path) -> dict[str, Any]:
+    """Sums of small numbers, worked out in a few words."""
+    rows = [
+        {"question": f"{a} and {b}?", "answer": f"{a} + {b} = {a + b}\n#### {a + b}"}
+        for a in range(5)
+        for b in range(5)
+    ]
+    return {"kind": "maths", "train": _jsonl(folder / "maths.jsonl", rows), "tokens": 32}
+
+
 def preferences(folder: Path) -> dict[str, Any]:
     """Questions with a right answer and three wrong ones."""
     rows = [
@@ -105,6 +115,7 @@ def _jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
 KINDS: dict[str, tuple[Any, dict[str, Any], list[dict[str, Any]]]] = {
     "text": (text, {"kind": "milora", "r": 4}, [LONG]),
     "instructions": (instructions, {"kind": "lora", "r": 4}, [LONG]),
+    "maths": (maths, {"kind": "milora", "r": 4}, [LONG]),
     "preferences": (
         preferences,
         {"kind": "milora", "r": 4},

@@ -204,6 +204,5 @@ def test_an_answer_ends_at_the_end_of_text_token(
         tiny_llama.lm_head.weight.zero_()
         tiny_llama.model.norm.weight.fill_(1)
     assert tiny_tokenizer.eos_token_id == 0  # the first of equal logits
-    assert (
-        generate_answers(tiny_llama, tiny_tokenizer, [case.prompt for case in encoded(tiny_tokenizer)], 20) == [""] * 4
-    )
+    prompts = [case.prompt for case in encoded(tiny_tokenizer)]
+    assert generate_answers(tiny_llama, tiny_tokenizer, prompts, 20) == [""] * 4

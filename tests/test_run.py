@@ -67,6 +67,7 @@ def metrics(results: dict[str, Any]) -> dict[str, dict[str, float]]:
 ROWS = {
     "text": ["base model", "sft"],
     "instructions": ["base model", "sft"],
+    "maths": ["base model", "sft"],
     "preferences": ["base model", "sft", "softmax-DPO"],
     "classification": ["most frequent", "base model", "sft"],
     "interactions": ["random", "popularity", "base model", "sft", "DPO", "softmax-DPO"],
@@ -76,6 +77,7 @@ RANKED = ["HR@1", "HR@5", "NDCG@5", "MRR", "HR@1 greedy", "HR@1 greedy of valid"
 COLUMNS = {
     "text": ["loss", "perplexity"],
     "instructions": ["loss", "perplexity"],
+    "maths": ["accuracy", "answered", "loss", "perplexity"],
     "preferences": ["reward accuracy", "accuracy", "accuracy per token", "loss"],
     "classification": ["accuracy", "F1"],
     "interactions": RANKED,

@@ -81,6 +81,7 @@ _COLUMNS: tuple[tuple[str, Column], ...] = (
         r"\baccuracy per token\b",
         Column("share of cases whose right answer has the largest mean log-probability of a token.", percent=True),
     ),
+    (r"\banswered\b", Column("share of cases whose answer could be found in what was written.", percent=True)),
     (r"\baccuracy\b", Column("share of cases answered right.", percent=True)),
     (r"\bexact match\b", Column("share of cases whose answer equals the reference.", percent=True)),
     (

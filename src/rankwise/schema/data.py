@@ -37,6 +37,20 @@ class InstructionData(Section):
     rows: Count | None = Field(None, description="Most rows to train on, drawn by the seed.")
 
 
+class MathsData(Section):
+    """Maths problems with worked solutions; the loss is on the solutions, and final answers are compared by value."""
+
+    kind: Literal["maths"]
+    train: File = Field(description="A table of question and answer (GSM8K), or problem and solution (MATH's folder).")
+    validation: File | None = Field(None, description="Held-out problems; a share of train where not given.")
+    template: str = Field(
+        "Question: {prompt}\nAnswer:\n", description="What surrounds a problem, which stands at '{prompt}'."
+    )
+    tokens: Count = Field(320, description="Most tokens that the model writes for a solution, in evaluation.")
+    holdout: Share = Field(0.1, description="Share of the rows held out where there is no validation file.")
+    rows: Count | None = Field(None, description="Most rows to train on, drawn by the seed.")
+
+
 class PreferenceData(Section):
     """Prompts with a chosen answer and rejected ones, as texts or chat messages."""
 
@@ -128,6 +142,6 @@ class SdpoData(RecommendationSettings):
 
 
 Data = Annotated[
-    TextData | InstructionData | PreferenceData | ClassificationData | InteractionData | SdpoData,
+    TextData | InstructionData | MathsData | PreferenceData | ClassificationData | InteractionData | SdpoData,
     Field(discriminator="kind"),
 ]

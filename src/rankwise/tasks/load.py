@@ -23,6 +23,7 @@ from rankwise.schema import (
     ClassificationData,
     InstructionData,
     InteractionData,
+    MathsData,
     PreferenceData,
     Recipe,
     RecommendationSettings,
@@ -34,6 +35,7 @@ from rankwise.tasks.classification import read_classification
 from rankwise.tasks.instructions import read_instructions
 from rankwise.tasks.labels import LabelTask
 from rankwise.tasks.preferences import PreferenceTask, read_preferences
+from rankwise.tasks.problems import MathsTask, read_problems
 from rankwise.tasks.recommendation import RecommendationTask
 from rankwise.tasks.splits import hold_out
 from rankwise.tasks.task import Task
@@ -48,7 +50,8 @@ def check_files(data: object) -> None:
     """Raise a ``UserError`` for the first file of a data section that does not exist."""
     for name in ("interactions", "items", "train", "validation", "test", "names"):
         path = getattr(data, name, None)
-        found = path is None or (Path(path).exists() if name in ("interactions", "items") else Path(path).is_file())
+        folder = name in ("interactions", "items") or isinstance(data, MathsData)
+        found = path is None or (Path(path).exists() if folder else Path(path).is_file())
         if not found:
             raise UserError(f"data.{name} {path} does not exist: give a file's path, from the folder you are in")
     if isinstance(data, InteractionData) and data.form is not None:
@@ -83,6 +86,9 @@ def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) 
         return _text(recipe, data, tokenizer, context)
     if isinstance(data, InstructionData):
         return _instructions(recipe, data, tokenizer, context)
+    if isinstance(data, MathsData):
+        train, held_out, counts = _parts(recipe, data, lambda path: read_problems(Path(path), data.template))
+        return MathsTask(train, held_out, tokenizer, recipe.model, context, counts, data.tokens)
     if isinstance(data, PreferenceData):
         train, held_out, counts = _parts(recipe, data, lambda path: read_preferences(Path(path)))
         return PreferenceTask(train, held_out, tokenizer, recipe.model, context, counts, recipe.seed)
@@ -224,7 +230,7 @@ def _classification(recipe: Recipe, data: ClassificationData, tokenizer: PreTrai
 
 def _parts(
     recipe: Recipe,
-    data: TextData | InstructionData | PreferenceData | ClassificationData,
+    data: TextData | InstructionData | MathsData | PreferenceData | ClassificationData,
     read: Callable[[str], tuple[list[Row], Counts]],
 ) -> tuple[list[Row], list[Row], Counts]:
     """Training and held-out rows, each within its limit, and the counts of both."""

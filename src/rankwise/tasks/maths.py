@@ -84,6 +84,15 @@ def is_right(solution: str, reference: str) -> bool:
     return found is not None and wanted is not None and same_answer(found, wanted)
 
 
+def check_library() -> None:
+    """See that math-verify is installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    _library()
+
+
 def _library() -> Any:
     try:
         import math_verify
