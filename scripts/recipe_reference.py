@@ -32,6 +32,7 @@ SECTIONS: dict[str, tuple[type[schema.Section], ...]] = {
         schema.MathsData,
         schema.PreferenceData,
         schema.ClassificationData,
+        schema.GlueData,
         schema.TextData,
     ),
     "stages": (schema.SftStage, schema.SoftmaxDpoStage),

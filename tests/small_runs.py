@@ -74,6 +74,18 @@ def classification(folder: Path) -> dict[str, Any]:
     return {"kind": "classification", "train": _jsonl(folder / "labels.jsonl", rows)}
 
 
+def glue(folder: Path) -> dict[str, Any]:
+    """Pairs of sentences whose likeness is a value (STS-B, in GLUE's own form)."""
+    lines = ["index\tsentence1\tsentence2\tscore"]
+    for colour in COLOURS:
+        for thing in THINGS:
+            lines += [f"0\tThe {thing}\tThe {thing}\t5.0", f"1\tThe {thing}\tA {colour} thing\t{len(colour) / 2}"]
+    (folder / "STS-B").mkdir()
+    for part in ("train", "dev"):
+        (folder / "STS-B" / f"{part}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {"kind": "glue", "task": "stsb", "folder": str(folder)}
+
+
 def interactions(folder: Path) -> dict[str, Any]:
     """A small synthetic log."""
     settings = SyntheticSettings(users=16, interactions=7, series=2, parts=2, singles=3)
@@ -126,6 +138,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any], list[dict[str, Any]]]] = {
         {"kind": "sora", "r": 4, "threshold": 0.03, "gate_lr": 0.05},
         [SFT | {"epochs": 4}],
     ),
+    "glue": (glue, {"kind": "lora", "r": 4}, [SFT | {"epochs": 4}]),
     "interactions": (
         interactions,
         {"kind": "milora", "r": 4},

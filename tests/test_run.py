@@ -70,6 +70,7 @@ ROWS = {
     "maths": ["base model", "sft"],
     "preferences": ["base model", "sft", "softmax-DPO"],
     "classification": ["most frequent", "base model", "sft"],
+    "glue": ["base model", "sft"],
     "interactions": ["random", "popularity", "base model", "sft", "DPO", "softmax-DPO"],
     "sdpo": ["random", "popularity", "base model", "sft", "softmax-DPO"],
 }
@@ -80,6 +81,7 @@ COLUMNS = {
     "maths": ["accuracy", "answered", "loss", "perplexity"],
     "preferences": ["reward accuracy", "accuracy", "accuracy per token", "loss"],
     "classification": ["accuracy", "F1"],
+    "glue": ["Pearson", "Spearman"],
     "interactions": RANKED,
     "sdpo": RANKED,
 }

@@ -21,7 +21,7 @@ from rankwise.measuring import measured, measured_row
 from rankwise.models import context_limit, load_classifier, load_language_model, load_tokenizer, quiet_libraries
 from rankwise.recipes import load_recipe
 from rankwise.run import load_stage, with_adapter
-from rankwise.schema import ClassificationData, Recipe
+from rankwise.schema import ClassificationData, GlueData, Recipe
 from rankwise.tasks.load import check_files, load_task
 from rankwise.tokenise import padding_token
 
@@ -131,7 +131,7 @@ def open_run(run: Path, overrides: Sequence[str] = ()) -> Recipe:
 def _trained(run: Path, recipe: Recipe, stage: str) -> PeftModel:
     """The base with the adapter as a stage left it."""
     folder = _existing(run, f"stages/{stage}")
-    if isinstance(recipe.data, ClassificationData):
+    if isinstance(recipe.data, ClassificationData | GlueData):
         labels = read_results(run).get("labels") or []
         padding = padding_token(load_tokenizer(recipe.model.path))
         model = with_adapter(load_classifier(recipe.model, labels, padding), recipe, "SEQ_CLS", folder)

@@ -11,6 +11,7 @@ from rankwise.schema.adapters import (
 from rankwise.schema.base import EMBEDDED, Section
 from rankwise.schema.data import (
     ClassificationData,
+    GlueData,
     InstructionData,
     InteractionData,
     MathsData,
@@ -31,6 +32,7 @@ __all__ = [
     "ClassificationData",
     "EvaluationSettings",
     "ExportSettings",
+    "GlueData",
     "InstructionData",
     "InteractionData",
     "LoraSettings",

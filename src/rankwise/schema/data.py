@@ -75,6 +75,21 @@ class ClassificationData(Section):
     rows: Count | None = Field(None, description="Most rows to train on, drawn by the seed.")
 
 
+class GlueData(Section):
+    """A task of GLUE (arXiv 1804.07461), with its own measures."""
+
+    kind: Literal["glue"]
+    task: Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"] = Field(
+        description="Name of the task."
+    )
+    folder: File | None = Field(None, description="Where its files, or all tasks' folders, are; the hub if not given.")
+    measure: Literal["dev", "holdout"] = Field(
+        "dev", description="What to measure on: GLUE's dev part, or rows of train held out to choose settings by."
+    )
+    holdout: Share = Field(0.1, description="Share of train that is held out where measure is holdout.")
+    rows: Count | None = Field(None, description="Most rows to train on, drawn by the seed.")
+
+
 class RecommendationSettings(Section):
     """What interactions and published files have in common."""
 
@@ -142,6 +157,13 @@ class SdpoData(RecommendationSettings):
 
 
 Data = Annotated[
-    TextData | InstructionData | MathsData | PreferenceData | ClassificationData | InteractionData | SdpoData,
+    TextData
+    | InstructionData
+    | MathsData
+    | PreferenceData
+    | ClassificationData
+    | GlueData
+    | InteractionData
+    | SdpoData,
     Field(discriminator="kind"),
 ]

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from rankwise.schema.adapters import AdaloraSettings, Adapter, MiloraSettings, SoraSettings
 from rankwise.schema.base import EMBEDDED, Count, Section
-from rankwise.schema.data import ClassificationData, Data, PreferenceData, RecommendationSettings
+from rankwise.schema.data import ClassificationData, Data, GlueData, PreferenceData, RecommendationSettings
 from rankwise.schema.stages import AnyStage, SoftmaxDpoStage
 
 RESERVED = ("random", "popularity", "most frequent", "base model")
@@ -84,7 +84,7 @@ class Recipe(Section):
         for number, stage in enumerate(self.stages):
             if stage.name in RESERVED:
                 raise ValueError(f"stages.{number}.name {stage.name!r} is a name of the result table: choose another")
-            if stage.kind == "sft" and stage.loss == "row" and isinstance(self.data, ClassificationData):
+            if stage.kind == "sft" and stage.loss == "row" and isinstance(self.data, ClassificationData | GlueData):
                 raise ValueError(f"stages.{number}.loss row: labels have no prompt to learn; use answer")
             made = [one.name for one in stage.written_out()]
             if twice := next((name for name in made if name in names), None):

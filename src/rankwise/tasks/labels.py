@@ -1,4 +1,4 @@
-"""Classification of one or two sentences."""
+"""Labels or values of one or two sentences."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from rankwise.errors import UserError
+from rankwise.likelihood import evaluating
 from rankwise.models import load_classifier
 from rankwise.preferences.negatives import Catalogue
 from rankwise.recommend.store import Store
 from rankwise.sampling import sample
 from rankwise.schema import ModelSettings
+from rankwise.tasks.label_scores import LabelMetric, check_truth, label_scores
 from rankwise.tasks.task import Measurement, Metrics
 from rankwise.tokenise import padding_token
 
@@ -35,11 +37,13 @@ class LabelTrainer(Trainer):
 
 
 class LabelTask:
-    """A :class:`rankwise.tasks.task.Task` over labelled sentences, with the model's own classification head."""
+    """A :class:`rankwise.tasks.task.Task` over labelled sentences, with the model's own classification head.
+
+    A single label stands for values, which the head's one output learns by squared error.
+    """
 
     kind = "classification"
     task_type = "SEQ_CLS"
-    columns: tuple[str, ...] = ("accuracy", "F1")
     store: Store | None = None
 
     def __init__(
@@ -51,15 +55,38 @@ class LabelTask:
         model: ModelSettings,
         context: int,
         counts: dict[str, int],
+        metrics: Sequence[LabelMetric] = ("accuracy", "F1"),
+        others: Mapping[str, Rows] | None = None,
     ) -> None:
-        """Tokenise both parts; sentences beyond the context are cut on the right, and counted."""
-        self.labels, self._tokenizer, self._model = labels, tokenizer, model
+        """Tokenise all parts; sentences beyond the context are cut on the right, and counted.
+
+        Args:
+            train: rows of ``sentence1``, ``sentence2`` where there are two, and ``label``, a number.
+            held_out: rows to measure on.
+            labels: their names.
+            tokenizer: the model's.
+            model: where the model is.
+            context: most tokens of a row.
+            counts: of what was read and dropped.
+            metrics: what is measured.
+            others: more parts to measure on, each by the name that follows its metrics' own.
+
+        Raises:
+            UserError: a part has no row, or one label alone where a correlation is measured.
+        """
+        for rows in (held_out, *(others or {}).values()):
+            check_truth(metrics, np.array([row["label"] for row in rows]))
+        self.labels, self._tokenizer, self._model, self._names = labels, tokenizer, model, tuple(metrics)
         self._train, train_cut = _encode(train, tokenizer, context)
         self._held_out, held_out_cut = _encode(held_out, tokenizer, context)
+        encoded = {name: _encode(rows, tokenizer, context) for name, rows in (others or {}).items()}
+        self._others = {name: rows for name, (rows, _) in encoded.items()}
+        self.columns = (*metrics, *(f"{metric} {name}" for name in self._others for metric in metrics))
         self.cases = len(self._held_out)
         cut = {
             "training rows cut to the context": train_cut,
             "held-out rows cut to the context": held_out_cut,
+            **{f"{name} rows cut to the context": number for name, (_, number) in encoded.items()},
         }
         self.counts = {**counts, **{name: count for name, count in cut.items() if count}}
         self.trainer: Callable[..., Trainer] | None = partial(LabelTrainer, data_collator=self._collator())
@@ -77,37 +104,42 @@ class LabelTask:
         raise UserError("data of kind classification has no rejected answers: use an sft stage")
 
     def baselines(self) -> dict[str, Callable[[], Measurement]]:
-        """The most frequent label of the training part."""
-        return {"most frequent": self._most_frequent}
+        """The most frequent label of the training part; nothing for values."""
+        return {"most frequent": self._most_frequent} if len(self.labels) > 1 else {}
 
     def _most_frequent(self) -> Measurement:
         most = Counter(row["labels"] for row in self._train).most_common(1)[0][0]
-        return Measurement(self._metrics(self._held_out, [most] * self.cases))
+        outputs = np.eye(len(self.labels))[most]
+        return Measurement(self._everywhere(lambda rows: np.tile(outputs, (len(rows), 1))))
 
     def evaluate(self, model: nn.Module) -> Measurement:
-        """Accuracy, and F1 of the second label where there are two, else the mean F1 over labels."""
-        return Measurement(self._measured(model, self._held_out))
+        """Each metric of the held-out rows, and of the other parts."""
+        return Measurement(self._everywhere(lambda rows: self._outputs(model, rows)))
 
     def evaluate_training(self, model: nn.Module, limit: int, seed: int) -> Metrics:
-        """The same over training rows."""
-        return self._measured(model, sample(self._train, limit, seed)[0])
+        """The metrics over training rows."""
+        rows = sample(self._train, limit, seed)[0]
+        return self._scores(rows, self._outputs(model, rows))
+
+    def _everywhere(self, outputs: Callable[[Rows], np.ndarray]) -> Metrics:
+        found = self._scores(self._held_out, outputs(self._held_out))
+        for name, rows in self._others.items():
+            found |= {f"{metric} {name}": value for metric, value in self._scores(rows, outputs(rows)).items()}
+        return found
+
+    def _scores(self, rows: Rows, outputs: np.ndarray) -> Metrics:
+        return label_scores(self._names, outputs, np.array([row["labels"] for row in rows]))
 
     @torch.no_grad()
-    def _measured(self, model: nn.Module, rows: Rows) -> Metrics:
-        was_training = model.training
-        model.eval()
+    def _outputs(self, model: nn.Module, rows: Rows) -> np.ndarray:
+        """The head's outputs, (rows, labels)."""
         device, found = next(model.parameters()).device, []
-        for start in range(0, len(rows), 64):
-            batch = self._collator()([dict(row) for row in rows[start : start + 64]])
-            batch.pop("labels")
-            found += model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits.argmax(-1).tolist()
-        model.train(was_training)
-        return self._metrics(rows, found)
-
-    def _metrics(self, rows: Rows, found: Sequence[int]) -> Metrics:
-        truth, average = [row["labels"] for row in rows], "binary" if len(self.labels) == 2 else "macro"
-        f1 = f1_score(truth, found, average=average, zero_division=0)
-        return {"accuracy": float(accuracy_score(truth, found)), "F1": float(f1)}
+        with evaluating(model):
+            for start in range(0, len(rows), 64):
+                batch = self._collator()([dict(row) for row in rows[start : start + 64]])
+                batch.pop("labels")
+                found.append(model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits.float().cpu())
+        return torch.cat(found).numpy()
 
     def _collator(self) -> DataCollatorWithPadding:
         if self._tokenizer.pad_token_id is None:

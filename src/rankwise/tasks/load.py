@@ -21,6 +21,7 @@ from rankwise.recommend.rows import Prepared
 from rankwise.sampling import sample
 from rankwise.schema import (
     ClassificationData,
+    GlueData,
     InstructionData,
     InteractionData,
     MathsData,
@@ -32,6 +33,7 @@ from rankwise.schema import (
 )
 from rankwise.tasks.answers import AnswerTask
 from rankwise.tasks.classification import read_classification
+from rankwise.tasks.glue import TASKS, label_names, parts_of
 from rankwise.tasks.instructions import read_instructions
 from rankwise.tasks.labels import LabelTask
 from rankwise.tasks.preferences import PreferenceTask, read_preferences
@@ -89,6 +91,8 @@ def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) 
     if isinstance(data, MathsData):
         train, held_out, counts = _parts(recipe, data, lambda path: read_problems(Path(path), data.template))
         return MathsTask(train, held_out, tokenizer, recipe.model, context, counts, data.tokens)
+    if isinstance(data, GlueData):
+        return _glue(recipe, data, tokenizer, context)
     if isinstance(data, PreferenceData):
         train, held_out, counts = _parts(recipe, data, lambda path: read_preferences(Path(path)))
         return PreferenceTask(train, held_out, tokenizer, recipe.model, context, counts, recipe.seed)
@@ -226,6 +230,22 @@ def _classification(recipe: Recipe, data: ClassificationData, tokenizer: PreTrai
 
     train, held_out, counts = _parts(recipe, data, read)
     return LabelTask(train, held_out, labels, tokenizer, recipe.model, context, counts)
+
+
+def _glue(recipe: Recipe, data: GlueData, tokenizer: PreTrainedTokenizerBase, context: int) -> Task:
+    parts = parts_of(data.task, Path(data.folder) if data.folder else None)
+    counts = {f"{part}: {what}": number for part, (_, dropped) in parts.items() for what, number in dropped.items()}
+    rows = {part: found for part, (found, _) in parts.items()}
+    train = rows.pop("train")
+    if data.measure == "holdout":
+        train, held_out = hold_out(train, data.holdout, recipe.seed)
+        rows = {"dev": held_out}
+    train, counts["training rows left out"] = sample(train, data.rows, recipe.seed)
+    for part, found in rows.items():
+        rows[part], counts[f"{part}: rows left out"] = sample(found, recipe.evaluation.cases, recipe.seed)
+    counts = {what: number for what, number in counts.items() if number}
+    held_out, labels, metrics = rows.pop("dev"), label_names(data.task), TASKS[data.task].metrics
+    return LabelTask(train, held_out, labels, tokenizer, recipe.model, context, counts, metrics, rows)
 
 
 def _parts(
