@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score
 from transformers import PreTrainedTokenizerBase
 
-from rankwise.tasks.classification import read_classification
+from rankwise.tasks.glue import TASKS, read_glue
+from rankwise.tasks.label_scores import label_scores
 from rankwise.tasks.splits import hold_out
-from rankwise.tasks.tables import read_rows
 
 Rows = list[dict[str, Any]]
 Scores = dict[str, float]
@@ -23,26 +21,12 @@ SWEEP_SEED = 100
 
 # RTE and MRPC have two classes; the head of STS-B has one output, the score from 0 to 5.
 CLASSES = {"rte": 2, "mrpc": 2, "stsb": 1}
-FILES = {
-    "rte": ("RTE/train.tsv", "RTE/dev.tsv"),
-    "mrpc": ("MRPC/train.tsv", "MRPC/dev.tsv"),
-    "stsb": ("STS-B/sts-train.csv", "STS-B/sts-dev.csv"),
-}
-COLUMNS = {"rte": ("sentence1", "sentence2", "label"), "mrpc": ("#1 String", "#2 String", "Quality")}
-NAMES = {"rte": ["entailment", "not_entailment"], "mrpc": ["0", "1"]}
-STSB_COLUMNS = ("genre", "file", "year", "id", "score", "sentence1", "sentence2")
 
 
 def read(task: str, dev: bool) -> Rows:
     """Rows of sentence1, sentence2 and label of a task's train or dev file."""
-    path = Path(os.environ.get("RANKWISE_DATA", "../shared/data")) / "glue" / FILES[task][dev]
-    if task != "stsb":
-        first, second, label = COLUMNS[task]
-        return read_classification(
-            path, sentence1=first, sentence2=second, label=label, label_names=NAMES[task], quoting=False
-        ).rows
-    rows, _ = read_rows(path, delimiter="\t", header=False, columns=STSB_COLUMNS, quoting=False)
-    return [{**row, "label": float(row["score"])} for row in rows]
+    folder = Path(os.environ.get("RANKWISE_DATA", "../shared/data")) / "glue"
+    return read_glue(task, "dev" if dev else "train", folder)[0]
 
 
 @functools.cache
@@ -70,10 +54,4 @@ def scores(task: str, outputs: np.ndarray, labels: np.ndarray) -> Scores:
         outputs: of the head, (rows, classes).
         labels: (rows,).
     """
-    if task == "stsb":
-        pair = outputs[:, 0], labels
-        found = {"spearman": spearmanr(*pair).statistic, "pearson": pearsonr(*pair).statistic}
-        return {name: float(np.nan_to_num(value)) for name, value in found.items()}
-    chosen = outputs.argmax(-1)
-    accuracy = {"accuracy": float(accuracy_score(labels, chosen))}
-    return accuracy if task == "rte" else accuracy | {"f1": float(f1_score(labels, chosen))}
+    return {name.lower(): value for name, value in label_scores(TASKS[task].metrics, outputs, labels).items()}
