@@ -30,6 +30,7 @@ SECTIONS: dict[str, tuple[type[schema.Section], ...]] = {
         schema.SdpoData,
         schema.InstructionData,
         schema.MathsData,
+        schema.ChoiceData,
         schema.PreferenceData,
         schema.ClassificationData,
         schema.GlueData,

@@ -48,6 +48,24 @@ def maths(folder: Path) -> dict[str, Any]:
     return {"kind": "maths", "train": _jsonl(folder / "maths.jsonl", rows), "tokens": 32}
 
 
+def choices(folder: Path) -> dict[str, Any]:
+    """Questions of two sets, in the form of LLM-Adapters."""
+    for name, words in (("boolq", ("true", "false")), ("piqa", ("solution1", "solution2"))):
+        (folder / "sets" / name).mkdir(parents=True)
+        rows = [
+            {
+                "instruction": f"Is the {thing} {colour}?\n\nAnswer format: {'/'.join(words)}",
+                "input": "",
+                "output": f"the correct answer is {words[number % 2]}",
+                "answer": words[number % 2],
+            }
+            for number, (colour, thing) in enumerate((colour, thing) for colour in COLOURS for thing in THINGS)
+        ]
+        for part in ("train", "test"):
+            (folder / "sets" / name / f"{part}.json").write_text(json.dumps(rows), encoding="utf-8")
+    return {"kind": "choices", "train": str(folder / "sets"), "validation": str(folder / "sets"), "tokens": 12}
+
+
 def preferences(folder: Path) -> dict[str, Any]:
     """Questions with a right answer and three wrong ones."""
     rows = [
@@ -128,6 +146,11 @@ KINDS: dict[str, tuple[Any, dict[str, Any], list[dict[str, Any]]]] = {
     "text": (text, {"kind": "milora", "r": 4}, [LONG]),
     "instructions": (instructions, {"kind": "lora", "r": 4}, [LONG]),
     "maths": (maths, {"kind": "milora", "r": 4}, [LONG]),
+    "choices": (
+        choices,
+        {"kind": "milora", "r": 4},
+        [SFT, DPO | {"name": "softmax-DPO", "negatives": 1, "rows": 12}],
+    ),
     "preferences": (
         preferences,
         {"kind": "milora", "r": 4},

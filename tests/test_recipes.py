@@ -152,7 +152,7 @@ def test_a_recipe_cannot_be_changed():
         (
             "stages.1",
             {"kind": "softmax_dpo"},
-            "stages.1.kind softmax_dpo needs data of kind interactions, sdpo or pref",
+            "stages.1.kind softmax_dpo needs data of kind interactions, sdpo, pref",
         ),
     ],
 )

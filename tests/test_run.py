@@ -68,6 +68,7 @@ ROWS = {
     "text": ["base model", "sft"],
     "instructions": ["base model", "sft"],
     "maths": ["base model", "sft"],
+    "choices": ["base model", "sft", "softmax-DPO"],
     "preferences": ["base model", "sft", "softmax-DPO"],
     "classification": ["most frequent", "base model", "sft"],
     "glue": ["base model", "sft"],
@@ -75,10 +76,12 @@ ROWS = {
     "sdpo": ["random", "popularity", "base model", "sft", "softmax-DPO"],
 }
 RANKED = ["HR@1", "HR@5", "NDCG@5", "MRR", "HR@1 greedy", "HR@1 greedy of valid", "valid ratio"]
+CHOSEN = ["accuracy", "accuracy written"]
 COLUMNS = {
     "text": ["loss", "perplexity"],
     "instructions": ["loss", "perplexity"],
     "maths": ["accuracy", "answered", "loss", "perplexity"],
+    "choices": [*CHOSEN, "answered", "loss", *(f"{share} {name}" for name in ("boolq", "piqa") for share in CHOSEN)],
     "preferences": ["reward accuracy", "accuracy", "accuracy per token", "loss"],
     "classification": ["accuracy", "F1"],
     "glue": ["Pearson", "Spearman"],

@@ -10,6 +10,7 @@ from rankwise.schema.adapters import (
 )
 from rankwise.schema.base import EMBEDDED, Section
 from rankwise.schema.data import (
+    ChoiceData,
     ClassificationData,
     GlueData,
     InstructionData,
@@ -29,6 +30,7 @@ __all__ = [
     "Adapter",
     "AllocatingLoraSettings",
     "AnyStage",
+    "ChoiceData",
     "ClassificationData",
     "EvaluationSettings",
     "ExportSettings",

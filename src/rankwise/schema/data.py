@@ -51,6 +51,19 @@ class MathsData(Section):
     rows: Count | None = Field(None, description="Most rows to train on, drawn by the seed.")
 
 
+class ChoiceData(Section):
+    """Questions with a choice of answers: the commonsense sets in LLM-Adapters' form (arXiv 2304.01933)."""
+
+    kind: Literal["choices"]
+    train: File = Field(description="JSON of instruction, output and answer, or a folder of sets with a train.json.")
+    validation: File | None = Field(
+        None, description="Held-out questions, or a folder of sets with a test.json; a share of train if not given."
+    )
+    tokens: Count = Field(32, description="Most tokens that the model writes, where evaluation.generate is on.")
+    holdout: Share = Field(0.1, description="Share of the rows held out where there is no validation file.")
+    rows: Count | None = Field(None, description="Most rows to train on, drawn by the seed.")
+
+
 class PreferenceData(Section):
     """Prompts with a chosen answer and rejected ones, as texts or chat messages."""
 
@@ -160,6 +173,7 @@ Data = Annotated[
     TextData
     | InstructionData
     | MathsData
+    | ChoiceData
     | PreferenceData
     | ClassificationData
     | GlueData

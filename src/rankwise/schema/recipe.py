@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from rankwise.schema.adapters import AdaloraSettings, Adapter, MiloraSettings, SoraSettings
 from rankwise.schema.base import EMBEDDED, Count, Section
-from rankwise.schema.data import ClassificationData, Data, GlueData, PreferenceData, RecommendationSettings
+from rankwise.schema.data import ChoiceData, ClassificationData, Data, GlueData, PreferenceData, RecommendationSettings
 from rankwise.schema.stages import AnyStage, SoftmaxDpoStage
 
 RESERVED = ("random", "popularity", "most frequent", "base model")
@@ -36,7 +36,9 @@ class EvaluationSettings(Section):
         None,
         description="In recommendation, also rank the whole catalogue in this many cases; in none if not given.",
     )
-    generate: bool = Field(True, description="In recommendation, also the papers' protocol: greedy text, substrings.")
+    generate: bool = Field(
+        True, description="In recommendation and choices, also the papers' protocol: greedy text, and what it names."
+    )
     base: bool = Field(True, description="Also measure the base model.")
     baselines: list[Literal["random", "popularity", "item-knn", "als", "gru4rec", "caser", "sasrec"]] = Field(
         ["random", "popularity"],
@@ -100,11 +102,13 @@ class Recipe(Section):
     def _answers_fit(self, number: int, stage: SoftmaxDpoStage) -> None:
         """The data have the answers that a preference stage wants."""
         data = self.data
-        if not isinstance(data, RecommendationSettings | PreferenceData):
-            raise ValueError(f"stages.{number}.kind softmax_dpo needs data of kind interactions, sdpo or preferences")
-        if isinstance(data, PreferenceData) and stage.draw in ("uniform", "popularity", "hard"):
+        if not isinstance(data, RecommendationSettings | PreferenceData | ChoiceData):
             raise ValueError(
-                f"stages.{number}.draw {stage.draw} draws from all titles, which data of kind preferences have not: "
+                f"stages.{number}.kind softmax_dpo needs data of kind interactions, sdpo, preferences or choices"
+            )
+        if isinstance(data, PreferenceData | ChoiceData) and stage.draw in ("uniform", "popularity", "hard"):
+            raise ValueError(
+                f"stages.{number}.draw {stage.draw} draws from all titles, which data of kind {data.kind} have not: "
                 "use given, candidates or in-batch"
             )
         own = stage.draw in ("given", "candidates")

@@ -46,8 +46,8 @@ class AnswerTask:
     def preference_rows(self, limit: int | None) -> tuple[Rows, Catalogue]:
         """None of these data has rejected answers."""
         raise UserError(
-            f"data of kind {self.kind} has no rejected answers: a softmax_dpo stage needs interactions, sdpo or"
-            " preferences"
+            f"data of kind {self.kind} has no rejected answers: a softmax_dpo stage needs interactions, sdpo,"
+            " preferences or choices"
         )
 
     def baselines(self) -> dict[str, Callable[[], Measurement]]:

@@ -20,6 +20,7 @@ from rankwise.recommend.published import PublishedSettings, prepare_published
 from rankwise.recommend.rows import Prepared
 from rankwise.sampling import sample
 from rankwise.schema import (
+    ChoiceData,
     ClassificationData,
     GlueData,
     InstructionData,
@@ -32,6 +33,7 @@ from rankwise.schema import (
     TextData,
 )
 from rankwise.tasks.answers import AnswerTask
+from rankwise.tasks.choices import ChoiceTask, read_choices
 from rankwise.tasks.classification import read_classification
 from rankwise.tasks.glue import TASKS, label_names, parts_of
 from rankwise.tasks.instructions import read_instructions
@@ -52,7 +54,7 @@ def check_files(data: object) -> None:
     """Raise a ``UserError`` for the first file of a data section that does not exist."""
     for name in ("interactions", "items", "train", "validation", "test", "names"):
         path = getattr(data, name, None)
-        folder = name in ("interactions", "items") or isinstance(data, MathsData)
+        folder = name in ("interactions", "items") or isinstance(data, MathsData | ChoiceData)
         found = path is None or (Path(path).exists() if folder else Path(path).is_file())
         if not found:
             raise UserError(f"data.{name} {path} does not exist: give a file's path, from the folder you are in")
@@ -91,6 +93,8 @@ def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) 
     if isinstance(data, MathsData):
         train, held_out, counts = _parts(recipe, data, lambda path: read_problems(Path(path), data.template))
         return MathsTask(train, held_out, tokenizer, recipe.model, context, counts, data.tokens)
+    if isinstance(data, ChoiceData):
+        return _choices(recipe, data, tokenizer, context)
     if isinstance(data, GlueData):
         return _glue(recipe, data, tokenizer, context)
     if isinstance(data, PreferenceData):
@@ -232,6 +236,15 @@ def _classification(recipe: Recipe, data: ClassificationData, tokenizer: PreTrai
     return LabelTask(train, held_out, labels, tokenizer, recipe.model, context, counts)
 
 
+def _choices(recipe: Recipe, data: ChoiceData, tokenizer: PreTrainedTokenizerBase, context: int) -> Task:
+    def read(part: str) -> Callable[[str], tuple[list[dict[str, Any]], Counts]]:
+        return lambda path: read_choices(Path(path), part)
+
+    train, held_out, counts = _parts(recipe, data, read("train"), read("test"))
+    tokens = data.tokens if recipe.evaluation.generate else None
+    return ChoiceTask(train, held_out, tokenizer, recipe.model, context, counts, recipe.seed, tokens)
+
+
 def _glue(recipe: Recipe, data: GlueData, tokenizer: PreTrainedTokenizerBase, context: int) -> Task:
     parts = parts_of(data.task, Path(data.folder) if data.folder else None)
     counts = {f"{part}: {what}": number for part, (_, dropped) in parts.items() for what, number in dropped.items()}
@@ -250,13 +263,14 @@ def _glue(recipe: Recipe, data: GlueData, tokenizer: PreTrainedTokenizerBase, co
 
 def _parts(
     recipe: Recipe,
-    data: TextData | InstructionData | MathsData | PreferenceData | ClassificationData,
+    data: TextData | InstructionData | MathsData | ChoiceData | PreferenceData | ClassificationData,
     read: Callable[[str], tuple[list[Row], Counts]],
+    read_held_out: Callable[[str], tuple[list[Row], Counts]] | None = None,
 ) -> tuple[list[Row], list[Row], Counts]:
     """Training and held-out rows, each within its limit, and the counts of both."""
     train, counts = read(data.train)
     if data.validation:
-        held_out, more = read(data.validation)
+        held_out, more = (read_held_out or read)(data.validation)
     else:
         train, held_out = hold_out(train, data.holdout, recipe.seed)
         more = {}

@@ -27,7 +27,7 @@ class Task(Protocol):
     """Data made ready for training, with a way to measure a model on it.
 
     Attributes:
-        kind: shown in the results: recommend, preferences, instructions, maths, text or classification.
+        kind: shown in the results: recommend, preferences, instructions, maths, choices, text or classification.
         columns: names of the metrics, in the order of the table.
         cases: how many cases a measurement is over.
         counts: what was read, dropped, cut or left out.
