@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rankwise.errors import UserError
 from rankwise.recipes import make_recipe
-from rankwise.tasks import glue
+from rankwise.tasks import glue, load
 from rankwise.tasks.glue import TASKS, label_names, parts_of, read_glue
 from rankwise.tasks.load import load_task
 
@@ -155,6 +155,29 @@ def test_mnli_is_measured_on_both_its_parts_or_on_held_out_rows(
     assert (held.columns, len(held.sft_rows()), held.cases) == (("accuracy",), 6, 3)
     few = load_task(recipe(tmp_path, data | {"rows": 5}, {"cases": 3}), tiny_tokenizer, 64)
     assert few.counts == {"training rows left out": 4, "dev: rows left out": 3}
+
+
+def test_mistakes_and_another_domain_are_measured_too(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    write(tmp_path / "train.csv", "sentence1,label\nfine films are rare,good\nvery long and dull,bad\n")
+    write(tmp_path / "books.csv", "sentence1,label\na fine book,good\n")
+    data = {"kind": "classification", "train": str(tmp_path / "train.csv"), "validation": str(tmp_path / "train.csv")}
+    data["others"] = {"books": str(tmp_path / "books.csv")}
+    noise = {"noise": ["characters", "dropped-words"], "noise_share": 0.9}
+    made = load_task(recipe(tmp_path, data, noise), tiny_tokenizer, 64)
+    others = ("books", "characters", "dropped-words")
+    assert made.columns == ("accuracy", "F1", *(f"{metric} {name}" for name in others for metric in ("accuracy", "F1")))
+    assert made.baselines()["most frequent"]().metrics["accuracy books"] == 1.0
+    read = [{"sentence1": "fine films are rare", "label": 1}, {"sentence1": "very long and dull", "label": 0}]
+    found = load.noisy(read, recipe(tmp_path, data, noise))
+    assert [row["label"] for row in found["characters"]] == [1, 0]
+    assert all(
+        row["sentence1"] != one["sentence1"] for rows in found.values() for row, one in zip(rows, read, strict=True)
+    )
+    with pytest.raises(UserError, match=r"evaluation\.noise is for classification and glue, not text"):
+        recipe(tmp_path, {"kind": "text", "train": "a.txt"}, noise)
+    gone = recipe(tmp_path, data | {"others": {"books": str(tmp_path / "no.csv")}})
+    with pytest.raises(UserError, match=r"data\.others\.books .*no\.csv does not exist"):
+        load.check_files(gone.data)
 
 
 def recipe(folder: Path, data: dict[str, Any], evaluation: dict[str, Any] | None = None) -> Any:

@@ -84,6 +84,9 @@ class ClassificationData(Section):
     sentence2: str | None = Field(None, description="Column of the second sentence, if there is one.")
     label: str = Field("label", description="Column of the label.")
     quoting: bool = Field(True, description="Whether quotes enclose fields; off for the GLUE files.")
+    others: dict[str, File] = Field(
+        {}, description="More files to measure on, of another domain, say, each by the name that its metrics get."
+    )
     holdout: Share = Field(0.1, description="Share of the rows held out where there is no validation file.")
     rows: Count | None = Field(None, description="Most rows to train on, drawn by the seed.")
 

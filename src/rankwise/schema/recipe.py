@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from rankwise.schema.adapters import AdaloraSettings, Adapter, MiloraSettings, SoraSettings
-from rankwise.schema.base import EMBEDDED, Count, Section
+from rankwise.schema.base import EMBEDDED, Count, Section, Share
 from rankwise.schema.data import ChoiceData, ClassificationData, Data, GlueData, PreferenceData, RecommendationSettings
 from rankwise.schema.stages import AnyStage, SoftmaxDpoStage
 
@@ -40,6 +40,10 @@ class EvaluationSettings(Section):
         True, description="In recommendation and choices, also the papers' protocol: greedy text, and what it names."
     )
     base: bool = Field(True, description="Also measure the base model.")
+    noise: list[Literal["characters", "dropped-words", "swapped-words"]] = Field(
+        [], description="In classification and GLUE, also measure on held-out sentences with these mistakes."
+    )
+    noise_share: Share = Field(0.1, description="Share of the words that get a mistake.")
     baselines: list[Literal["random", "popularity", "item-knn", "als", "gru4rec", "caser", "sasrec"]] = Field(
         ["random", "popularity"],
         description="In recommendation, what else is measured; item-knn and als need rankwise[recsys].",
@@ -140,6 +144,13 @@ class Recipe(Section):
                 f"evaluation.training_cases is not for data of kind {self.data.kind}, whose training rows have other "
                 "candidates than its held-out cases: leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _noise_fits(self) -> Recipe:
+        """Mistakes are made in sentences with labels."""
+        if self.evaluation.noise and not isinstance(self.data, ClassificationData | GlueData):
+            raise ValueError(f"evaluation.noise is for classification and glue, not {self.data.kind}: leave it out")
         return self
 
     @model_validator(mode="after")

@@ -38,6 +38,7 @@ from rankwise.tasks.classification import read_classification
 from rankwise.tasks.glue import TASKS, label_names, parts_of
 from rankwise.tasks.instructions import read_instructions
 from rankwise.tasks.labels import LabelTask
+from rankwise.tasks.noise import Noise, with_noise
 from rankwise.tasks.preferences import PreferenceTask, read_preferences
 from rankwise.tasks.problems import MathsTask, read_problems
 from rankwise.tasks.recommendation import RecommendationTask
@@ -58,6 +59,9 @@ def check_files(data: object) -> None:
         found = path is None or (Path(path).exists() if folder else Path(path).is_file())
         if not found:
             raise UserError(f"data.{name} {path} does not exist: give a file's path, from the folder you are in")
+    for name, path in getattr(data, "others", {}).items():
+        if not Path(path).is_file():
+            raise UserError(f"data.others.{name} {path} does not exist: give a file's path, from the folder you are in")
     if isinstance(data, InteractionData) and data.form is not None:
         known_log(data.form, Path(data.interactions))
 
@@ -233,7 +237,26 @@ def _classification(recipe: Recipe, data: ClassificationData, tokenizer: PreTrai
         return found.rows, found.counts
 
     train, held_out, counts = _parts(recipe, data, read)
-    return LabelTask(train, held_out, labels, tokenizer, recipe.model, context, counts)
+    others = {}
+    for name, path in data.others.items():
+        rows, more = read(path)
+        others[name], left_out = sample(rows, recipe.evaluation.cases, recipe.seed)
+        counts |= {f"{name}: {what}": number for what, number in more.items()}
+        counts |= {f"{name}: rows left out": left_out} if left_out else {}
+    others |= noisy(held_out, recipe)
+    return LabelTask(train, held_out, labels, tokenizer, recipe.model, context, counts, others=others)
+
+
+def noisy(rows: list[dict[str, Any]], recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
+    """The rows with each kind of mistakes in their sentences that the recipe asks for, by the kind."""
+
+    def changed(row: dict[str, Any], number: int, kind: Noise) -> dict[str, Any]:
+        texts = {name: row[name] for name in ("sentence1", "sentence2") if name in row}
+        share, seed = recipe.evaluation.noise_share, recipe.seed
+        return row | {name: with_noise(text, kind, share, seed, number) for name, text in texts.items()}
+
+    kinds = recipe.evaluation.noise
+    return {kind: [changed(row, number, kind) for number, row in enumerate(rows)] for kind in kinds}
 
 
 def _choices(recipe: Recipe, data: ChoiceData, tokenizer: PreTrainedTokenizerBase, context: int) -> Task:
@@ -258,7 +281,8 @@ def _glue(recipe: Recipe, data: GlueData, tokenizer: PreTrainedTokenizerBase, co
         rows[part], counts[f"{part}: rows left out"] = sample(found, recipe.evaluation.cases, recipe.seed)
     counts = {what: number for what, number in counts.items() if number}
     held_out, labels, metrics = rows.pop("dev"), label_names(data.task), TASKS[data.task].metrics
-    return LabelTask(train, held_out, labels, tokenizer, recipe.model, context, counts, metrics, rows)
+    others = rows | noisy(held_out, recipe)
+    return LabelTask(train, held_out, labels, tokenizer, recipe.model, context, counts, metrics, others)
 
 
 def _parts(
