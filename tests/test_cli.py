@@ -20,7 +20,19 @@ from rankwise.cli import main, parser
 from rankwise.errors import UserError
 from rankwise.recommend.synthetic import SyntheticSettings, write_synthetic
 
-COMMANDS = ["demo", "train", "prepare", "init", "evaluate", "recommend", "serve", "export", "inspect", "report"]
+COMMANDS = [
+    "demo",
+    "train",
+    "prepare",
+    "init",
+    "evaluate",
+    "recommend",
+    "serve",
+    "export",
+    "write",
+    "inspect",
+    "report",
+]
 HEAVY = ["torch", "transformers", "peft", "polars", "plotly", "pydantic"]
 
 

@@ -68,6 +68,14 @@ def parser() -> argparse.ArgumentParser:
     forms = ("uniform", "compact", "merged")
     made.add_argument("--layout", choices=forms, default="uniform", help="form of the adapter (%(default)s)")
 
+    made = _add(table, commands.write, "rankwise write runs/alpaca alpaca_eval.jsonl outputs.json")
+    made.add_argument("run", metavar="RUN", help="the folder of a run on instructions")
+    made.add_argument("instructions", metavar="FILE", help="JSON or JSONL with a column instruction")
+    made.add_argument("out", metavar="OUT", help="the JSON to write")
+    made.add_argument("--tokens", type=int, default=512, help="most tokens of an answer (%(default)s)")
+    made.add_argument("--stage", help="whose adapter to take (the last)")
+    made.add_argument("--generator", metavar="NAME", help="what the answers are said to be from (the recipe's name)")
+
     made = _add(table, commands.inspect, "rankwise inspect runs/films/adapter")
     made.add_argument("adapter", metavar="ADAPTER", help="an adapter's folder")
 

@@ -174,6 +174,14 @@ def export(arguments: Arguments, console: Console) -> Any:
     )
 
 
+def write(arguments: Arguments, console: Console) -> Any:
+    """Answer a file of instructions with a run on instructions: a list of outputs in AlpacaEval's form."""
+    from rankwise.writing import write_outputs
+
+    options = {name: getattr(arguments, name) for name in ("tokens", "stage", "generator")}
+    return write_outputs(Path(arguments.run), Path(arguments.instructions), Path(arguments.out), console, **options)
+
+
 def inspect(arguments: Arguments, console: Console) -> Any:
     """Show an adapter's ranks, parameters and bytes: module by module, and layers by kinds of module."""
     from rankwise.analysis.inspection import grid_table, inspection, rank_table

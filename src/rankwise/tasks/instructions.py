@@ -19,6 +19,7 @@ NEEDED = {"pairs": ("prompt", "completion"), "alpaca": ("instruction", "output")
 OPTIONAL = {"pairs": (), "alpaca": ("input",), "chat": ()}
 ALPACA_PROMPT = "### Task\n{instruction}\n\n### Answer\n"
 ALPACA_PROMPT_WITH_INPUT = "### Task\n{instruction}\n\n### Material\n{input}\n\n### Answer\n"
+FORM_READ = "rows of the form "  # and the form, in the counts of a run
 NO_PROMPT = "rows without a prompt"
 NO_ANSWER = "rows without an answer"
 NO_CHAT = "chats that are no list of role and content"

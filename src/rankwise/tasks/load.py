@@ -36,7 +36,7 @@ from rankwise.tasks.answers import AnswerTask
 from rankwise.tasks.choices import ChoiceTask, read_choices
 from rankwise.tasks.classification import read_classification
 from rankwise.tasks.glue import TASKS, label_names, parts_of
-from rankwise.tasks.instructions import read_instructions
+from rankwise.tasks.instructions import FORM_READ, read_instructions
 from rankwise.tasks.labels import LabelTask
 from rankwise.tasks.noise import Noise, with_noise
 from rankwise.tasks.preferences import PreferenceTask, read_preferences
@@ -211,7 +211,7 @@ def _instructions(recipe: Recipe, data: InstructionData, tokenizer: PreTrainedTo
         found = read_instructions(
             Path(path), form=data.form, mapping=mapping, template=data.template, tokenizer=tokenizer
         )
-        return found.rows, {**found.counts, f"rows of the form {found.form}": len(found.rows)}
+        return found.rows, {**found.counts, f"{FORM_READ}{found.form}": len(found.rows)}
 
     train, held_out, counts = _parts(recipe, data, read)
     encoded, cut = encode_answers(train, tokenizer, context)
