@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerControl, TrainerState, TrainingArguments
 
 import small_runs
+from rankwise import training
 from rankwise.errors import UserError
 from rankwise.optimisation import training_tools
 from rankwise.preferences.datasets import BEYOND
 from rankwise.progress import ProgressBar, StopOnNan
 from rankwise.ranks import SoraConfig, gates
+from rankwise.run import Run
 from rankwise.schema import LoraSettings, SftStage, SoftmaxDpoStage, SoraSettings
 from rankwise.tokenise import AnswerCollator, encode_answers
 from rankwise.training import AnswerTrainer, train_stage
@@ -342,3 +344,22 @@ def test_lora_plus_trains_b_faster(adapted: PeftModel) -> None:
     assert len(rates) == len(trained)
     for name, parameter in trained.items():
         assert rates[id(parameter)] == (8e-3 if "lora_B" in name else 1e-3, 0.1)
+
+
+def test_training_is_logged_to_tensorboard_with_what_callbacks_add(model_folder: Path, tmp_path: Path) -> None:
+    """SoRA's callback adds how many gates are left."""
+    recipe = small_runs.recipe("classification", tmp_path, model_folder, log_to=["tensorboard"])
+    Run(recipe, small_runs.silent())()
+    [events] = (tmp_path / "run" / "runs").rglob("events.out.tfevents.*")
+    written = events.read_bytes()
+    assert b"train/loss" in written
+    assert b"gates" in written
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_slow_work(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    recipe = small_runs.recipe("classification", tmp_path, model_folder, log_to=["wandb"])
+    with pytest.raises(UserError, match="log_to wandb is not installed: pip install wandb"):
+        Run(recipe, small_runs.silent())

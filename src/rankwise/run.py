@@ -42,7 +42,7 @@ from rankwise.recommend.store import STORE, write_store
 from rankwise.schema import AdaloraSettings, AnyStage, LoraSettings, MiloraSettings, Recipe, SoraSettings
 from rankwise.tasks.load import check_files, load_task
 from rankwise.tasks.task import Task
-from rankwise.training import Rows, train_stage
+from rankwise.training import Rows, check_trackers, train_stage
 
 BASE = "base model"
 
@@ -69,6 +69,7 @@ class Run:
         self.recipe, self.console = recipe, console
         self.folder = Path(recipe.output)
         check_files(recipe.data)
+        check_trackers(recipe.log_to)
         self.tokenizer = load_tokenizer(recipe.model.path)
         self.context = context_limit(recipe.model, self.tokenizer)
         self.results: dict[str, Any] = {}
@@ -159,6 +160,7 @@ class Run:
             console=self.console,
             trainer=task.trainer,
             catalogue=catalogue,
+            log_to=self.recipe.log_to,
         )
 
     def _finish(self, model: PeftModel) -> None:

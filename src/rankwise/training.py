@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,9 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.integrations import get_reporting_integration_callbacks
 
+from rankwise.errors import UserError
 from rankwise.likelihood import answer_log_probabilities
 from rankwise.optimisation import add_allocation, hold_out, record_allocation, training_tools
 from rankwise.peft_bridge import active_adapter
@@ -31,6 +34,7 @@ from rankwise.schema import LoraSettings, SftStage, SoftmaxDpoStage
 from rankwise.tokenise import AnswerCollator
 
 Rows = Sequence[Mapping[str, Any]]
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",), "wandb": ("wandb",)}
 EVALUATED = 2  # rows of a batch of evaluation, for each of a batch of training
 
 
@@ -64,6 +68,17 @@ class AnswerTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """See that what is logged to is installed.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name in names:
+        if not any(importlib.util.find_spec(package) for package in TRACKERS[name]):
+            raise UserError(f"log_to {name} is not installed: pip install {name}, or leave it out")
+
+
 def train_stage(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -78,6 +93,7 @@ def train_stage(
     console: Console,
     trainer: Callable[..., Trainer] | None = None,
     catalogue: Catalogue | None = None,
+    log_to: Sequence[str] = (),
 ) -> dict[str, int]:
     """Train the active adapter for one stage.
 
@@ -94,6 +110,7 @@ def train_stage(
         console: where progress is shown.
         trainer: makes the trainer of an sft stage; :class:`AnswerTrainer` where it is not given.
         catalogue: answers that rejected ones may be drawn from.
+        log_to: trackers that get the log too, as :func:`check_trackers` knows them.
 
     Returns:
         Counts of rows that were cut, dropped or held out, and of directions that were moved.
@@ -128,8 +145,9 @@ def train_stage(
     made.remove_callback(PrinterCallback)
     tools = training_tools(model, stage, adapter, total_steps(stage, len(made.train_dataset)))
     made.optimizer = tools.optimizer
-    for callback in (*tools.callbacks, MetricsFile(folder / "metrics.jsonl", stage.name)):
-        made.add_callback(callback)  # the file is last: it holds what the others add to the log
+    trackers = [make() for make in get_reporting_integration_callbacks(list(log_to))]
+    for callback in (*tools.callbacks, MetricsFile(folder / "metrics.jsonl", stage.name), *trackers):
+        made.add_callback(callback)  # the file and trackers are last: they hold what the others add to the log
     allocation = add_allocation(made, adapter)
     with bar.progress, _threshold(model, stage):
         try:

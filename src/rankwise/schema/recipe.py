@@ -71,6 +71,9 @@ class Recipe(Section):
     output: str = Field(description="Folder of the run; must be new or empty.")
     seed: int = Field(0, ge=0, description="Of the data's draws, the adapter and the training.")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="Arithmetic of the training.")
+    log_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
+        [], description="Also log training there, with what is installed of tensorboard, trackio and wandb."
+    )
 
     @model_validator(mode="before")
     @classmethod
