@@ -172,7 +172,7 @@ torch.set_num_threads(1)
 jobs = json.loads(sys.argv[1])
 for job in jobs:
     kind = AutoModelForSequenceClassification if job["labels"] else AutoModelForCausalLM
-    more = {"num_labels": 2, "pad_token_id": 1} if job["labels"] else {}
+    more = {"num_labels": job["labels"], "pad_token_id": 1} if job["labels"] else {}
     if job["merged"]:
         model = kind.from_pretrained(job["merged"], dtype=torch.float32)
     else:
@@ -191,7 +191,7 @@ def test_what_is_written_computes_the_same_without_rankwise(
     jobs = []
     for kind, one in finished.items():
         export_folder(one.folder, tmp_path / kind, small_runs.silent(), **EXPORT | {"layout": "merged"})
-        job = {"labels": kind == "classification", "base": str(model_folder), "ids": IDS.tolist()}
+        job = {"labels": {"classification": 2, "glue": 1}.get(kind, 0), "base": str(model_folder), "ids": IDS.tolist()}
         adapter, merged = str(one.folder / "adapter"), str(tmp_path / kind)
         jobs += [
             job | {"adapter": adapter, "merged": "", "out": str(tmp_path / f"{kind}-adapter.safetensors")},

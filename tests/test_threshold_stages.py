@@ -109,7 +109,8 @@ def test_training_rows_are_measured_as_the_held_out_ones(
     task.cases = len(drawn)
     assert task.evaluate(model).metrics == found == results["rows"][-1]["training_metrics"]
     seen = []
-    monkeypatch.setattr(task, "_measured", lambda _, rows: seen.append(list(rows)) or {})
+    monkeypatch.setattr(task, "_outputs", lambda _, rows: seen.append(list(rows)))
+    monkeypatch.setattr(task, "_scores", lambda rows, outputs: {})
     task.evaluate_training(model, 2, 3)
     assert seen == [sample(task.sft_rows(), 2, 3)[0]] != [list(task.sft_rows()[:2])]
 
