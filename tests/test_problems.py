@@ -100,6 +100,7 @@ def test_what_does_not_fit_is_counted(tiny_tokenizer: PreTrainedTokenizerFast) -
     rows = [{"prompt": "long " * 60, "completion": "#### 1"}, {"prompt": "Q", "completion": "so " * 80 + "#### 2"}]
     made = MathsTask([*ROWS, *rows], ROWS, tiny_tokenizer, ModelSettings(), context=64, counts={}, tokens=24)
     assert made.counts == {
+        "training prompts cut to leave room for what is written": 1,
         "training prompts cut to the context": 1,
         "training answers longer than the context": 1,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ def generate_answers(
     prompts: Sequence[Sequence[int]],
     most: int,
     batch_size: int = 64,
+    advance: Callable[[int], object] | None = None,
 ) -> list[str]:
     """What the model writes after each prompt: greedy, at most ``most`` tokens, up to the end-of-text token.
 
@@ -33,6 +34,7 @@ def generate_answers(
         prompts: token ids of each; with ``most`` more they fit the model's positions.
         most: tokens of an answer.
         batch_size: prompts at a time; those of similar length go together.
+        advance: is told after each batch how many prompts it had, to show progress.
     """
     device, padding = next(model.parameters()).device, padding_token(tokenizer)
     settings = GenerationConfig(
@@ -49,6 +51,8 @@ def generate_answers(
             )[:, ids.shape[1] :]
         for index, text in zip(picked, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
             texts[index] = text
+        if advance is not None:
+            advance(len(picked))
     return texts
 
 

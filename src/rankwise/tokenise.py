@@ -24,6 +24,7 @@ from rankwise.errors import UserError
 IGNORED = -100
 BATCH = 1000  # texts of one call: a tokenizer keeps far more than the ids until the call returns
 PROMPTS_CUT = "prompts cut to the context"
+CUT_TO_WRITE = "prompts cut to leave room for what is written"
 ANSWERS_TOO_LONG = "answers longer than the context"
 
 
@@ -47,6 +48,16 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, room: int) ->
         UserError: ``room`` is below one, or the prompt gives no token at all.
     """
     return _fit(_open(tokenizer, token_ids(tokenizer, [prompt])[0]), tokenizer, room)
+
+
+def fit_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], room: int) -> tuple[list[list[int]], int]:
+    """The ids of prompts as :func:`encode_prompt` gives them, and how many were cut.
+
+    Raises:
+        UserError: as :func:`encode_prompt`.
+    """
+    opened = [_open(tokenizer, ids) for ids in token_ids(tokenizer, prompts)]
+    return [_fit(ids, tokenizer, room) for ids in opened], sum(len(ids) > room for ids in opened)
 
 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: str) -> list[int]:

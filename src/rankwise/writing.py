@@ -20,10 +20,9 @@ from rankwise.models import context_limit, load_tokenizer
 from rankwise.schema import InstructionData
 from rankwise.tasks.instructions import FORM_READ, alpaca_prompt
 from rankwise.tasks.tables import as_text, read_rows, require_columns
-from rankwise.tokenise import encode_prompt
+from rankwise.tokenise import fit_prompts
 
 KEPT = ("instruction", "input", "dataset", "datasplit")  # what AlpacaEval knows an instruction by
-BATCH = 32
 
 
 def write_outputs(
@@ -61,21 +60,28 @@ def write_outputs(
     if not isinstance(recipe.data, InstructionData):
         raise UserError(f"{run} is a run on data of kind {recipe.data.kind}: only one on instructions writes answers")
     tokenizer = load_tokenizer(recipe.model.path)
-    room = context_limit(recipe.model, tokenizer) - tokens
-    if tokens < 1 or room < 1:
-        raise UserError(f"{tokens} tokens are not possible: 1 or more, and below the context of {room + tokens}")
+    context = context_limit(recipe.model, tokenizer)
+    if not 1 <= tokens < context:
+        raise UserError(f"{tokens} tokens are not possible: 1 or more, and below the context of {context}")
     rows, counts = read_rows(instructions)
     require_columns(instructions, rows, ["instruction"])
     prompts = _prompts(rows, instructions, _form(run, recipe.data), recipe.data.template, tokenizer)
-    whole = [encode_prompt(tokenizer, prompt, 2**31) for prompt in prompts]
-    encoded = [encode_prompt(tokenizer, prompt, room) for prompt in prompts]
-    outputs = _answered(trained_stage(run, recipe, stage), tokenizer, encoded, tokens, console)
+    encoded, cut = fit_prompts(tokenizer, prompts, context - tokens)
+    model = trained_stage(run, recipe, stage)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("writing", total=len(prompts))
+        outputs = generate_answers(
+            model, tokenizer, encoded, tokens, advance=lambda number: progress.advance(task, number)
+        )
     found = [
-        {**{name: row[name] for name in KEPT if name in row}, "output": text, "generator": generator or recipe.name}
+        {
+            **{name: row[name] for name in KEPT if name in row},
+            "output": text.strip(),
+            "generator": generator or recipe.name,
+        }
         for row, text in zip(rows, outputs, strict=True)
     ]
     write_json(out, found)
-    cut = sum(len(one) < len(other) for one, other in zip(encoded, whole, strict=True))
     console.print(f"{out}: {len(found)} answers", highlight=False)
     for what, number in {**counts, "prompts cut to the context": cut}.items():
         if number:
@@ -112,23 +118,3 @@ def _prompts(
         return [(template or "{prompt}").replace("{prompt}", text) for text in texts]
     chats = [[{"role": "user", "content": text}] for text in texts]
     return render(require_template(tokenizer, str(path)), chats, answer_follows=True)
-
-
-def _answered(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    tokens: int,
-    console: Console,
-) -> list[str]:
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    texts = [""] * len(prompts)
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("writing", total=len(prompts))
-        for start in range(0, len(order), BATCH):
-            picked = order[start : start + BATCH]
-            written = generate_answers(model, tokenizer, [prompts[index] for index in picked], tokens)
-            for index, text in zip(picked, written, strict=True):
-                texts[index] = text.strip()
-            progress.advance(task, len(picked))
-    return texts

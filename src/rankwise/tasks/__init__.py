@@ -1,8 +1,9 @@
-"""How good is it, and what did it forget? Plain text, instructions and classification, from file to loss.
+"""How good is it, and what did it forget? Text, instructions, problems, choices and labels, from file to score.
 
-``tables`` reads any file's rows; ``text``, ``instructions`` and ``classification`` make them documents,
-prompts with answers, or labelled sentences; ``splits`` holds some out; ``language_loss`` measures answers under
-a model. Rows become token ids in `rankwise.tokenise` alone.
+``tables`` reads any file's rows; ``text``, ``instructions`` and ``classification`` make them documents, prompts
+with answers, or labelled sentences; ``problems`` and ``maths``, ``choices``, and ``glue`` with ``label_scores`` do
+so for published sets and score them as their papers do; ``noise`` puts mistakes into sentences; ``splits`` holds
+some out; ``language_loss`` measures answers under a model. Rows become token ids in `rankwise.tokenise` alone.
 """
 
 from __future__ import annotations

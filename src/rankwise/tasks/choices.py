@@ -24,7 +24,7 @@ from rankwise.tasks.instructions import alpaca_prompt
 from rankwise.tasks.preferences import PreferenceTask
 from rankwise.tasks.tables import as_text, read_rows, require_columns
 from rankwise.tasks.task import Measurement, Metrics
-from rankwise.tokenise import encode_prompt
+from rankwise.tokenise import CUT_TO_WRITE, fit_prompts
 
 COLUMNS = ("instruction", "output", "answer")
 FORMAT = re.compile(r"Answer format:\s*(\S+)\s*$")
@@ -119,10 +119,14 @@ class ChoiceTask(PreferenceTask):
         super().__init__(train, held_out, tokenizer, model, context, counts, seed)
         if tokens is not None and tokens >= context:
             raise UserError(f"data.tokens {tokens} leaves no room for a question in a context of {context}: lower it")
-        self._tokens, self._room = tokens, context - (tokens or 0)
+        self._tokens = tokens
         self._sources: dict[int, Mapping[str, Any]] = {}
-        for rows, sources in ((self._rows, train), (self._held_out, held_out)):
-            self._sources |= dict(zip(map(id, rows), sources, strict=True))
+        for part, rows, sources in (("training", self._rows, train), ("held-out", self._held_out, held_out)):
+            texts = [source["prompt"] for source in sources]
+            prompts, cut = fit_prompts(tokenizer, texts, context - tokens) if tokens else ([None] * len(texts), 0)
+            count(self.counts, f"{part} {CUT_TO_WRITE}", cut)
+            pairs = zip(rows, sources, prompts, strict=True)
+            self._sources |= {id(row): {**source, "ids": ids} for row, source, ids in pairs}
         self._sets = sorted({str(row["set"]) for row in held_out})
         shares = SHARES if tokens else SHARES[:1]
         each = [f"{share} {name}" for name in self._sets for share in shares[:2]] if len(self._sets) > 1 else []
@@ -156,11 +160,8 @@ class ChoiceTask(PreferenceTask):
         if self._tokens is None:
             return {}
         sources = [self._sources[id(row)] for row in rows]
-        prompts = [encode_prompt(self._tokenizer, source["prompt"], self._room) for source in sources]
-        texts, choices = (
-            generate_answers(model, self._tokenizer, prompts, self._tokens),
-            [s["choices"] for s in sources],
-        )
+        texts = generate_answers(model, self._tokenizer, [source["ids"] for source in sources], self._tokens)
+        choices = [source["choices"] for source in sources]
         named = [written_choice(text, some) for text, some in zip(texts, choices, strict=True)]
         right = sum(name == some[0] for name, some in zip(named, choices, strict=True))
         return {WRITTEN[0]: right / len(rows), WRITTEN[1]: sum(name is not None for name in named) / len(rows)}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +19,7 @@ from rankwise.tasks.language_loss import answer_loss
 from rankwise.tasks.maths import check_library, final_answer, is_right
 from rankwise.tasks.tables import as_text, columns_of, read_rows
 from rankwise.tasks.task import Measurement, Metrics
-from rankwise.tokenise import ANSWERS_TOO_LONG, PROMPTS_CUT, encode_answer, encode_prompt
+from rankwise.tokenise import ANSWERS_TOO_LONG, CUT_TO_WRITE, PROMPTS_CUT, encode_answer, fit_prompts
 
 COLUMNS = (("question", "answer"), ("problem", "solution"))  # of GSM8K, and of MATH
 UNUSABLE = "problems without a text or a solution"
@@ -83,6 +83,14 @@ def _columns(path: Path, present: set[str]) -> tuple[str, str]:
     raise UserError(f"{path} has neither {wanted[0]} nor {wanted[1]}: {near}")
 
 
+class Problem(NamedTuple):
+    """A problem's prompt as token ids, with room for what is written; its worked solution; and both as a row."""
+
+    prompt: list[int]
+    solution: str
+    row: Mapping[str, Any]
+
+
 class MathsTask(AnswerTask):
     """A :class:`rankwise.tasks.task.Task` over problems: the share solved, and the loss of the worked solutions.
 
@@ -120,16 +128,12 @@ class MathsTask(AnswerTask):
         check_library()
         if tokens >= context:
             raise UserError(f"data.tokens {tokens} leaves no room for a problem in a context of {context}: lower it")
-        self._tokenizer, self._tokens, self._room = tokenizer, tokens, context - tokens
-        counts = dict(counts)
+        self._tokenizer, self._tokens, counts = tokenizer, tokens, dict(counts)
         self._problems = {
-            name: list(_encoded(rows, tokenizer, context, name, counts))
+            name: _encoded(rows, tokenizer, context, tokens, name, counts)
             for name, rows in (("training", train), ("held-out", held_out))
         }
-        for name, found in self._problems.items():
-            if not found:
-                raise UserError(f"no {name} solution fits the context of {context} tokens: all are longer")
-        made = {name: [row for _, row in found] for name, found in self._problems.items()}
+        made = {name: [problem.row for problem in found] for name, found in self._problems.items()}
         super().__init__("maths", made["training"], made["held-out"], model, counts)
 
     def evaluate(self, model: nn.Module) -> Measurement:
@@ -140,12 +144,11 @@ class MathsTask(AnswerTask):
         """The same over training rows."""
         return self._solved(model, sample(self._problems["training"], limit, seed)[0]).metrics
 
-    def _solved(self, model: nn.Module, problems: Sequence[tuple[Mapping[str, str], Mapping[str, Any]]]) -> Measurement:
-        prompts = [encode_prompt(self._tokenizer, row["prompt"], self._room) for row, _ in problems]
-        texts = generate_answers(model, self._tokenizer, prompts, self._tokens)
+    def _solved(self, model: nn.Module, problems: Sequence[Problem]) -> Measurement:
+        texts = generate_answers(model, self._tokenizer, [problem.prompt for problem in problems], self._tokens)
         answered = [final_answer(text) is not None for text in texts]
-        right = [is_right(text, row["completion"]) for text, (row, _) in zip(texts, problems, strict=True)]
-        loss = answer_loss(model, [encoded for _, encoded in problems])
+        right = [is_right(text, problem.solution) for text, problem in zip(texts, problems, strict=True)]
+        loss = answer_loss(model, [problem.row for problem in problems])
         shares = {"accuracy": sum(right) / len(right), "answered": sum(answered) / len(answered)}
         return Measurement(shares | {name: loss[name] for name in ("loss", "perplexity")})
 
@@ -154,13 +157,20 @@ def _encoded(
     rows: Sequence[Mapping[str, str]],
     tokenizer: PreTrainedTokenizerBase,
     context: int,
+    tokens: int,
     part: str,
     counts: dict[str, int],
-) -> Iterator[tuple[Mapping[str, str], Mapping[str, Any]]]:
-    """Each row that fits the context, and its tokens; counts those that do not."""
-    for row in rows:
+) -> list[Problem]:
+    """The problems whose solution fits the context; counts those that do not, and prompts that are cut."""
+    prompts, cut = fit_prompts(tokenizer, [row["prompt"] for row in rows], context - tokens)
+    count(counts, f"{part} {CUT_TO_WRITE}", cut)
+    kept = []
+    for row, prompt in zip(rows, prompts, strict=True):
         made = encode_answer(tokenizer, row["prompt"], row["completion"], context)
         count(counts, f"{part} {ANSWERS_TOO_LONG}", int(made is None))
         if made is not None:
             count(counts, f"{part} {PROMPTS_CUT}", int(made.prompt_cut))
-            yield row, made.features()
+            kept.append(Problem(prompt, row["completion"], made.features()))
+    if not kept:
+        raise UserError(f"no {part} solution fits the context of {context} tokens: all are longer")
+    return kept
