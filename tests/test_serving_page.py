@@ -36,6 +36,7 @@ def served(stages: Stages, **settings: Any) -> Iterator[str]:
     """The address of the application, served by a thread."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
+        listener.listen()  # from here on a browser waits for the server instead of being refused
         app = create_app(stages, ServerSettings(**settings), "small <run>")
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="warning", timeout_graceful_shutdown=5))
         thread = threading.Thread(target=server.run, args=([listener],))
