@@ -24,6 +24,12 @@ SECTIONS: dict[str, tuple[type[schema.Section], ...]] = {
         schema.SoraSettings,
         schema.AllocatingLoraSettings,
         schema.AdaloraSettings,
+        schema.VeraSettings,
+        schema.BottleneckSettings,
+        schema.PromptSettings,
+        schema.PrefixSettings,
+        schema.BitfitSettings,
+        schema.FullSettings,
     ),
     "data": (
         schema.InteractionData,
@@ -46,7 +52,8 @@ HEAD = """# Recipes
 A recipe is a YAML file with everything that a run depends on. Unknown keys are errors, and everything is checked before
 anything slow happens. `rankwise train recipe.yaml stages.0.epochs=2 seed=1` overrides single values; positions in lists
 count from 0. Paths are taken from the folder you are in; `~` and `$VARIABLES` in data paths are filled in.
-[examples/](../examples) holds one recipe for each kind of data.
+[examples/](../examples) holds one recipe for each kind of data. `adapter: dora` alone, or `kind: dora` among an adapter's
+settings, stands for what the method's name means; `rankwise methods` lists the names.
 
 This page is written by `python scripts/recipe_reference.py` from the schema.
 """
@@ -66,6 +73,8 @@ def default_of(field: FieldInfo) -> str:
 
 def table(section: type[schema.Section]) -> str:
     """One section's keys."""
+    if not any(field.description for field in section.model_fields.values()):
+        return "It has no settings."
     lines = ["| key | default | meaning |", "|---|---|---|"]
     for name, field in section.model_fields.items():
         if field.description:

@@ -30,6 +30,7 @@ COMMANDS = [
     "serve",
     "export",
     "write",
+    "methods",
     "inspect",
     "report",
 ]

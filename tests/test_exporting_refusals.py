@@ -90,7 +90,7 @@ def inside() -> PreTrainedModel:
             lambda: peft.get_peft_model(
                 tiny.make("llama"), peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
             ),
-            "adapter 'default' has no LoRA layers",
+            r"adapter 'default' \(IA3Config\) has no LoRA layers",
         ),
     ],
     ids=["dora", "milora with dora", "lora_bias", "pissa", "nan", "base", "inside", "ia3"],

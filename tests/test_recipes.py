@@ -110,7 +110,6 @@ def test_a_recipe_cannot_be_changed():
             {"kind": "sora", "lora_plus_ratio": 2},
             "adapter {'kind': 'sora', 'lora_plus_ratio': 2}: lora_plus_",
         ),
-        ("adapter", {"use_dora": True}, "adapter.use_dora is no plain LoRA when it is finished: set export.layout"),
         # missing
         ("data.train", ..., "data.train is missing"),
         ("data", ..., "data is missing"),

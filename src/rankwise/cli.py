@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", help="base of an adapter: a folder, a hub id, or 'embedded' (the one it names)")
     made.add_argument("--rank", type=int, help="largest rank to keep")
     made.add_argument("--energy", type=float, help="share of each update's squared norm to keep, above 0, at most 1")
-    forms = ("uniform", "compact", "merged")
+    forms = ("uniform", "compact", "own", "merged")
     made.add_argument("--layout", choices=forms, default="uniform", help="form of the adapter (%(default)s)")
 
     made = _add(table, commands.write, "rankwise write runs/alpaca alpaca_eval.jsonl outputs.json")
@@ -75,6 +75,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tokens", type=int, default=512, help="most tokens of an answer (%(default)s)")
     made.add_argument("--stage", help="whose adapter to take (the last)")
     made.add_argument("--generator", metavar="NAME", help="what the answers are said to be from (the recipe's name)")
+
+    made = _add(table, commands.methods, "rankwise methods --model models/llama --json")
+    made.add_argument("--model", default="embedded", help="a folder, a hub id, or 'embedded' (%(default)s)")
+    made.add_argument("--classes", type=int, metavar="N", help="count for a classifier of so many classes")
 
     made = _add(table, commands.inspect, "rankwise inspect runs/films/adapter")
     made.add_argument("adapter", metavar="ADAPTER", help="an adapter's folder")
@@ -144,8 +148,8 @@ def _init_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("model", metavar="MODEL", help="a folder with safetensors, a hub id, or 'embedded'")
     made.add_argument("--out", required=True, metavar="FOLDER", help="where the start goes")
     made.add_argument("--rank", type=int, default=64, help="of each matrix (%(default)s)")
-    parts = ("minor", "principal", "middle", "random")
-    made.add_argument("--part", choices=parts, default="minor", help="of each weight's spectrum (%(default)s)")
+    parts = ("minor", "principal", "middle", "random", "qr")
+    made.add_argument("--part", choices=parts, default="minor", help="of each weight's spectrum, or qr (%(default)s)")
     made.add_argument("--seed", type=int, default=0, help="of the draw of --part random (%(default)s)")
     made.add_argument("--alpha", type=float, help="numerator of the scaling (the rank)")
     made.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(rank), not alpha / rank")

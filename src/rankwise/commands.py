@@ -193,6 +193,15 @@ def inspect(arguments: Arguments, console: Console) -> Any:
     return inspection(rows, counts)
 
 
+def methods(arguments: Arguments, console: Console) -> Any:
+    """List every method: its paper, what it trains of a model, and whether the model's weights can take it up."""
+    from rankwise.methods.listing import method_rows, method_table
+
+    rows = method_rows(arguments.model, arguments.classes)
+    console.print(method_table(rows))
+    return {"model": arguments.model, "methods": rows}
+
+
 def report(arguments: Arguments, console: Console) -> Any:
     """Write a run's page; of several runs that differ in their seed, print mean and standard deviation."""
     from rankwise.analysis.report import write_report

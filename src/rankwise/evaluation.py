@@ -18,9 +18,9 @@ from rankwise.errors import UserError, nearest
 from rankwise.exporting import ExportReport, Layout, export
 from rankwise.files import write_json
 from rankwise.measuring import measured, measured_row
+from rankwise.methods import load_stage, with_adapter
 from rankwise.models import context_limit, load_classifier, load_language_model, load_tokenizer, quiet_libraries
 from rankwise.recipes import load_recipe
-from rankwise.run import load_stage, with_adapter
 from rankwise.schema import ClassificationData, GlueData, Recipe
 from rankwise.tasks.load import check_files, load_task
 from rankwise.tokenise import padding_token
@@ -35,7 +35,7 @@ def evaluate_run(run: Path, overrides: Sequence[str], console: Console) -> dict[
     recipe = open_run(run, overrides)
     check_files(recipe.data)
     tokenizer = load_tokenizer(recipe.model.path)
-    task = load_task(recipe, tokenizer, context_limit(recipe.model, tokenizer))
+    task = load_task(recipe, tokenizer, context_limit(recipe.model, tokenizer, recipe.virtual_tokens))
     stage = _last_stage(run, recipe)
     model = _trained(run, recipe, stage)
     rows = [measured_row(name, measure(), task.cases) for name, measure in task.baselines().items()]

@@ -125,7 +125,7 @@ def _inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, count: 
     """What the model's forward takes, of the ids, their mask, their positions and how many logits are wanted."""
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
     known = forward_arguments(model)
-    if "position_ids" in known:
+    if "position_ids" in known and not has_virtual_tokens(model):
         inputs["position_ids"] = position_ids(attention_mask)
     if "logits_to_keep" in known:
         inputs["logits_to_keep"] = count
@@ -149,9 +149,20 @@ def forward_arguments(model: nn.Module) -> set[str]:
     return set(inspect.signature(unwrapped(model).forward).parameters)
 
 
+def has_virtual_tokens(model: nn.Module) -> bool:
+    """Whether an adapter puts virtual tokens before each row: those count positions themselves."""
+    inner = _without_wrappers(model)
+    return isinstance(inner, PeftModel) and inner.active_peft_config.is_prompt_learning
+
+
 def unwrapped(model: nn.Module) -> Any:
     """The language model itself, inside PEFT's wrapper and those of torch.compile, DistributedDataParallel and such."""
+    inner = _without_wrappers(model)
+    return inner.get_base_model() if isinstance(inner, PeftModel) else inner
+
+
+def _without_wrappers(model: nn.Module) -> Any:
     inner: Any = model
     for wrapped in ("_orig_mod", "module", "_orig_mod"):
         inner = getattr(inner, wrapped, inner)
-    return inner.get_base_model() if isinstance(inner, PeftModel) else inner
+    return inner

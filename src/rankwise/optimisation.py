@@ -21,6 +21,7 @@ from rankwise.ranks.adalora.allocation import set_schedule
 from rankwise.ranks.allocating.allocation import allocation_steps
 from rankwise.schema import (
     AdaloraSettings,
+    AdapterSettings,
     AllocatingLoraSettings,
     LoraSettings,
     SftStage,
@@ -39,7 +40,7 @@ class Tools(NamedTuple):
     callbacks: list[TrainerCallback]
 
 
-def training_tools(model: PeftModel, stage: SftStage | SoftmaxDpoStage, adapter: LoraSettings, steps: int) -> Tools:
+def training_tools(model: PeftModel, stage: SftStage | SoftmaxDpoStage, adapter: AdapterSettings, steps: int) -> Tools:
     """AdamW with what the adapter needs beside it.
 
     Args:
@@ -59,12 +60,12 @@ def training_tools(model: PeftModel, stage: SftStage | SoftmaxDpoStage, adapter:
     if isinstance(adapter, AdaloraSettings):
         set_schedule(model, steps, adapter.warmup_share, adapter.final_share)
         return Tools(None, [AdaloraCallback()])
-    if adapter.lora_plus_ratio is not None:
+    if isinstance(adapter, LoraSettings) and adapter.lora_plus_ratio is not None:
         return Tools(_lora_plus(model, stage, adapter.lora_plus_ratio), [])
     return Tools(None, [])
 
 
-def hold_out(rows: Sequence[Row], adapter: LoraSettings, batch: int, seed: int) -> tuple[list[Row], list[Row]]:
+def hold_out(rows: Sequence[Row], adapter: AdapterSettings, batch: int, seed: int) -> tuple[list[Row], list[Row]]:
     """Rows to train on, and rows that allocating LoRA scores directions on, in random order; none for other adapters.
 
     Args:
@@ -87,7 +88,7 @@ def hold_out(rows: Sequence[Row], adapter: LoraSettings, batch: int, seed: int) 
     return [row for number, row in enumerate(rows) if number not in held], [rows[number] for number in drawn]
 
 
-def add_allocation(trainer: Trainer, adapter: LoraSettings) -> AllocationCallback | None:
+def add_allocation(trainer: Trainer, adapter: AdapterSettings) -> AllocationCallback | None:
     """Give the trainer of allocating LoRA, whose ``eval_dataset`` are the rows held out, what moves directions."""
     if not isinstance(adapter, AllocatingLoraSettings):
         return None

@@ -11,35 +11,29 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel
-from peft.utils import set_peft_model_state_dict
+from peft import PeftModel
 from rich.console import Console
-from safetensors.torch import load_file
-from transformers import PreTrainedModel, set_seed
+from transformers import set_seed
 
 import rankwise
 from rankwise.analysis.ranks import read_ranks
 from rankwise.analysis.report import write_report
 from rankwise.analysis.runfolder import CASES, read_entry
 from rankwise.analysis.tables import result_table
-from rankwise.directions import MiloraConfig
-from rankwise.directions.basehash import check_base
-from rankwise.directions.checkpoint import SIDE_FILE, read_side
-from rankwise.directions.saving import live_hashes
 from rankwise.errors import UserError
 from rankwise.exporting import export
-from rankwise.files import new_folder, write_json, write_jsonl, write_text
+from rankwise.files import write_json, write_jsonl, write_text
 from rankwise.measuring import measured, measured_row, row_line
+from rankwise.methods import base_of, load_stage, save_stage, with_adapter
 from rankwise.models import context_limit, load_tokenizer, quiet_libraries
 from rankwise.optimisation import ALLOCATIONS
 from rankwise.peft_bridge import active_adapter, adapted_layers
 from rankwise.progress import logs_shown
-from rankwise.ranks import AllGatesClosed, SoraConfig, gate_counts, match_ranks, prune
+from rankwise.ranks import AllGatesClosed, gate_counts, prune
 from rankwise.recipes import dump_recipe
 from rankwise.recommend.store import STORE, write_store
-from rankwise.schema import AdaloraSettings, AnyStage, LoraSettings, MiloraSettings, Recipe, SoraSettings
+from rankwise.schema import AdaloraSettings, AnyStage, LoraSettings, Recipe, SoraSettings
 from rankwise.tasks.load import check_files, load_task
 from rankwise.tasks.task import Task
 from rankwise.training import Rows, check_trackers, train_stage
@@ -71,7 +65,7 @@ class Run:
         check_files(recipe.data)
         check_trackers(recipe.log_to)
         self.tokenizer = load_tokenizer(recipe.model.path)
-        self.context = context_limit(recipe.model, self.tokenizer)
+        self.context = context_limit(recipe.model, self.tokenizer, recipe.virtual_tokens)
         self.results: dict[str, Any] = {}
         if resume and (self.folder / "recipe.yaml").exists():
             self.results = _earlier_results(self.folder, recipe)
@@ -94,7 +88,7 @@ class Run:
             if name not in done:
                 self._row(measured_row(name, measure(), task.cases, self.folder / CASES))
         if self.recipe.evaluation.base and BASE not in done:
-            with model.disable_adapter():
+            with base_of(model):
                 self._measure(task, model, BASE)
         self.results.pop("stopped", None)
         self._stages(task, model, done)
@@ -138,7 +132,7 @@ class Run:
         with self._timed(stage.name):
             counts = self._train(task, model, stage)
         self.results["counts"] |= {f"{stage.name}: {name}": count for name, count in counts.items()}
-        save_stage(model, self.folder / "stages" / stage.name)
+        save_stage(model, self.recipe, self.folder / "stages" / stage.name)
         self._measure(task, model, stage.name)
 
     def _train(self, task: Task, model: PeftModel, stage: AnyStage) -> dict[str, int]:
@@ -174,6 +168,7 @@ class Run:
                 removed = len(self._adapted) - sum(rank > 0 for rank in left)
                 self.results["counts"]["layers whose adapter was removed"] = removed
             wanted = self.recipe.export
+            assert wanted.layout is not None  # the recipe was checked
             report = export(model, self.folder / "adapter", wanted.rank, wanted.energy, wanted.layout)
             self.tokenizer.save_pretrained(self.folder / "adapter")
         self.results["export"] = {
@@ -182,8 +177,8 @@ class Run:
             "layout": wanted.layout,
         }
         adapter = self.recipe.adapter
-        initial = adapter.first_rank if isinstance(adapter, AdaloraSettings) else adapter.r
-        if wanted.layout != "merged":
+        if isinstance(adapter, LoraSettings) and wanted.layout in ("uniform", "compact"):
+            initial = adapter.first_rank if isinstance(adapter, AdaloraSettings) else adapter.r
             write_json(self.folder / "ranks.json", _ranks(self.folder / "adapter", self._adapted, initial))
         write_json(self.folder / "results.json", self.results)
         self.console.print(result_table(self.results))
@@ -224,93 +219,9 @@ class Run:
         seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - started, 2)
 
 
-def with_adapter(base: PreTrainedModel, recipe: Recipe, task_type: str, stage: Path | None = None) -> PeftModel:
-    """The base with a new adapter as the recipe wants it; its weights stay as they are.
-
-    Args:
-        base: what the adapter is for.
-        recipe: with the adapter's settings.
-        task_type: PEFT's word for the task.
-        stage: a saved stage that will be loaded, so that no start is computed which it would replace.
-
-    Raises:
-        UserError: the target modules match nothing, one of them cannot be adapted, or the stage was begun on another
-            base.
-    """
-    try:
-        return peft.get_peft_model(base, stage_config(recipe, task_type, stage))
-    except UserError:
-        raise
-    except ValueError as error:  # PEFT's word for targets that match nothing, or that it cannot adapt
-        raise UserError(f"adapter.target_modules {recipe.adapter.target_modules}: {error}") from error
-
-
-def stage_config(recipe: Recipe, task_type: str, stage: Path | None = None) -> LoraConfig:
-    """PEFT's config for a recipe's adapter, or for one into which a saved stage will be loaded."""
-    if stage is not None and (stage / SIDE_FILE).is_file():
-        return MiloraConfig.from_pretrained(stage)
-    if stage is not None and isinstance(recipe.adapter, AdaloraSettings):
-        return AdaLoraConfig.from_pretrained(stage)  # its rank_pattern says what the stage's weights fit
-    return adapter_config(recipe.adapter, task_type, recipe.seed)
-
-
-def adapter_config(settings: LoraSettings, task_type: str, seed: int) -> LoraConfig:
-    """PEFT's config for a recipe's adapter settings."""
-    targets = settings.target_modules
-    if isinstance(settings, AdaloraSettings):
-        return AdaLoraConfig(
-            target_r=settings.r,
-            init_r=settings.first_rank,
-            deltaT=settings.every,
-            beta1=settings.beta1,
-            beta2=settings.beta2,
-            orth_reg_weight=settings.orthogonality,
-            total_step=1,  # not known yet: the stage lays its schedule over its steps
-            lora_alpha=settings.alpha or 2 * settings.first_rank,
-            lora_dropout=settings.dropout,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-            task_type=task_type,
-        )
-    common: dict[str, Any] = {
-        "r": settings.r,
-        "target_modules": targets if isinstance(targets, str) else list(targets),
-        "lora_dropout": settings.dropout,
-        "use_rslora": settings.use_rslora,
-        "task_type": task_type,
-    }
-    if isinstance(settings, SoraSettings):
-        own = settings.model_dump(include=set(SoraSettings.__annotations__) - {"kind", "gate_lr"})
-        alpha = settings.alpha or (settings.r if settings.part else 2 * settings.r)
-        return SoraConfig(**common, **own, lora_alpha=alpha, part_seed=seed)
-    common["use_dora"] = settings.use_dora
-    if isinstance(settings, MiloraSettings):
-        own = settings.model_dump(include={"part", "cache"})
-        return MiloraConfig(**common, **own, lora_alpha=settings.alpha, part_seed=seed)
-    return LoraConfig(**common, lora_alpha=settings.alpha or 2 * settings.r)
-
-
 def whole_rows(rows: Rows) -> Rows:
     """The same rows with the loss on every token after the first."""
     return [{**row, "labels": row["input_ids"]} for row in rows]
-
-
-def save_stage(model: PeftModel, folder: Path) -> None:
-    """Save the adapter as it is trained, replacing the folder in one step."""
-    with new_folder(folder) as made:
-        model.save_pretrained(made)
-
-
-def load_stage(model: PeftModel, folder: Path) -> None:
-    """Put the weights of a saved stage into the model's adapter.
-
-    Raises:
-        UserError: the adapter was begun on another base, or its tensors do not fit.
-    """
-    adapter = active_adapter(model)
-    if (folder / SIDE_FILE).is_file():
-        check_base(read_side(folder).base, live_hashes(model, adapter))
-    match_ranks(model, folder)
-    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"), adapter)
 
 
 def computes_bfloat16() -> bool:

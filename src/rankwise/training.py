@@ -30,7 +30,7 @@ from rankwise.preferences.negatives import Catalogue
 from rankwise.progress import MetricsFile, ProgressBar, StopOnNan
 from rankwise.ranks import SoraConfig
 from rankwise.ranks.adalora.orthogonality import orthogonality_loss
-from rankwise.schema import LoraSettings, SftStage, SoftmaxDpoStage
+from rankwise.schema import AdapterSettings, SftStage, SoftmaxDpoStage
 from rankwise.tokenise import AnswerCollator
 
 Rows = Sequence[Mapping[str, Any]]
@@ -85,7 +85,7 @@ def train_stage(
     stage: SftStage | SoftmaxDpoStage,
     rows: Rows,
     *,
-    adapter: LoraSettings,
+    adapter: AdapterSettings,
     context: int,
     folder: Path,
     seed: int,

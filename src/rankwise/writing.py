@@ -60,7 +60,7 @@ def write_outputs(
     if not isinstance(recipe.data, InstructionData):
         raise UserError(f"{run} is a run on data of kind {recipe.data.kind}: only one on instructions writes answers")
     tokenizer = load_tokenizer(recipe.model.path)
-    context = context_limit(recipe.model, tokenizer)
+    context = context_limit(recipe.model, tokenizer, recipe.virtual_tokens)
     if not 1 <= tokens < context:
         raise UserError(f"{tokens} tokens are not possible: 1 or more, and below the context of {context}")
     rows, counts = read_rows(instructions)

@@ -14,6 +14,7 @@ from rankwise.analysis.ranks import CONFIG, read_adapter
 from rankwise.errors import UserError
 
 CASES = "cases"  # a folder of Parquet files, one a row of the results
+WITHOUT_RANKS = ("full", "bitfit", "bottleneck", "prompt", "prefix", "vera")
 _ABSENT = {
     "recipe.yaml": "the settings are not known",
     "results.json": "the run has not been evaluated",
@@ -63,7 +64,7 @@ def read_run(folder: Path) -> Run:
         )
     text, recipe = _read_recipe(folder / "recipe.yaml")
     metrics, unread = _read_metrics(folder / "metrics.jsonl")
-    ranks, absent_ranks = _ranks(folder)
+    ranks, absent_ranks = _ranks(folder, recipe)
     absent = {name: gap for name, gap in _ABSENT.items() if name != "ranks.json" and not (folder / name).is_file()}
     return Run(
         folder,
@@ -97,7 +98,7 @@ def _is_row(row: Any) -> bool:
     return all(value is None or isinstance(value, int | float) for value in row["metrics"].values())
 
 
-def _ranks(folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def _ranks(folder: Path, recipe: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Ranks as the run wrote them, or as its adapter has them; zero padding is no rank where it is known."""
     path = folder / "ranks.json"
     rows: list[dict[str, Any]] | None = _read_json(path, list)
@@ -105,6 +106,8 @@ def _ranks(folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
         if not all(isinstance(row, Mapping) and "module" in row and isinstance(row.get("rank"), int) for row in rows):
             raise UserError(f"{path} lacks rows with module and rank: export the adapter again")
         return [row | {"rank": row.get("live", row["rank"])} for row in rows], {}
+    if isinstance(adapter := recipe.get("adapter"), Mapping) and adapter.get("kind") in WITHOUT_RANKS:
+        return [], {}
     if not (folder / "adapter" / CONFIG).is_file():
         return [], {"ranks.json": _ABSENT["ranks.json"]}
     found = [

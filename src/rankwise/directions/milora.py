@@ -10,7 +10,7 @@ from torch import nn
 
 from rankwise.directions.dora import SpectralDoraVariant
 from rankwise.directions.saving import CheckpointedConfig, CheckpointedModel
-from rankwise.directions.triplets import Part, check_part
+from rankwise.directions.start import StartPart, check_start_part
 from rankwise.directions.variants import SpectralVariant, check_start_device
 from rankwise.peft_bridge import Kind, LowRankVariant, check_alphas, check_config, register
 
@@ -24,7 +24,8 @@ class MiloraConfig(CheckpointedConfig):
     + s B A x``.
 
     Args:
-        part: ``minor`` (MiLoRA), ``principal`` (PiSSA), ``middle`` or ``random`` (the paper's ablations).
+        part: ``minor`` (MiLoRA), ``principal`` (PiSSA), ``middle`` or ``random`` (the paper's ablations); or ``qr``,
+            the first columns of Q and rows of R of W = Q R (OLoRA, arXiv 2406.01775), no part of the spectrum.
         part_seed: of the draw for ``random``.
         lora_alpha: defaults to ``r``, as in the paper (LoRA's habit is 2 r).
         cache: folder of finished decompositions, which are found by the weight's content; none where not given. It
@@ -47,7 +48,7 @@ class MiloraConfig(CheckpointedConfig):
     lora_alpha: int | float | None = field(
         default=None, metadata={"help": "Scaling numerator; r where it is not given."}
     )
-    part: Part = field(default="minor", metadata={"help": "minor, principal, middle or random directions."})
+    part: StartPart = field(default="minor", metadata={"help": "minor, principal, middle or random directions, or qr."})
     part_seed: int = field(default=0, metadata={"help": "Seed of the draw where part is random."})
     cache: str | None = field(default=None, metadata={"help": "Folder of finished starts to reuse; none where None."})
     start_device: str | None = field(
@@ -57,7 +58,7 @@ class MiloraConfig(CheckpointedConfig):
     def __post_init__(self) -> None:
         """Check the part and fill in alpha."""
         super().__post_init__()
-        check_part(self.part)
+        check_start_part(self.part)
         check_config(self, allowed=("use_dora",), starts=(True, False))
         if self.lora_alpha is None:
             self.lora_alpha = self.r

@@ -65,7 +65,7 @@ def triplets(weight: Float[Tensor, "m n"], rank: int, part: Part, seed: int = 0,
     check_part(part)
     if solver not in get_args(Solver):
         raise UserError(f"solver {solver!r} is unknown: {nearest(solver, get_args(Solver))}")
-    _check(weight, rank)
+    check_weight(weight, rank)
     picked = _positions(min(weight.shape), rank, part, seed)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         found = decompose(_wide(weight).contiguous(), picked, solver)
@@ -75,7 +75,8 @@ def triplets(weight: Float[Tensor, "m n"], rank: int, part: Part, seed: int = 0,
     return Triplets(found.U.to(dtype), found.S.to(dtype), found.V.T.to(dtype).contiguous())
 
 
-def _check(weight: Tensor, rank: int) -> None:
+def check_weight(weight: Tensor, rank: int) -> None:
+    """Raise a ``UserError`` for a weight that has no triplets of this rank: no finite matrix, or too small a one."""
     if weight.ndim != 2 or not 1 <= rank <= min(weight.shape):
         raise UserError(f"rank {rank} of a weight of shape {tuple(weight.shape)}: 1 to its smaller side is possible")
     if weight.is_meta:

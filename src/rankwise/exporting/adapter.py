@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ from rankwise.files import new_folder
 from rankwise.low_rank import Factors, Loss, balanced_svd, distance, halves, kept_rank, padded
 from rankwise.peft_bridge import active_adapter, adapted_layers, matrix_factors
 
-Layout = Literal["uniform", "compact", "merged"]
+Layout = Literal["uniform", "compact", "own", "merged"]
 
 # What PEFT calls the starts that change the base weights.
 CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -72,14 +72,16 @@ def export(
     scaling 1. The error is measured on the float32 numbers that are written.
 
     Args:
-        model: a PEFT model with one active LoRA, MiLoRA or SoRA adapter (or any LoRA variant of low rank).
+        model: a PEFT model with one active LoRA, MiLoRA or SoRA adapter (or any LoRA variant of low rank); of any other
+            method for ``own``, and of one that merges for ``merged``.
         folder: new, empty or an earlier export, which is replaced in one step when all is written.
         rank: the largest rank to keep in each layer; all of the update's own rank where it is not given.
         energy: keep the fewest directions that hold this share of the squared norm; above 0, at most 1.
         layout: ``uniform`` (one rank, zero-padded, alpha = rank: computes the same in PEFT, vLLM and llama.cpp),
             ``compact`` (each layer its rank, by ``rank_pattern``: smaller, for PEFT and vLLM; llama.cpp multiplies a
-            layer of smaller rank by the largest rank over its own) or ``merged`` (the whole model, each weight in the
-            base's own dtype; memory holds the model and a few copies of one weight).
+            layer of smaller rank by the largest rank over its own), ``own`` (as PEFT's ``save_pretrained`` writes the
+            method, whichever it is) or ``merged`` (the whole model, each weight in the base's own dtype; memory holds
+            the model and a few copies of one weight).
 
     Returns:
         The ranks, the relative error of the whole and of each layer, and the number of parameters.
@@ -93,12 +95,18 @@ def export(
     adapter = active_adapter(model)
     assert isinstance(model, PeftModel)
     layers = dict(adapted_layers(model, adapter))
-    if not layers:
-        raise UserError(f"adapter {adapter!r} has no LoRA layers: only LoRA and its kin can be exported")
     for name, layer in layers.items():
         _check_finite(layer, adapter, name)
+    if layout == "own":
+        return _export_own(model, adapter, Path(folder))
     if layout == "merged":
         return _export_merged(model, adapter, Path(folder))
+    if not layers:
+        kind = type(model.peft_config[adapter]).__name__
+        raise UserError(
+            f"adapter {adapter!r} ({kind}) has no LoRA layers, and no form as plain LoRA: write it with layout='own', "
+            "or 'merged' where the method merges"
+        )
     _check_start(model.peft_config[adapter])
     for name, layer in layers.items():  # what has no plain form is told before the first decomposition
         _check_plain(layer, adapter, name)
@@ -118,8 +126,8 @@ def _check(rank: int | None, energy: float | None, layout: str, folder: Path) ->
         raise UserError(f"rank {rank} is not possible: it must be 1 or more")
     if energy is not None and not 0 < energy <= 1:
         raise UserError(f"energy {energy} is not possible: it is a share, above 0 and at most 1")
-    if layout == "merged" and (rank is not None or energy is not None):
-        raise UserError("layout 'merged' holds the whole update: leave rank and energy out, or take another layout")
+    if layout in ("own", "merged") and (rank is not None or energy is not None):
+        raise UserError(f"layout {layout!r} holds the whole update: leave rank and energy out, or take another layout")
     mark = "config.json" if layout == "merged" else "adapter_config.json"
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file()):
         raise UserError(f"{folder} holds something other than an earlier export: give a new folder")
@@ -178,6 +186,14 @@ def _factors(written: Mapping[str, Written], layout: Layout) -> dict[str, Factor
     kept = {name: one for name, one in written.items() if one.rank} or dict(list(written.items())[:1])
     largest = max(one.factors[0].shape[1] for one in kept.values())
     return {name: padded(*one.factors, largest) if layout == "uniform" else one.factors for name, one in kept.items()}
+
+
+def _export_own(model: PeftModel, adapter: str, folder: Path) -> ExportReport:
+    """Write the adapter as PEFT saves it."""
+    with new_folder(folder) as made:
+        model.save_pretrained(made, selected_adapters=[adapter])
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return ExportReport({}, 0.0, sum(tensor.numel() for tensor in state.values()))
 
 
 def _export_merged(model: PeftModel, adapter: str, folder: Path) -> ExportReport:

@@ -9,13 +9,15 @@ from tempfile import TemporaryDirectory
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer, _ConvNd
+from peft.tuners.lora.layer import _ConvNd
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rankwise.errors import UserError
 from rankwise.low_rank import Loss
-from rankwise.peft_bridge import adapted_layers
+from rankwise.methods.bottleneck import BottleneckLayer
+from rankwise.peft_bridge import tuner_layers
 from rankwise.peft_bridge.matrices import refusal
 
 
@@ -46,7 +48,12 @@ def check_mergeable(model: PeftModel, adapter: str) -> None:
                 f"adapter {name!r} has layer_replication={config.layer_replication}: the copies of a layer share one "
                 "weight, and are merged to different ones: take layout='uniform'"
             )
-    for name, layer in adapted_layers(model, adapter):
+    if model.peft_config[adapter].is_prompt_learning:
+        kind = type(model.peft_config[adapter]).__name__
+        raise UserError(f"adapter {adapter!r} ({kind}) trains no weight that could be merged: take layout='own'")
+    for name, layer in tuner_layers(model, adapter):
+        if isinstance(layer, BottleneckLayer):
+            raise UserError(f"{name}: a bottleneck is not linear and cannot be merged: take layout='own'")
         if layer.merged:
             raise UserError(f"{name}: {', '.join(layer.merged_adapters)} is merged already: unmerge_adapter() first")
         if any(weight.is_meta for weight in layer.parameters()):
@@ -78,7 +85,7 @@ def write_merged(model: PeftModel, adapter: str, folder: Path) -> tuple[dict[str
     merged = _twin(model)
     updates = {}
     with TemporaryDirectory(dir=folder) as scratch:
-        for name, layer in list(adapted_layers(merged, adapter)):
+        for name, layer in list(tuner_layers(merged, adapter)):
             _untie(merged.get_base_model(), layer)
             try:
                 updates[name] = _merge(layer, adapter, Path(scratch) / name)
@@ -99,7 +106,7 @@ def _twin(model: PeftModel) -> PeftModel:
     return copy.deepcopy(model, shared)
 
 
-def _untie(base: nn.Module, layer: LoraLayer) -> None:
+def _untie(base: nn.Module, layer: BaseTunerLayer) -> None:
     """Give a layer weights of its own where another module holds them too and would change with them."""
     own = layer.get_base_layer()
     held = {id(weight) for module in base.modules() if module is not own for weight in module._parameters.values()}
@@ -108,7 +115,7 @@ def _untie(base: nn.Module, layer: LoraLayer) -> None:
             setattr(own, name, nn.Parameter(weight.data, requires_grad=weight.requires_grad))
 
 
-def _merge(layer: LoraLayer, adapter: str, file: Path) -> Loss:
+def _merge(layer: BaseTunerLayer, adapter: str, file: Path) -> Loss:
     """Merge in float64 by PEFT's own way for the layer; keep the rounded weights on disk."""
     before = {weight: weight.data for weight in layer.parameters()}
     for weight in before:
@@ -126,7 +133,7 @@ def _merge(layer: LoraLayer, adapter: str, file: Path) -> Loss:
             before[weight] = rounded
     for weight, data in before.items():
         weight.data = data
-    layer._caches.clear()
+    getattr(layer, "_caches", {}).clear()
     return Loss(norm**0.5, lost**0.5)
 
 

@@ -84,8 +84,13 @@ def load_classifier(settings: ModelSettings, labels: list[str], padding: int) ->
     return model
 
 
-def context_limit(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Most tokens of a row: as wanted, else the model's own limit, but at most 2048.
+def context_limit(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, virtual: int = 0) -> int:
+    """Most tokens of a row: as wanted, else the model's own limit, but at most 2048, without virtual ones.
+
+    Args:
+        settings: of the model.
+        tokenizer: the model's.
+        virtual: tokens that an adapter puts before each row.
 
     Raises:
         UserError: more is wanted than the model has positions for, or there is no such model.
@@ -97,9 +102,13 @@ def context_limit(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048
     # A tokenizer knows the limit of models whose first positions are taken (RoBERTa); where it does not, it says 1e30.
     limit = min(int(positions), int(tokenizer.model_max_length))
-    if settings.context is not None and settings.context > limit:
-        raise UserError(f"model.context {settings.context} is more than the model's {limit}: give {limit} or fewer")
-    return settings.context or min(limit, 2048)
+    if virtual >= limit:
+        raise UserError(f"adapter.tokens {virtual} leaves no room in the model's {limit} positions: lower it")
+    if settings.context is not None and settings.context > limit - virtual:
+        left = f"{limit}" if not virtual else f"{limit} less the adapter's {virtual}"
+        given = f"model.context {settings.context}"
+        raise UserError(f"{given} is more than the model's {left}: give {limit - virtual} or fewer")
+    return settings.context or min(limit, 2048) - virtual
 
 
 def _load(kind: type, settings: ModelSettings, **options: object) -> PreTrainedModel:

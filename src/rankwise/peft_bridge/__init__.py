@@ -13,6 +13,7 @@ from rankwise.peft_bridge.variant import (
     pattern_keys,
     register,
     target_modules,
+    tuner_layers,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "pattern_keys",
     "register",
     "target_modules",
+    "tuner_layers",
 ]

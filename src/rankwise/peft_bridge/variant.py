@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import torch
 from jaxtyping import Float
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -24,7 +24,7 @@ from peft.mapping import (
 )
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora.layer import LoraLayer, LoraVariant, MultiheadAttention, ParamWrapper
-from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from rankwise.errors import UserError
@@ -36,6 +36,7 @@ class Kind(str, Enum):  # noqa: UP042 - PEFT reads the name of a kind from str()
 
     MILORA = "MILORA"
     SORA = "SORA"
+    BOTTLENECK = "BOTTLENECK"
 
 
 class LowRankVariant(LoraVariant):
@@ -148,11 +149,11 @@ def _items(config: LoraConfig, pattern: str) -> dict[str, object]:
     return {f"{pattern}[{key!r}]": value for key, value in (getattr(config, pattern) or {}).items()}
 
 
-def register(kind: Kind, config: type[LoraConfig], tuner: type[LoraModel]) -> None:
+def register(kind: Kind, config: type[PeftConfig], tuner: type[BaseTuner]) -> None:
     """Make a method known to PEFT under ``kind``, the ``peft_type`` of its configs."""
     PEFT_TYPE_TO_CONFIG_MAPPING[kind] = config
     PEFT_TYPE_TO_TUNER_MAPPING[kind] = tuner
-    PEFT_TYPE_TO_PREFIX_MAPPING[kind] = "lora_"
+    PEFT_TYPE_TO_PREFIX_MAPPING[kind] = tuner.prefix
 
 
 def active_adapter(model: nn.Module) -> str:
@@ -184,6 +185,14 @@ def adapted_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraLa
             yield name, layer
 
 
+def tuner_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, BaseTunerLayer]]:
+    """Each layer that holds ``adapter``, of whatever method, with its name in the base model."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    for name, layer in base.named_modules():
+        if isinstance(layer, BaseTunerLayer) and any(adapter in getattr(layer, at) for at in layer.adapter_layer_names):
+            yield name, layer
+
+
 def target_modules(model: nn.Module, names: Collection[str]) -> set[str] | str:
     """What PEFT's ``target_modules`` must be to mean just the modules of these full names."""
     ends = tuple(f".{name}" for name in names)
@@ -206,7 +215,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in base.named_modules():
         if not name.startswith(inside):
             yield name, module
-        if isinstance(module, LoraLayer):
+        if isinstance(module, BaseTunerLayer):
             inside = (*inside, f"{name}.")
 
 

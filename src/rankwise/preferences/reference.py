@@ -288,7 +288,8 @@ def _check_apart(policy: nn.Module, what: str) -> None:
         return
     with _as_before(policy):
         trained = {id(value) for value in policy.parameters() if value.requires_grad}
-        with _peft(policy).disable_adapter():
+        layers = any(isinstance(module, BaseTunerLayer) for module in policy.modules())  # PEFT fails without any
+        with _peft(policy).disable_adapter() if layers else contextlib.nullcontext():
             left = [name for name, value in policy.named_parameters() if value.requires_grad and id(value) in trained]
     if left:
         raise UserError(

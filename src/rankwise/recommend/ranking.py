@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from rankwise.errors import UserError
-from rankwise.likelihood import forward_arguments, last_logits_and_cache, position_ids, tokens_for_logits
+from rankwise.likelihood import (
+    answer_log_probabilities,
+    forward_arguments,
+    has_virtual_tokens,
+    last_logits_and_cache,
+    position_ids,
+    tokens_for_logits,
+)
 from rankwise.recommend.metrics import Scores
 from rankwise.tokenise import encode_answer_set, pad_left
 from rankwise.trees.build import token_tree
@@ -67,7 +74,8 @@ def score_candidates(
     """Summed log-probability, in nats, of every candidate's answer after its prompt, end-of-text token included.
 
     A case is one row, the token tree of its prompt and its answers. Where the model takes no trees, each candidate
-    continues a copy of its prompt's keys and values. The scores equal those of separate sequences up to rounding,
+    continues a copy of its prompt's keys and values, or, where an adapter puts virtual tokens before the prompt, is a
+    row of its own with it. The scores equal those of separate sequences up to rounding,
     whatever the batch.
 
     Args:
@@ -84,6 +92,8 @@ def score_candidates(
     if cases and not why_no_trees(model, longest):
         trees = [token_tree(prompt, answers) for prompt, answers in cases]
         return [np.array(found) for found in answer_log_probabilities_of(model, trees, padding, batch_tokens)]
+    if has_virtual_tokens(model):
+        return _score_apart(model, cases, padding, batch_tokens)
     return score_continued(model, cases, padding, batch_tokens)
 
 
@@ -99,6 +109,23 @@ def score_continued(
         for index, values in zip(picked, found, strict=True):
             scores[index] = values
     return scores
+
+
+def _score_apart(model: nn.Module, cases: Sequence[EncodedCase], padding: int, batch_tokens: int) -> list[Scores]:
+    """The same with a row for each candidate, its prompt before it."""
+    rows = [([*prompt, *answer], len(answer)) for prompt, answers in cases for answer in answers]
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index][0]))
+    device, totals = next(model.parameters()).device, np.zeros(len(rows))
+    while order:
+        width = len(rows[order[0]][0])
+        picked, order = order[: max(1, batch_tokens // width)], order[max(1, batch_tokens // width) :]
+        ids, mask = pad_left([rows[index][0] for index in picked], padding)
+        ends = torch.tensor([rows[index][1] for index in picked])[:, None]
+        labels = ids.masked_fill(torch.arange(width) < width - ends, -100)
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        values, _ = answer_log_probabilities(model, {name: tensor.to(device) for name, tensor in batch.items()})
+        totals[picked] = values.sum(dim=1).double().cpu().numpy()
+    return list(np.split(totals, np.cumsum([len(answers) for _, answers in cases])[:-1]))
 
 
 def _batches(encoded: Sequence[EncodedCase], batch_tokens: int, answer_tokens: int) -> Iterator[list[int]]:

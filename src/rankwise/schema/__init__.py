@@ -3,12 +3,19 @@
 from rankwise.schema.adapters import (
     AdaloraSettings,
     Adapter,
+    AdapterSettings,
     AllocatingLoraSettings,
+    BitfitSettings,
+    BottleneckSettings,
+    FullSettings,
     LoraSettings,
     MiloraSettings,
+    PrefixSettings,
+    PromptSettings,
     SoraSettings,
+    VeraSettings,
 )
-from rankwise.schema.base import EMBEDDED, Section
+from rankwise.schema.base import EMBEDDED, Layout, Section
 from rankwise.schema.data import (
     ChoiceData,
     ClassificationData,
@@ -21,27 +28,37 @@ from rankwise.schema.data import (
     SdpoData,
     TextData,
 )
+from rankwise.schema.methods import METHODS, Method
 from rankwise.schema.recipe import EvaluationSettings, ExportSettings, ModelSettings, Recipe
 from rankwise.schema.stages import AnyStage, RisingThresholds, SftStage, SoftmaxDpoStage
 
 __all__ = [
     "EMBEDDED",
+    "METHODS",
     "AdaloraSettings",
     "Adapter",
+    "AdapterSettings",
     "AllocatingLoraSettings",
     "AnyStage",
+    "BitfitSettings",
+    "BottleneckSettings",
     "ChoiceData",
     "ClassificationData",
     "EvaluationSettings",
     "ExportSettings",
+    "FullSettings",
     "GlueData",
     "InstructionData",
     "InteractionData",
+    "Layout",
     "LoraSettings",
     "MathsData",
+    "Method",
     "MiloraSettings",
     "ModelSettings",
     "PreferenceData",
+    "PrefixSettings",
+    "PromptSettings",
     "Recipe",
     "RecommendationSettings",
     "RisingThresholds",
@@ -51,4 +68,5 @@ __all__ = [
     "SoftmaxDpoStage",
     "SoraSettings",
     "TextData",
+    "VeraSettings",
 ]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rankwise.schema.base import Count, File, Part, Positive, Section, Share
+from rankwise.schema.base import Count, File, Layout, Part, Positive, Section, Share, StartPart
 
 
 class LoraSettings(Section):
@@ -23,13 +23,25 @@ class LoraSettings(Section):
         None, description="Learning rate of B over that of A (LoRA+, arXiv 2402.12354); 1 where not given."
     )
 
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Forms in which it can be exported, the usual one first; DoRA's magnitude has none in plain LoRA."""
+        return ("own", "merged") if self.use_dora else ("uniform", "compact", "merged")
+
 
 class MiloraSettings(LoraSettings):
     """LoRA from one part of each weight's spectrum (arXiv 2406.09044)."""
 
     kind: Literal["milora"] = "milora"  # type: ignore[assignment]
-    part: Part = Field("minor", description="Part of the spectrum.")
+    part: StartPart = Field(
+        "minor", description="Part of the spectrum; or qr, the first rows of its QR decomposition (arXiv 2406.01775)."
+    )
     cache: File | None = Field(None, description="Folder of finished decompositions to reuse; none where not given.")
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """As of plain LoRA, but with DoRA's magnitude merged weights alone: PEFT's DoRA would lack the frozen pair."""
+        return ("merged",) if self.use_dora else super().layouts
 
 
 class SoraSettings(LoraSettings):
@@ -125,6 +137,100 @@ class AdaloraSettings(LoraSettings):
         return self
 
 
-Adapter = Annotated[
-    LoraSettings | MiloraSettings | SoraSettings | AllocatingLoraSettings | AdaloraSettings, Field(discriminator="kind")
-]
+class VeraSettings(Section):
+    """Vectors around random matrices that all layers share (VeRA, arXiv 2310.11454)."""
+
+    kind: Literal["vera"] = "vera"
+    r: Count = Field(256, description="Rank of the shared random matrices, which are not trained.")
+    d_initial: Positive = Field(0.1, description="Start of the vector between the two matrices.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter, a share.")
+    target_modules: str | list[str] = Field("all-linear", description="Modules to adapt: all-linear, or their names.")
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Forms in which it can be exported, the usual one first."""
+        return ("own", "merged")
+
+
+class BottleneckSettings(Section):
+    """Small networks after the blocks of each layer: Houlsby's (arXiv 1902.00751) or Pfeiffer's (arXiv 2005.00247)."""
+
+    kind: Literal["bottleneck"] = "bottleneck"
+    placement: Literal["houlsby", "pfeiffer"] = Field(
+        "houlsby", description="After attention and feed-forward, or after the feed-forward block alone."
+    )
+    size: Count = Field(64, description="Width of the bottleneck.")
+    activation: Literal["gelu", "relu", "silu", "tanh"] = Field("gelu", description="Between its two matrices.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of its output, a share.")
+    target_modules: list[str] | None = Field(
+        None, description="Modules to follow, where they are others than the blocks' last projections."
+    )
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Its own form alone: what is not linear cannot be merged."""
+        return ("own",)
+
+
+class PromptSettings(Section):
+    """Trained vectors before the input's embeddings (prompt tuning, arXiv 2104.08691)."""
+
+    kind: Literal["prompt"] = "prompt"
+    tokens: Count = Field(20, description="Vectors, which take as many of the context's tokens.")
+    start: Literal["vocabulary", "random"] = Field("vocabulary", description="Embeddings of random tokens, or noise.")
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Its own form alone: it is no weight."""
+        return ("own",)
+
+
+class PrefixSettings(Section):
+    """Trained keys and values before those of the input, in each layer (prefix tuning, arXiv 2101.00190)."""
+
+    kind: Literal["prefix"] = "prefix"
+    tokens: Count = Field(20, description="Keys and values of a layer, which take as many of the context's tokens.")
+    projection: bool = Field(False, description="Train them through a small network, as the paper does.")
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Its own form alone: it is no weight."""
+        return ("own",)
+
+
+class BitfitSettings(Section):
+    """The biases alone are trained (BitFit, arXiv 2106.10199)."""
+
+    kind: Literal["bitfit"] = "bitfit"
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Forms in which it can be exported, the usual one first."""
+        return ("own", "merged")
+
+
+class FullSettings(Section):
+    """All weights are trained; each stage keeps a whole model."""
+
+    kind: Literal["full"] = "full"
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """A whole model alone."""
+        return ("merged",)
+
+
+AdapterSettings = (
+    LoraSettings
+    | MiloraSettings
+    | SoraSettings
+    | AllocatingLoraSettings
+    | AdaloraSettings
+    | VeraSettings
+    | BottleneckSettings
+    | PromptSettings
+    | PrefixSettings
+    | BitfitSettings
+    | FullSettings
+)
+Adapter = Annotated[AdapterSettings, Field(discriminator="kind")]

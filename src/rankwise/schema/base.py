@@ -30,6 +30,8 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Moment = Annotated[int | float | str, BeforeValidator(_iso)]
 Part = Literal["minor", "principal", "middle", "random"]
+StartPart = Literal["minor", "principal", "middle", "random", "qr"]
+Layout = Literal["uniform", "compact", "own", "merged"]
 
 
 class Section(BaseModel):

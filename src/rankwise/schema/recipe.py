@@ -6,9 +6,17 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from rankwise.schema.adapters import AdaloraSettings, Adapter, MiloraSettings, SoraSettings
-from rankwise.schema.base import EMBEDDED, Count, Section, Share
+from rankwise.schema.adapters import (
+    AdaloraSettings,
+    Adapter,
+    MiloraSettings,
+    PrefixSettings,
+    PromptSettings,
+    SoraSettings,
+)
+from rankwise.schema.base import EMBEDDED, Count, Layout, Section, Share
 from rankwise.schema.data import ChoiceData, ClassificationData, Data, GlueData, PreferenceData, RecommendationSettings
+from rankwise.schema.methods import written_out
 from rankwise.schema.stages import AnyStage, SoftmaxDpoStage
 
 RESERVED = ("random", "popularity", "most frequent", "base model")
@@ -55,7 +63,11 @@ class ExportSettings(Section):
 
     rank: Count | None = Field(None, description="Largest rank to keep; all where not given.")
     energy: float | None = Field(None, gt=0, le=1, description="Share of each update's squared norm to keep.")
-    layout: Literal["uniform", "compact", "merged"] = Field("uniform", description="Form of the adapter.")
+    layout: Layout | None = Field(
+        None,
+        description="Form: a plain LoRA of one rank or of each layer's own, PEFT's own, or a whole model; if not "
+        "given, uniform where the method has it, else own, else merged.",
+    )
 
 
 class Recipe(Section):
@@ -75,15 +87,20 @@ class Recipe(Section):
         [], description="Also log training there, with what is installed of tensorboard, trackio and wandb."
     )
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Of the context, those that the adapter takes."""
+        return self.adapter.tokens if isinstance(self.adapter, PromptSettings | PrefixSettings) else 0
+
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, values: Any) -> Any:
-        """Name each unnamed stage by its kind; an adapter without a kind is the default one."""
+        """Name each unnamed stage by its kind; write out a method that is named."""
         if isinstance(values, dict) and isinstance(values.get("stages"), list):
             named = [{"name": s.get("kind", ""), **s} if isinstance(s, dict) else s for s in values["stages"]]
             values = values | {"stages": named}
-        if isinstance(values, dict) and isinstance(values.get("adapter"), dict):
-            values = values | {"adapter": {"kind": "milora"} | values["adapter"]}
+        if isinstance(values, dict) and "adapter" in values:
+            values = values | {"adapter": written_out(values["adapter"])}
         return values
 
     @model_validator(mode="after")
@@ -167,10 +184,29 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _no_virtual_tokens(self) -> Recipe:
+        """A catalogue's titles are scored after one cached prompt, which has no place for virtual tokens."""
+        if isinstance(self.adapter, PromptSettings | PrefixSettings) and isinstance(self.data, RecommendationSettings):
+            raise ValueError(
+                f"adapter.kind {self.adapter.kind} is not for data of kind {self.data.kind}: its virtual tokens "
+                "have no place in the tree of a catalogue's titles; take another method"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _export_fits(self) -> Recipe:
-        """Merged weights are not cut, and DoRA has no other form without its magnitude."""
-        if self.adapter.use_dora and self.export.layout != "merged":
-            raise ValueError("adapter.use_dora is no plain LoRA when it is finished: set export.layout to merged")
-        if self.export.layout == "merged" and (self.export.rank or self.export.energy):
-            raise ValueError("export.layout merged keeps the whole update: leave out export.rank and export.energy")
+        """The method has the wanted form, and only a plain LoRA is cut."""
+        known, wanted = self.adapter.layouts, self.export
+        if wanted.layout is None:
+            wanted = wanted.model_copy(update={"layout": known[0]})
+            object.__setattr__(self, "export", wanted)
+        if wanted.layout not in known:
+            raise ValueError(
+                f"export.layout {wanted.layout} is none of this adapter (kind {self.adapter.kind}"
+                f"{', use_dora' if getattr(self.adapter, 'use_dora', False) else ''}): use {' or '.join(known)}"
+            )
+        if wanted.layout in ("own", "merged") and (wanted.rank or wanted.energy):
+            raise ValueError(
+                f"export.layout {wanted.layout} keeps the whole update: leave out export.rank and export.energy"
+            )
         return self

@@ -11,12 +11,13 @@ from transformers import PreTrainedModel
 
 from rankwise.errors import UserError, nearest
 from rankwise.evaluation import open_run
+from rankwise.methods import base_of, load_stage, stage_config, with_adapter
 from rankwise.models import context_limit, load_language_model, load_tokenizer
 from rankwise.peft_bridge import active_adapter
 from rankwise.recommend.recommender import Recommender
 from rankwise.recommend.store import STORE, read_store
-from rankwise.run import BASE, load_stage, stage_config, with_adapter
-from rankwise.schema import Recipe
+from rankwise.run import BASE
+from rankwise.schema import BitfitSettings, FullSettings, Recipe
 
 TASK = "CAUSAL_LM"
 SFT = "sft"
@@ -65,7 +66,7 @@ class Stages:
             return
         adapter = self._adapters.get(stage)
         if adapter is None:
-            with model.disable_adapter():
+            with base_of(model):
                 yield self.recommender
             return
         if model.active_adapter != adapter:
@@ -96,6 +97,12 @@ def load_stages(run: str | Path, names: Sequence[str] | None = None) -> Stages:
     recipe = open_run(run)
     store = read_store(run / STORE)
     chosen = _chosen(run, recipe, names)
+    if isinstance(recipe.adapter, FullSettings | BitfitSettings) and len(set(chosen) - {BASE}) > 1:
+        stages = ", ".join(name for name in chosen if name != BASE)
+        raise UserError(
+            f"adapter.kind {recipe.adapter.kind} changes the model's own weights, so that only one stage of {run} can "
+            f"be served at a time: name one of {stages} with --stage"
+        )
     tokenizer = load_tokenizer(recipe.model.path)
     model: PreTrainedModel | PeftModel = load_language_model(recipe.model)
     adapters: dict[str, str] = {}

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from rankwise.counting import count
 from rankwise.errors import UserError
 from rankwise.likelihood import evaluating
+from rankwise.methods import base_of
 from rankwise.models import load_language_model
 from rankwise.preferences.negatives import Catalogue
 from rankwise.preferences.rows import PreferenceRow, encode_preferences
@@ -159,7 +160,7 @@ class PreferenceTask:
     def _base_scores(self, model: PeftModel, rows: Sequence[PreferenceRow]) -> list[Scores]:
         """The same of the base, which never changes: computed once for a row."""
         if new := [row for row in rows if id(row) not in self._of_base]:
-            with model.disable_adapter():
+            with base_of(model):
                 self._of_base |= dict(zip(map(id, new), self._scores(model, new), strict=True))
         return [self._of_base[id(row)] for row in rows]
 
