@@ -52,8 +52,8 @@ HEAD = """# Recipes
 A recipe is a YAML file with everything that a run depends on. Unknown keys are errors, and everything is checked before
 anything slow happens. `rankwise train recipe.yaml stages.0.epochs=2 seed=1` overrides single values; positions in lists
 count from 0. Paths are taken from the folder you are in; `~` and `$VARIABLES` in data paths are filled in.
-[examples/](../examples) holds one recipe for each kind of data. `adapter: dora` alone, or `kind: dora` among an adapter's
-settings, stands for what the method's name means; `rankwise methods` lists the names.
+[examples/](../examples) holds one recipe for each kind of data. `adapter: dora` alone, or `kind: dora` among an
+adapter's settings, stands for what the method's name means; `rankwise methods` lists the names.
 
 This page is written by `python scripts/recipe_reference.py` from the schema.
 """
