@@ -30,6 +30,7 @@ COMMANDS = [
     "serve",
     "export",
     "write",
+    "compare",
     "methods",
     "inspect",
     "report",

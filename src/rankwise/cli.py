@@ -76,6 +76,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--stage", help="whose adapter to take (the last)")
     made.add_argument("--generator", metavar="NAME", help="what the answers are said to be from (the recipe's name)")
 
+    made = _add(table, commands.compare, "rankwise compare comparison.yaml processes=2 output=runs/encoders")
+    made.add_argument("comparison", metavar="COMPARISON", help="YAML with methods, tasks, learning_rates and seeds")
+    made.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
+    made.add_argument("--cluster", action="store_true", help="run on the Ray cluster of RAY_ADDRESS")
+
     made = _add(table, commands.methods, "rankwise methods --model models/llama --json")
     made.add_argument("--model", default="embedded", help="a folder, a hub id, or 'embedded' (%(default)s)")
     made.add_argument("--classes", type=int, metavar="N", help="count for a classifier of so many classes")

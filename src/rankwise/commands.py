@@ -193,6 +193,19 @@ def inspect(arguments: Arguments, console: Console) -> Any:
     return inspection(rows, counts)
 
 
+def compare(arguments: Arguments, console: Console) -> Any:
+    """Compare methods: settings chosen on held-out data, several seeds, a table with tests, costs and a report."""
+    from rankwise.recipes import load_comparison
+
+    comparison = load_comparison(arguments.comparison, arguments.overrides)  # before torch is imported
+    from rankwise.comparing.compare import compare as run
+    from rankwise.recommend.cluster import check_cluster
+
+    if arguments.cluster:
+        check_cluster()
+    return run(comparison, console, arguments.cluster)
+
+
 def methods(arguments: Arguments, console: Console) -> Any:
     """List every method: its paper, what it trains of a model, and whether the model's weights can take it up."""
     from rankwise.methods.listing import method_rows, method_table

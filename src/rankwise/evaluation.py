@@ -22,7 +22,7 @@ from rankwise.methods import load_stage, with_adapter
 from rankwise.models import context_limit, load_classifier, load_language_model, load_tokenizer, quiet_libraries
 from rankwise.recipes import load_recipe
 from rankwise.schema import ClassificationData, GlueData, Recipe
-from rankwise.tasks.load import check_files, load_task
+from rankwise.tasks.load import check_files, held_out_texts, load_task
 from rankwise.tokenise import padding_token
 
 
@@ -33,14 +33,16 @@ def evaluate_run(run: Path, overrides: Sequence[str], console: Console) -> dict[
         UserError: the folder is no finished run, or its data is gone.
     """
     recipe = open_run(run, overrides)
-    check_files(recipe.data)
+    check_files(recipe.data, recipe.evaluation.texts)
     tokenizer = load_tokenizer(recipe.model.path)
-    task = load_task(recipe, tokenizer, context_limit(recipe.model, tokenizer, recipe.virtual_tokens))
+    context = context_limit(recipe.model, tokenizer, recipe.virtual_tokens)
+    task, texts = load_task(recipe, tokenizer, context), held_out_texts(recipe, tokenizer, context)
     stage = _last_stage(run, recipe)
     model = _trained(run, recipe, stage)
     rows = [measured_row(name, measure(), task.cases) for name, measure in task.baselines().items()]
-    rows.append(measured(task, model, stage, recipe))
-    results = {"task": task.kind, "columns": list(task.columns), "rows": rows, "counts": task.counts}
+    rows.append(measured(task, model, stage, recipe, texts=texts))
+    columns, counts = [*task.columns, *texts.columns], {**task.counts, **texts.counts}
+    results = {"task": task.kind, "columns": columns, "rows": rows, "counts": counts}
     write_json(run / "evaluation.json", results)
     console.print(result_table(results))
     return results

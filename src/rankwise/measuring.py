@@ -14,11 +14,19 @@ from rankwise.peft_bridge import active_adapter
 from rankwise.ranks import SoraConfig, gate_counts
 from rankwise.recommend.cases import intervals
 from rankwise.schema import Recipe
+from rankwise.tasks.forgetting import HeldOutTexts
 from rankwise.tasks.task import Measurement, Task
 
 
 def measured(
-    task: Task, model: PeftModel, name: str, recipe: Recipe, cases: Path | None = None, *, base: bool = False
+    task: Task,
+    model: PeftModel,
+    name: str,
+    recipe: Recipe,
+    cases: Path | None = None,
+    *,
+    base: bool = False,
+    texts: HeldOutTexts | None = None,
 ) -> dict[str, Any]:
     """A row of ``results.json``.
 
@@ -29,6 +37,7 @@ def measured(
         recipe: says how many training rows to measure on too, and the seed that draws them.
         cases: as in :func:`measured_row`.
         base: whether the row is the base's own.
+        texts: whose loss is measured too.
 
     Returns:
         What :func:`measured_row` returns; ``training_metrics`` of ``training_cases`` training rows,
@@ -36,6 +45,8 @@ def measured(
         where it has gates.
     """
     row = measured_row(name, task.evaluate(model), task.cases, cases)
+    if texts is not None:
+        row["metrics"] = row["metrics"] | texts.measure(model)
     if limit := recipe.evaluation.training_cases:
         row["training_metrics"] = task.evaluate_training(model, limit, recipe.seed)
         row["training_cases"] = min(limit, len(task.sft_rows()))

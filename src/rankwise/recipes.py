@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, Tag, ValidationError
 
 from rankwise.errors import UserError, nearest
-from rankwise.schema import Recipe, Section
+from rankwise.schema import Comparison, Recipe, Section
+
+Read = TypeVar("Read", bound=Section)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -24,21 +26,39 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: the file is missing or no YAML mapping, or a key or value is not possible.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"recipe {path} does not exist: give the path of a YAML file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"recipe {path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
-    values = _parse(text, str(path))
-    if not isinstance(values, dict):
-        raise UserError(f"recipe {path} is no mapping: it needs the keys {', '.join(Recipe.model_fields)}")
-    return make_recipe(values, overrides, str(path))
+    return make_recipe(_values(Path(path), Recipe, "recipe"), overrides, str(path))
 
 
 def make_recipe(values: dict[str, Any], overrides: Sequence[str] = (), source: str = "recipe") -> Recipe:
     """Check plain data, with overrides applied, as a recipe; errors as for :func:`load_recipe`."""
+    return _checked(Recipe, values, overrides, source)
+
+
+def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
+    """Read what `rankwise compare` runs; arguments and errors as for :func:`load_recipe`."""
+    return make_comparison(_values(Path(path), Comparison, "comparison"), overrides, str(path))
+
+
+def make_comparison(values: dict[str, Any], overrides: Sequence[str] = (), source: str = "comparison") -> Comparison:
+    """Check plain data, with overrides applied, as a comparison; errors as for :func:`load_recipe`."""
+    return _checked(Comparison, values, overrides, source)
+
+
+def _values(path: Path, kind: type[Section], what: str) -> dict[str, Any]:
+    """What a YAML file holds, a mapping."""
+    if not path.is_file():
+        raise UserError(f"{what} {path} does not exist: give the path of a YAML file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    values = _parse(text, str(path))
+    if not isinstance(values, dict):
+        raise UserError(f"{what} {path} is no mapping: it needs the keys {', '.join(kind.model_fields)}")
+    return values
+
+
+def _checked(kind: type[Read], values: dict[str, Any], overrides: Sequence[str], source: str) -> Read:
     values = copy.deepcopy(values)
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -46,9 +66,9 @@ def make_recipe(values: dict[str, Any], overrides: Sequence[str] = (), source: s
             raise UserError(f"override {override!r} has no '=': write it as key=value, as in stages.0.epochs=2")
         _put(values, key.split("."), _parse(value, f"override {override!r}"), override)
     try:
-        return Recipe.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{source}: {_explain(error)}") from None
+        raise UserError(f"{source}: {_explain(error, kind)}") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -98,10 +118,10 @@ def _item(values: list[Any], key: str, override: str) -> Any:
     return values[int(key)]
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, root: type[BaseModel]) -> str:
     """The first mistake, as one line: where, what was given, what would be accepted."""
     first = error.errors(include_url=False)[0]
-    location, section = _walk(first["loc"])
+    location, section = _walk(first["loc"], root)
     place = ".".join(map(str, location))
     if first["type"] == "extra_forbidden":
         return f"{place} is unknown: {nearest(str(location[-1]), section.model_fields)}"
@@ -116,9 +136,9 @@ def _explain(error: ValidationError) -> str:
     return f"{place} {first['input']!r}: {message}" if place else message
 
 
-def _walk(location: Sequence[Any]) -> tuple[list[Any], type[BaseModel]]:
+def _walk(location: Sequence[Any], root: type[BaseModel]) -> tuple[list[Any], type[BaseModel]]:
     """A place in the recipe without the kinds that pydantic puts into it, and the section that holds its last key."""
-    section: type[BaseModel] = Recipe
+    section = root
     place: list[Any] = []
     kinds: dict[Any, type[Section]] = {}
     for part in location:

@@ -34,7 +34,7 @@ from rankwise.ranks import AllGatesClosed, gate_counts, prune
 from rankwise.recipes import dump_recipe
 from rankwise.recommend.store import STORE, write_store
 from rankwise.schema import AdaloraSettings, AnyStage, LoraSettings, Recipe, SoraSettings
-from rankwise.tasks.load import check_files, load_task
+from rankwise.tasks.load import check_files, held_out_texts, load_task
 from rankwise.tasks.task import Task
 from rankwise.training import Rows, check_trackers, train_stage
 
@@ -62,7 +62,7 @@ class Run:
         """
         self.recipe, self.console = recipe, console
         self.folder = Path(recipe.output)
-        check_files(recipe.data)
+        check_files(recipe.data, recipe.evaluation.texts)
         check_trackers(recipe.log_to)
         self.tokenizer = load_tokenizer(recipe.model.path)
         self.context = context_limit(recipe.model, self.tokenizer, recipe.virtual_tokens)
@@ -77,12 +77,14 @@ class Run:
         quiet_libraries()
         with self._timed("data"):
             task = load_task(self.recipe, self.tokenizer, self.context)
+            self._texts = held_out_texts(self.recipe, self.tokenizer, self.context)
         done = {row["name"] for row in self.results.get("rows", [])}
         self._open(task)
         set_seed(self.recipe.seed)
         base = task.load_model()
         with logs_shown(self.console):
             model = with_adapter(base, self.recipe, task.task_type, self._saved(done))
+        self.results["parameters"] = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         self._adapted = [name for name, _ in adapted_layers(model, active_adapter(model))]
         for name, measure in task.baselines().items():
             if name not in done:
@@ -190,10 +192,10 @@ class Run:
         write_json(self.folder / "versions.json", versions())
         if task.store is not None:
             write_store(self.folder / STORE, task.store)
-        start = {"task": task.kind, "columns": list(task.columns), "rows": [], "counts": dict(task.counts)}
-        start["labels"] = task.labels
+        columns, counts = [*task.columns, *self._texts.columns], {**task.counts, **self._texts.counts}
+        start = {"task": task.kind, "columns": columns, "rows": [], "counts": counts, "labels": task.labels}
         self.results = {**start, **self.results}
-        for name, count in task.counts.items():
+        for name, count in counts.items():
             if count:
                 self.console.print(f"  {name}: {count}", style="dim", highlight=False)
         if self.recipe.precision == "bfloat16" and not computes_bfloat16():
@@ -203,7 +205,7 @@ class Run:
 
     def _measure(self, task: Task, model: PeftModel, name: str) -> None:
         with self._timed("evaluation"):
-            row = measured(task, model, name, self.recipe, self.folder / CASES, base=name == BASE)
+            row = measured(task, model, name, self.recipe, self.folder / CASES, base=name == BASE, texts=self._texts)
         self._row(row)
 
     def _row(self, row: dict[str, Any]) -> None:

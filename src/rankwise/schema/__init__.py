@@ -16,6 +16,7 @@ from rankwise.schema.adapters import (
     VeraSettings,
 )
 from rankwise.schema.base import EMBEDDED, Layout, Section
+from rankwise.schema.comparison import Comparison, MethodEntry
 from rankwise.schema.data import (
     ChoiceData,
     ClassificationData,
@@ -44,6 +45,7 @@ __all__ = [
     "BottleneckSettings",
     "ChoiceData",
     "ClassificationData",
+    "Comparison",
     "EvaluationSettings",
     "ExportSettings",
     "FullSettings",
@@ -54,6 +56,7 @@ __all__ = [
     "LoraSettings",
     "MathsData",
     "Method",
+    "MethodEntry",
     "MiloraSettings",
     "ModelSettings",
     "PreferenceData",

@@ -14,7 +14,7 @@ from rankwise.schema.adapters import (
     PromptSettings,
     SoraSettings,
 )
-from rankwise.schema.base import EMBEDDED, Count, Layout, Section, Share
+from rankwise.schema.base import EMBEDDED, Count, File, Layout, Section, Share
 from rankwise.schema.data import ChoiceData, ClassificationData, Data, GlueData, PreferenceData, RecommendationSettings
 from rankwise.schema.methods import written_out
 from rankwise.schema.stages import AnyStage, SoftmaxDpoStage
@@ -48,6 +48,10 @@ class EvaluationSettings(Section):
         True, description="In recommendation and choices, also the papers' protocol: greedy text, and what it names."
     )
     base: bool = Field(True, description="Also measure the base model.")
+    texts: dict[str, File] = Field(
+        {}, description="Of a language model, also the loss on these texts, by name: what it forgets of them."
+    )
+    text_rows: Count = Field(256, description="Most rows of each text, as long as the context, drawn by the seed.")
     noise: list[Literal["characters", "dropped-words", "swapped-words"]] = Field(
         [], description="In classification and GLUE, also measure on held-out sentences with these mistakes."
     )
@@ -167,10 +171,12 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _noise_fits(self) -> Recipe:
-        """Mistakes are made in sentences with labels."""
+    def _measures_fit(self) -> Recipe:
+        """Mistakes are made in sentences with labels, and a text's loss is a language model's."""
         if self.evaluation.noise and not isinstance(self.data, ClassificationData | GlueData):
             raise ValueError(f"evaluation.noise is for classification and glue, not {self.data.kind}: leave it out")
+        if self.evaluation.texts and isinstance(self.data, ClassificationData | GlueData):
+            raise ValueError(f"evaluation.texts are for language models, not {self.data.kind}: leave them out")
         return self
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +35,7 @@ from rankwise.schema import (
 from rankwise.tasks.answers import AnswerTask
 from rankwise.tasks.choices import ChoiceTask, read_choices
 from rankwise.tasks.classification import read_classification
+from rankwise.tasks.forgetting import HeldOutTexts
 from rankwise.tasks.glue import TASKS, label_names, parts_of
 from rankwise.tasks.instructions import FORM_READ, read_instructions
 from rankwise.tasks.labels import LabelTask
@@ -51,8 +52,11 @@ Row = TypeVar("Row")
 Counts = dict[str, int]
 
 
-def check_files(data: object) -> None:
-    """Raise a ``UserError`` for the first file of a data section that does not exist."""
+def check_files(data: object, texts: Mapping[str, str] | None = None) -> None:
+    """Raise a ``UserError`` for the first file of a data section, or of the texts to measure on, that is missing."""
+    for name, text in (texts or {}).items():
+        if not Path(text).is_file():
+            raise UserError(f"evaluation.texts.{name} {text} does not exist: give a file's path")
     for name in ("interactions", "items", "train", "validation", "test", "names"):
         path = getattr(data, name, None)
         folder = name in ("interactions", "items") or isinstance(data, MathsData | ChoiceData)
@@ -105,6 +109,12 @@ def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) 
         train, held_out, counts = _parts(recipe, data, lambda path: read_preferences(Path(path)))
         return PreferenceTask(train, held_out, tokenizer, recipe.model, context, counts, recipe.seed)
     return _classification(recipe, data, tokenizer, context)
+
+
+def held_out_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) -> HeldOutTexts:
+    """The texts on which a recipe's run measures what is forgotten."""
+    wanted = recipe.evaluation
+    return HeldOutTexts(wanted.texts, tokenizer, context, wanted.text_rows, recipe.seed)
 
 
 def prepare(

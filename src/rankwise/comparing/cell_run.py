@@ -1,0 +1,75 @@
+"""Run one cell in a process of its own, and keep its figures: ``python -m rankwise.comparing.cell_run RECIPE``."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rankwise.comparing.cells import VERSION
+from rankwise.errors import UserError
+from rankwise.files import write_json
+
+
+def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
+    """Run a cell's recipe and write its figures beside it.
+
+    A user's mistake (a method that the model cannot carry, a loss that is no number) is a result too: it would occur
+    again.
+
+    Args:
+        recipe_file: ``<cell>.yaml``; the run goes to the folder ``<cell>``, and ``<cell>.json`` is written last.
+        keep_adapter: whether the stages and the finished adapter stay.
+
+    Returns:
+        What was written: ``rows`` and ``columns`` of the results, ``parameters`` that were trained, ``step_seconds``,
+        ``seconds``, ``peak_memory`` in bytes, ``failed`` with the mistake or None, and ``version``.
+    """
+    from rankwise.recipes import load_recipe
+    from rankwise.run import Run
+
+    recipe = load_recipe(recipe_file)
+    folder = Path(recipe.output)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was broken off
+    started = time.perf_counter()
+    found: dict[str, Any] = {"version": VERSION, "failed": None}
+    try:
+        results = Run(recipe, Console(width=120))()
+        found |= {name: results[name] for name in ("rows", "columns", "counts", "parameters")}
+        found["export"] = results["export"]
+        found["step_seconds"] = step_seconds(folder / "metrics.jsonl")
+    except UserError as mistake:
+        found["failed"] = str(mistake)
+    found |= {"seconds": round(time.perf_counter() - started, 2), "peak_memory": peak_memory()}
+    if not keep_adapter:
+        for name in ("stages", "adapter"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    write_json(folder.with_name(folder.name + ".json"), found)
+    return found
+
+
+def step_seconds(metrics: Path) -> float | None:
+    """Mean time of an optimizer step of the last stage, as the trainer measured it; None where it was not."""
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    ends = [line for line in lines if line.get("train_runtime") and line.get("step")]
+    return ends[-1]["train_runtime"] / ends[-1]["step"] if ends else None
+
+
+def peak_memory() -> int:
+    """Most bytes that this process held so far: on the accelerator where there is one, else in main memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+if __name__ == "__main__":
+    run_cell(Path(sys.argv[1]), sys.argv[2:] == ["--keep"])

@@ -1,0 +1,153 @@
+"""The cells of a comparison: which run each is, and what it keeps."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rankwise.errors import UserError
+from rankwise.recipes import dump_recipe, make_recipe
+from rankwise.schema import METHODS, Comparison, MethodEntry, Recipe
+
+VERSION = 1  # of what a finished cell keeps
+CELLS = "cells"
+RANKED = ("lora", "milora", "sora", "adalora", "allocating_lora")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A learning rate, and a rank where one is tried."""
+
+    learning_rate: float
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes:
+        task: its name.
+        method: the entry's name.
+        setting: learning rate and rank.
+        seed: of the run.
+        share: of the task's epochs.
+        part: ``search`` on held-out training data, or ``final``.
+        recipe: of the run, its output within the comparison's folder.
+    """
+
+    task: str
+    method: str
+    setting: Setting
+    seed: int
+    share: float
+    part: Literal["search", "final"]
+    recipe: Recipe
+
+    @property
+    def folder(self) -> Path:
+        """Of the run; beside it lie its recipe (``.yaml``), its figures (``.json``) and its log (``.log``)."""
+        return Path(self.recipe.output)
+
+    def beside(self, suffix: str) -> Path:
+        """A file beside the run's folder."""
+        return self.folder.with_name(self.folder.name + suffix)
+
+    def result(self) -> dict[str, Any] | None:
+        """What the finished run keeps; None where it is not finished.
+
+        Raises:
+            UserError: the file is of another version, or no result.
+        """
+        path = self.beside(".json")
+        if not path.is_file():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            version = found["version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is no result of a run: remove it to run the cell again") from error
+        if version != VERSION:
+            raise UserError(
+                f"{path} is of version {version}, and this is {VERSION}: give a new output, or remove it to run again"
+            )
+        result: dict[str, Any] = found
+        return result
+
+
+def settings(comparison: Comparison, entry: MethodEntry) -> list[Setting]:
+    """Everything that is tried for a method."""
+    ranks: list[int | None] = [*(entry.ranks or (comparison.ranks if _has_rank(entry) else []))] or [None]
+    return [Setting(rate, rank) for rate in entry.learning_rates or comparison.learning_rates for rank in ranks]
+
+
+def _has_rank(entry: MethodEntry) -> bool:
+    """Whether the method's rank is to be tried: where it has one of LoRA's kind, and the entry does not set it."""
+    return METHODS[entry.kind].settings["kind"] in RANKED and "r" not in entry.adapter
+
+
+def make_cell(
+    comparison: Comparison, task: str, entry: MethodEntry, setting: Setting, seed: int, share: float, part: str
+) -> Cell:
+    """The cell of a method with a setting on a task.
+
+    Raises:
+        UserError: the task's recipe is not possible with this method, or has nothing to choose settings by.
+    """
+    values: dict[str, Any] = copy.deepcopy({**comparison.shared, **comparison.tasks[task]})
+    where = f"tasks.{task} with {entry.name}"
+    for key in ("adapter", "seed", "output"):
+        if key in values:
+            raise UserError(f"tasks.{task}.{key} {values[key]!r}: the comparison sets it: leave it out")
+    values["adapter"] = entry.adapter if setting.rank is None else {**entry.adapter, "r": setting.rank}
+    values |= {"seed": seed, "output": "-", "name": f"{task}, {entry.name}"}
+    values["stages"] = _stages(values.get("stages"), setting.learning_rate, share, where)
+    evaluation = dict(values.get("evaluation") or {})
+    if part == "search":
+        values["data"] = _held_out(values.get("data"), where)
+        evaluation |= {"split": "validation", "base": False, "baselines": [], "noise": [], "texts": {}}
+        values["data"].pop("others", None)
+    elif entry.name != comparison.methods[0].name:
+        evaluation |= {"base": False, "baselines": []}  # the same for all: measured beside the first
+    values["evaluation"] = evaluation
+    recipe = make_recipe(values, source=where)
+    name = "-".join(
+        [task, entry.name, f"{setting.learning_rate:g}", *([f"r{setting.rank}"] if setting.rank else []), f"seed{seed}"]
+        + ([f"search{share:g}"] if part == "search" else [])
+    )
+    digest = hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()[:8]
+    output = str(Path(comparison.output) / CELLS / f"{name}-{digest}")
+    placed = make_recipe({**values, "output": output}, source=where)
+    return Cell(task, entry.name, setting, seed, share, "search" if part == "search" else "final", placed)
+
+
+def _stages(stages: Any, rate: float, share: float, where: str) -> list[Any]:
+    """The task's stages, the last with this learning rate and share of its epochs."""
+    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
+        raise UserError(f"{where}: stages are missing: give the task, or shared, a list of them")
+    last = stages[-1]
+    return [*stages[:-1], last | {"learning_rate": rate, "epochs": share * float(last.get("epochs", 1.0))}]
+
+
+def _held_out(data: Any, where: str) -> dict[str, Any]:
+    """The data with something held out to choose by, apart from what is reported.
+
+    Raises:
+        UserError: what is reported would be chosen on.
+    """
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: data are missing: give the task, or shared, a data section")
+    if data.get("kind") == "glue":
+        return data | {"measure": "holdout"}
+    if data.get("kind") in ("interactions", "sdpo"):
+        return dict(data)
+    if data.get("validation") is None:
+        raise UserError(
+            f"{where}: data.validation is missing: settings are chosen on a share of train, and the result is measured "
+            "on the validation file, which must be another"
+        )
+    return data | {"validation": None}

@@ -1,0 +1,79 @@
+"""Each method's setting, chosen by successive halving on held-out data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rankwise.comparing.cells import Cell, Setting, make_cell, settings
+from rankwise.errors import UserError
+from rankwise.schema import Comparison
+
+LOWER = ("loss", "perplexity", "log-loss", "cross-entropy")  # ends of the metrics of which less is better
+Key = tuple[str, str]  # of a task and a method
+
+
+def deciding_metric(comparison: Comparison, task: str, columns: Sequence[str]) -> str:
+    """The metric that decides on a task.
+
+    Raises:
+        UserError: the comparison names one that the task has not.
+    """
+    wanted = comparison.metrics.get(task, columns[0])
+    if wanted not in columns:
+        raise UserError(f"metrics.{task} {wanted!r} is not measured there: use one of {', '.join(columns)}")
+    return wanted
+
+
+def is_lower_better(metric: str) -> bool:
+    """Whether less of a metric is better."""
+    return metric.endswith(LOWER)
+
+
+def final_row(result: dict[str, Any]) -> dict[str, Any] | None:
+    """The row of a cell's last stage; None where the run failed."""
+    return None if result.get("failed") else result["rows"][-1]
+
+
+def score(comparison: Comparison, cell: Cell, result: dict[str, Any]) -> float:
+    """What decides, turned so that more is better; -inf where the run failed."""
+    row = final_row(result)
+    if row is None:
+        return -math.inf
+    metric = deciding_metric(comparison, cell.task, result["columns"])
+    value = row["metrics"].get(metric)
+    if value is None or not math.isfinite(value):
+        return -math.inf
+    return -float(value) if is_lower_better(metric) else float(value)
+
+
+def choose(comparison: Comparison, run: Callable[[Sequence[Cell]], None]) -> dict[Key, Setting]:
+    """The setting of each method on each task.
+
+    All settings are tried on a share ``first`` of the epochs; the best part, one in ``factor`` and at least one, on
+    ``factor`` times as much, and so on, until one is left or all epochs were run. Equal ones: the first listed.
+
+    Args:
+        comparison: checked.
+        run: runs cells that are not finished.
+    """
+    left = {
+        (task, entry.name): settings(comparison, entry) for task in comparison.tasks for entry in comparison.methods
+    }
+    share = comparison.search.first
+    while any(len(tried) > 1 for tried in left.values()):
+        cells = {key: _round(comparison, key, tried, share) for key, tried in left.items() if len(tried) > 1}
+        run([cell for found in cells.values() for cell in found])
+        for key, found in cells.items():
+            kept = 1 if share >= 1 else max(1, len(found) // comparison.search.factor)
+            ordered = sorted(found, key=lambda cell: -score(comparison, cell, cell.result() or {}))
+            left[key] = [cell.setting for cell in ordered[:kept]]
+        share = min(1.0, share * comparison.search.factor)
+    return {key: tried[0] for key, tried in left.items()}
+
+
+def _round(comparison: Comparison, key: Key, tried: Sequence[Setting], share: float) -> list[Cell]:
+    entry = next(one for one in comparison.methods if one.name == key[1])
+    seed = comparison.search.seed
+    return [make_cell(comparison, key[0], entry, setting, seed, share, "search") for setting in tried]

@@ -1,0 +1,104 @@
+"""Run a comparison: settings are chosen, reported runs are run, and the tables and the report are written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from rankwise.comparing.cells import CELLS, Cell, Setting, make_cell, settings
+from rankwise.comparing.choosing import Key, choose
+from rankwise.comparing.running import run_cells
+from rankwise.comparing.summary import latex, markdown, run_rows, summarise, terminal_tables, write_runs
+from rankwise.errors import UserError
+from rankwise.files import write_json, write_text
+from rankwise.schema import Comparison
+from rankwise.tasks.load import check_files
+
+SUMMARY = "summary.json"
+
+
+def compare(comparison: Comparison, console: Console, cluster: bool = False) -> dict[str, Any]:
+    """Run what is not finished of a comparison, and write ``runs.parquet``, ``summary.json``, tables and the report.
+
+    Args:
+        comparison: what to compare.
+        console: shows progress and the tables.
+        cluster: see :func:`rankwise.comparing.running.run_cells`.
+
+    Returns:
+        What ``summary.json`` holds: ``name``, ``rows`` (see :func:`rankwise.comparing.summary.summarise`) and ``runs``,
+        how many there were.
+
+    Raises:
+        UserError: a task is not possible with a method, a file is missing, or a run ended without a result.
+    """
+    check(comparison)
+    folder = Path(comparison.output)
+    (folder / CELLS).mkdir(parents=True, exist_ok=True)
+    cells: list[Cell] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+
+        def run(wanted: Sequence[Cell], what: str = "search") -> None:
+            cells.extend(wanted)
+            bar = progress.add_task(what, total=len(wanted))
+            keep = comparison.keep == "adapters"
+            run_cells(wanted, comparison.processes, keep, lambda _: progress.advance(bar), cluster)
+
+        chosen = choose(comparison, run)
+        run(final_cells(comparison, chosen), "seeds")
+    rows = run_rows(comparison, cells)
+    write_runs(folder, rows)
+    found = summarise(comparison, rows, chosen)
+    results = {"name": comparison.name, "rows": found, "runs": len(rows)}
+    results = _without_nan(results)
+    write_json(folder / SUMMARY, results)
+    write_text(folder / "table.md", markdown(comparison, found))
+    write_text(folder / "table.tex", latex(comparison, found))
+    write_text(folder / "comparison.json", comparison.model_dump_json(indent=2))
+    for table in terminal_tables(comparison, found):
+        console.print(table)
+    for row in found:
+        if row["failed"]:
+            console.print(f"  {row['task']}, {row['method']}: {row['failed']}", style="dim", highlight=False)
+    console.print(f"runs: {folder / 'runs.parquet'}; tables: {folder / 'table.md'}, table.tex", highlight=False)
+    return results
+
+
+def check(comparison: Comparison) -> None:
+    """See that each task's recipe is possible with each method, and that its files exist, before any run.
+
+    Raises:
+        UserError: one is not.
+    """
+    for task in comparison.tasks:
+        for entry in comparison.methods:
+            tried = settings(comparison, entry)
+            parts = ("search", "final") if len(tried) > 1 else ("final",)
+            for part in parts:
+                cell = make_cell(comparison, task, entry, tried[0], comparison.seeds[0], 1.0, part)
+            check_files(cell.recipe.data)
+    folder = Path(comparison.output)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / CELLS).is_dir()):
+        raise UserError(f"output {folder} holds something other than a comparison: give a new folder")
+
+
+def final_cells(comparison: Comparison, chosen: dict[Key, Setting]) -> list[Cell]:
+    """The runs that are reported: all epochs, every seed."""
+    return [
+        make_cell(comparison, task, entry, chosen[task, entry.name], seed, 1.0, "final")
+        for task in comparison.tasks
+        for seed in comparison.seeds
+        for entry in comparison.methods
+    ]
+
+
+def _without_nan(results: dict[str, Any]) -> dict[str, Any]:
+    """The same with null for NaN, which JSON has not."""
+    plain: dict[str, Any] = json.loads(json.dumps(results), parse_constant=lambda _: None)
+    return plain

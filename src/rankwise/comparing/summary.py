@@ -1,0 +1,239 @@
+"""A comparison's figures: every run as a row of Parquet, and each method on each task as a row of a table."""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from rich.table import Table
+
+from rankwise.comparing.cells import Cell, Setting
+from rankwise.comparing.choosing import Key, deciding_metric, final_row, is_lower_better
+from rankwise.comparing.statistics import holm, paired, spread
+from rankwise.files import write_bytes
+from rankwise.schema import METHODS, Comparison
+
+RUNS = "runs.parquet"
+
+
+def run_rows(comparison: Comparison, cells: Iterable[Cell]) -> list[dict[str, Any]]:
+    """A row for each finished run."""
+    rows = []
+    for cell in cells:
+        result = cell.result()
+        if result is None:
+            continue
+        row = final_row(result)
+        metric = deciding_metric(comparison, cell.task, result["columns"]) if row else None
+        rows.append(
+            {
+                "task": cell.task,
+                "method": cell.method,
+                "part": cell.part,
+                "learning_rate": cell.setting.learning_rate,
+                "rank": cell.setting.rank,
+                "seed": cell.seed,
+                "share": cell.share,
+                "metric": metric,
+                "value": row["metrics"].get(metric) if row else None,
+                "metrics": row["metrics"] if row else {},
+                "base": _base(result),
+                "parameters": result.get("parameters"),
+                "parameters_left": ((row or {}).get("adapter") or {}).get("parameters_left"),
+                "step_seconds": result.get("step_seconds"),
+                "seconds": result.get("seconds"),
+                "peak_memory": result.get("peak_memory"),
+                "failed": result.get("failed"),
+                "run": cell.folder.name,
+            }
+        )
+    return rows
+
+
+def _base(result: Mapping[str, Any]) -> dict[str, float]:
+    """The base model's metrics, where the cell measured them."""
+    found = [row["metrics"] for row in result.get("rows") or [] if row["name"] == "base model"]
+    return found[0] if found else {}
+
+
+def write_runs(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """All runs as Parquet, a row each; metrics as columns ``metric: <name>``."""
+    names = sorted({name for row in rows for name in row["metrics"]})
+    flat = [
+        {key: value for key, value in row.items() if key not in ("metrics", "base")}
+        | {f"metric: {name}": row["metrics"].get(name) for name in names}
+        for row in rows
+    ]
+    buffer = io.BytesIO()
+    pl.DataFrame(flat, infer_schema_length=None).write_parquet(buffer)
+    write_bytes(folder / RUNS, buffer.getvalue())
+    return folder / RUNS
+
+
+def summarise(
+    comparison: Comparison, rows: Sequence[Mapping[str, Any]], chosen: Mapping[Key, Setting]
+) -> list[dict[str, Any]]:
+    """A row for each task and method, over the seeds: score, cost, and the difference from the baseline.
+
+    Returns:
+        ``task``, ``method``, ``title``, ``paper``, the chosen ``learning_rate`` and ``rank``; ``metric`` with ``mean``,
+        ``deviation``, ``low``, ``high`` and ``values`` by seed; ``difference`` from the baseline with its interval, the
+        paired t-test's ``p`` and ``p_holm`` over the task's methods; ``parameters``, ``step_seconds`` (median),
+        ``peak_memory`` (largest); means of all ``metrics``; and ``failed``, the first mistake of a run.
+    """
+    found = []
+    for task in comparison.tasks:
+        by_method = {entry.name: _of(rows, task, entry.name) for entry in comparison.methods}
+        baseline = _by_seed(by_method[comparison.baseline])
+        made = []
+        for entry in comparison.methods:
+            own, setting = by_method[entry.name], chosen[task, entry.name]
+            made.append(
+                {
+                    "task": task,
+                    "method": entry.name,
+                    "title": METHODS[entry.kind].title,
+                    "paper": METHODS[entry.kind].paper,
+                    "learning_rate": setting.learning_rate,
+                    "rank": setting.rank,
+                    **_scores(own),
+                    **_difference(own, baseline, entry.name == comparison.baseline),
+                    **_cost(own),
+                    "failed": next((row["failed"] for row in own if row["failed"]), None),
+                }
+            )
+        for row, p in zip(made, holm([row["p"] for row in made]), strict=True):
+            row["p_holm"] = p
+        found += made
+    return found
+
+
+def _of(rows: Sequence[Mapping[str, Any]], task: str, method: str) -> list[Mapping[str, Any]]:
+    return [row for row in rows if (row["task"], row["method"], row["part"]) == (task, method, "final")]
+
+
+def _by_seed(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    return {row["seed"]: row["value"] for row in rows if row["value"] is not None}
+
+
+def _scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    values = _by_seed(rows)
+    if not values:
+        return {"metric": None, "values": {}, "metrics": {}} | dict.fromkeys(("mean", "deviation", "low", "high"))
+    metric = next(row["metric"] for row in rows if row["metric"])
+    names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+    means = {name: _mean(row["metrics"].get(name) for row in rows) for name in names}
+    return {"metric": metric, "values": values, "metrics": means, **spread(list(values.values()))._asdict()}
+
+
+def _difference(rows: Sequence[Mapping[str, Any]], baseline: Mapping[int, float], is_baseline: bool) -> dict[str, Any]:
+    found = None if is_baseline else paired(_by_seed(rows), baseline)
+    if found is None:
+        return {"difference": None, "difference_low": None, "difference_high": None, "p": math.nan}
+    ends = {"difference_low": found.low, "difference_high": found.high}
+    return {"difference": found.mean, **ends, "p": found.p}
+
+
+def _cost(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    steps = [row["step_seconds"] for row in rows if row["step_seconds"]]
+    memory = [row["peak_memory"] for row in rows if row["peak_memory"] and not row["failed"]]
+    return {
+        "parameters": next((row["parameters"] for row in rows if row["parameters"] is not None), None),
+        "parameters_left": _mean(row["parameters_left"] for row in rows),
+        "step_seconds": statistics.median(steps) if steps else None,
+        "peak_memory": max(memory) if memory else None,
+    }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+# The table
+
+
+HEAD = ("method", "score", "difference", "p", "parameters", "ms a step", "peak MiB", "rate", "rank")
+
+
+def grid(summary: Sequence[Mapping[str, Any]], task: str) -> list[list[str]]:
+    """A task's rows as texts under :data:`HEAD`, the best score first; what was not possible last."""
+    rows = [row for row in summary if row["task"] == task]
+    lower = any(row["metric"] and is_lower_better(row["metric"]) for row in rows)
+    known = [row for row in rows if row["mean"] is not None]
+    known.sort(key=lambda row: row["mean"] if lower else -row["mean"])
+    return [_texts(row) for row in [*known, *(row for row in rows if row["mean"] is None)]]
+
+
+def _texts(row: Mapping[str, Any]) -> list[str]:
+    if row["mean"] is None:
+        return [row["method"], "not possible" if row["failed"] else "-", *["-"] * (len(HEAD) - 2)]
+    score = f"{row['mean']:.4f}" + ("" if math.isnan(row["deviation"]) else f" ± {row['deviation']:.4f}")
+    difference = "-" if row["difference"] is None else f"{row['difference']:+.4f}"
+    p = "-" if math.isnan(row["p_holm"]) else f"{row['p_holm']:.2g}"
+    left = row["parameters_left"]
+    parameters = f"{row['parameters']:,}" + (f", {left:,.0f} left" if left is not None else "")
+    step = "-" if row["step_seconds"] is None else f"{1000 * row['step_seconds']:.1f}"
+    memory = "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:,.0f}"
+    rank = "-" if row["rank"] is None else str(row["rank"])
+    return [row["method"], score, difference, p, parameters, step, memory, f"{row['learning_rate']:g}", rank]
+
+
+def caption(comparison: Comparison, summary: Sequence[Mapping[str, Any]], task: str) -> str:
+    """What a task's table shows."""
+    metric = next((row["metric"] for row in summary if row["task"] == task and row["metric"]), "no score")
+    better = "less" if is_lower_better(metric) else "more"
+    return (
+        f"{task}: {metric} ({better} is better), mean and standard deviation over {len(comparison.seeds)} seeds; "
+        f"difference from {comparison.baseline}, and p of a paired t-test, by Holm's correction"
+    )
+
+
+def terminal_tables(comparison: Comparison, summary: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """A table for each task."""
+    tables = []
+    for task in comparison.tasks:
+        table = Table(title=caption(comparison, summary, task), title_justify="left", box=None)
+        for number, heading in enumerate(HEAD):
+            table.add_column(heading, justify="left" if number == 0 else "right")
+        for texts in grid(summary, task):
+            table.add_row(*texts)
+        tables.append(table)
+    return tables
+
+
+def markdown(comparison: Comparison, summary: Sequence[Mapping[str, Any]]) -> str:
+    """The tables as Markdown."""
+    parts = []
+    for task in comparison.tasks:
+        lines = [f"**{caption(comparison, summary, task)}**", "", f"| {' | '.join(HEAD)} |"]
+        lines.append("|---|" + "---:|" * (len(HEAD) - 1))
+        lines += [f"| {' | '.join(text.replace('|', chr(92) + '|') for text in row)} |" for row in grid(summary, task)]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def latex(comparison: Comparison, summary: Sequence[Mapping[str, Any]]) -> str:
+    """The tables as LaTeX, each a ``table`` with a ``tabular``, with no package but the kernel's."""
+    parts = []
+    for task in comparison.tasks:
+        rows = [" & ".join(map(_escaped, row)) + r" \\" for row in (HEAD, *grid(summary, task))]
+        rows.insert(1, r"\hline")
+        body = "\n".join(rows)
+        text = _escaped(caption(comparison, summary, task))
+        begin = r"\begin{tabular}{l" + "r" * (len(HEAD) - 1) + "}"
+        parts.append(
+            "\\begin{table}\n\\caption{" + text + "}\n" + begin + f"\n{body}\n" + "\\end{tabular}\n\\end{table}"
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _escaped(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
+    return "".join(special.get(sign, sign) for sign in text)

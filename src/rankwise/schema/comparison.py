@@ -1,0 +1,92 @@
+"""What `rankwise compare` runs: methods, tasks, learning rates and seeds."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from rankwise.errors import nearest
+from rankwise.schema.base import Count, File, Positive, Section
+from rankwise.schema.methods import METHODS, written_out
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of a method or a task: it becomes a part of file names
+
+
+class MethodEntry(Section):
+    """A method by name, or with settings of its own; all other keys are those of a recipe's adapter."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    name: str = Field("", pattern=NAME, description="Shown in the tables; the kind if not given.")
+    kind: str = Field(description="A method's name.")
+    learning_rates: list[Positive] | None = Field(None, min_length=1, description="To try instead of everybody's.")
+    ranks: list[Count] | None = Field(None, min_length=1, description="To try instead of everybody's.")
+
+    @property
+    def adapter(self) -> dict[str, Any]:
+        """The adapter section of its recipes, without a rank that is tried out."""
+        return {"kind": self.kind, **(self.model_extra or {})}
+
+
+class Search(Section):
+    """Choice of each method's learning rate and rank, by successive halving (arXiv 1502.07943) on held-out data."""
+
+    first: float = Field(0.25, gt=0, le=1, description="Share of the epochs in the first round.")
+    factor: int = Field(2, ge=2, description="By this much each round is longer and tries fewer settings.")
+    seed: int = Field(0, ge=0, description="Of the runs in the search, and of what they hold out.")
+
+
+class Comparison(Section):
+    """Every method on every task, with the same rows and epochs, over several seeds."""
+
+    name: str = Field("comparison", description="Shown in the report.")
+    methods: list[MethodEntry] = Field(min_length=1, description="Names, or a name as kind with settings.")
+    tasks: dict[str, dict[str, Any]] = Field(
+        min_length=1, description="By name: a recipe each, without adapter, seed and output."
+    )
+    shared: dict[str, Any] = Field({}, description="What all tasks' recipes have, where they do not say otherwise.")
+    learning_rates: list[Positive] = Field(min_length=1, description="To choose each method's from.")
+    ranks: list[Count] = Field([], description="To choose each method's from, where it has one; as set if not given.")
+    seeds: list[int] = Field([0, 1, 2], min_length=1, description="Of the runs that are reported.")
+    against: str | None = Field(None, description="Method that the others are compared with; the first if not given.")
+    metrics: dict[str, str] = Field({}, description="Of a task, the metric that decides; its first if not given.")
+    search: Search = Search()
+    processes: Count = Field(1, description="Runs at the same time on this machine.")
+    keep: Literal["none", "adapters"] = Field("none", description="Of the reported runs: figures, or adapters too.")
+    output: File = Field(description="Folder of the comparison; one that was begun goes on.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names(cls, values: Any) -> Any:
+        """A method's bare name is an entry too, and an entry is called by its kind where it has no name."""
+        if isinstance(values, dict) and isinstance(values.get("methods"), list):
+            entries = [{"kind": one} if isinstance(one, str) else one for one in values["methods"]]
+            named = [{"name": one.get("kind", ""), **one} if isinstance(one, dict) else one for one in entries]
+            return values | {"methods": named}
+        return values
+
+    @model_validator(mode="after")
+    def _known(self) -> Comparison:
+        """Names are unique and known."""
+        names = [entry.name for entry in self.methods]
+        if twice := next((name for number, name in enumerate(names) if name in names[:number]), None):
+            raise ValueError(f"methods {twice!r} occurs twice: give each entry a name of its own")
+        for entry in self.methods:
+            if entry.kind not in METHODS:
+                raise ValueError(f"methods {entry.kind!r} is no method: {nearest(entry.kind, METHODS)}")
+            written_out(entry.adapter)
+        if self.against is not None and self.against not in names:
+            raise ValueError(f"against {self.against!r} is none of the methods: {nearest(self.against, names)}")
+        for task in self.metrics:
+            if task not in self.tasks:
+                raise ValueError(f"metrics.{task} is of no task: {nearest(task, self.tasks)}")
+        for field, given in (("seeds", self.seeds), ("learning_rates", self.learning_rates), ("ranks", self.ranks)):
+            if len(set(given)) < len(given):
+                raise ValueError(f"{field} {given} has one of them twice: leave it out")
+        return self
+
+    @property
+    def baseline(self) -> str:
+        """The method that the others are compared with."""
+        return self.against or self.methods[0].name
