@@ -151,7 +151,10 @@ def _walk(location: Sequence[Any], root: type[BaseModel]) -> tuple[list[Any], ty
         annotation = section.model_fields[part].annotation
         found = _sections(annotation)
         tagged = {
-            get_args(each.model_fields["kind"].annotation)[0]: each for each in found if "kind" in each.model_fields
+            word: each
+            for each in found
+            if "kind" in each.model_fields
+            for word in get_args(each.model_fields["kind"].annotation)[:1]
         } or {form: found[0] for form in _forms(annotation)}
         if tagged:
             kinds = tagged

@@ -1,0 +1,418 @@
+"""Comparisons: plans, choices by halving, runs that are never repeated, and what the tables say."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from scipy import stats
+
+import small_runs
+from rankwise.cli import main
+from rankwise.comparing import running
+from rankwise.comparing.cell_run import run_cell
+from rankwise.comparing.cells import Cell, Setting, make_cell, settings
+from rankwise.comparing.choosing import choose, is_lower_better
+from rankwise.comparing.compare import compare, final_cells
+from rankwise.comparing.statistics import holm, paired, spread
+from rankwise.comparing.summary import latex, markdown, run_rows, summarise
+from rankwise.errors import UserError
+from rankwise.recipes import load_comparison, load_recipe, make_comparison
+from rankwise.run import Run
+from rankwise.schema import Comparison
+
+TASK = {"data": {"kind": "text", "train": "a.txt", "validation": "b.txt"}, "stages": [{"kind": "sft", "epochs": 2}]}
+VALUES: dict[str, Any] = {
+    "methods": ["lora", {"kind": "milora", "r": 4, "name": "small"}],
+    "tasks": {"stories": TASK},
+    "learning_rates": [1e-3, 1e-2, 1e-1, 1],
+    "output": "out",
+}
+
+
+def made(**changes: Any) -> Comparison:
+    return make_comparison(copy.deepcopy(VALUES) | changes)
+
+
+def cell(comparison: Comparison, number: int = 0, part: str = "search", **setting: Any) -> Cell:
+    task = next(iter(comparison.tasks))
+    return make_cell(comparison, task, comparison.methods[number], Setting(1e-3, **setting), 0, 0.5, part)
+
+
+# Plans
+
+
+def test_settings_are_rates_by_ranks_where_a_method_has_them() -> None:
+    comparison = made(
+        methods=["lora", "houlsby", {"kind": "dora", "learning_rates": [0.5], "ranks": [1]}], ranks=[2, 4]
+    )
+    lora, houlsby, dora = (settings(comparison, entry) for entry in comparison.methods)
+    assert lora == [Setting(rate, rank) for rate in (1e-3, 1e-2, 1e-1, 1.0) for rank in (2, 4)]
+    assert houlsby == [Setting(rate) for rate in (1e-3, 1e-2, 1e-1, 1.0)]
+    assert dora == [Setting(0.5, 1)]
+    own_rank = made(ranks=[2, 4]).methods[1]
+    assert {setting.rank for setting in settings(comparison, own_rank)} == {None}
+
+
+def test_a_cell_is_the_tasks_recipe_with_what_is_compared() -> None:
+    found = cell(made(), rank=7).recipe
+    assert (found.adapter.kind, found.adapter.r) == ("lora", 7)
+    assert (found.stages[-1].learning_rate, found.stages[-1].epochs) == (1e-3, 1.0)
+    assert not found.evaluation.base
+    assert cell(made(), 1).recipe.adapter.r == 4
+
+
+def test_a_search_does_not_see_what_is_reported() -> None:
+    assert cell(made()).recipe.data.validation is None
+    assert cell(made(), part="final").recipe.data.validation == "b.txt"
+    glue = {"data": {"kind": "glue", "task": "rte"}, "stages": [{"kind": "sft"}]}
+    assert cell(made(tasks={"rte": glue})).recipe.data.measure == "holdout"
+    films = {"data": {"kind": "interactions", "interactions": "r.csv"}, "stages": [{"kind": "sft"}]}
+    assert cell(made(tasks={"films": films})).recipe.evaluation.split == "validation"
+    assert cell(made(tasks={"films": films}), part="final").recipe.evaluation.split == "test"
+
+
+def test_the_base_is_measured_beside_the_first_method_alone() -> None:
+    assert [cell(made(), number, "final").recipe.evaluation.base for number in (0, 1)] == [True, False]
+
+
+def test_a_cells_place_follows_from_all_that_it_depends_on() -> None:
+    first = cell(made()).folder
+    assert cell(made(output="elsewhere")).folder.name == first.name
+    assert cell(made(shared={"model": {"context": 64}})).folder.name != first.name
+    assert first.name.startswith("stories-lora-0.001-seed0-search0.5-")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["lora", "lora"]}, "methods 'lora' occurs twice"),
+        ({"methods": ["lra"]}, "'lra' is no method: did you mean 'lora'"),
+        ({"methods": [{"kind": "pissa", "part": "minor"}]}, "adapter.part 'minor' is not PiSSA"),
+        ({"methods": [{"kind": "lora", "name": "a/b"}]}, r"methods.0.name 'a/b'"),
+        ({"methods": []}, "methods"),
+        ({"against": "mlora"}, "against 'mlora' is none of the methods"),
+        ({"metrics": {"stries": "loss"}}, "metrics.stries is of no task: did you mean 'stories'"),
+        ({"seeds": [0, 0]}, r"seeds \[0, 0\] has one of them twice"),
+        ({"learning_rates": [-1]}, "learning_rates.0"),
+        ({"lerning_rates": [1]}, "lerning_rates is unknown: did you mean 'learning_rates'"),
+    ],
+)
+def test_mistakes(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        made(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"tasks": {"a": TASK | {"data": TASK["data"] | {"validation": None}}}},
+            "data.validation is missing: settings",
+        ),
+        ({"tasks": {"a": TASK | {"adapter": "lora"}}}, "tasks.a.adapter 'lora': the comparison sets it"),
+        ({"tasks": {"a": {"data": TASK["data"]}}}, "tasks.a with lora: stages are missing"),
+        ({"tasks": {"a": {"stages": TASK["stages"]}}}, "tasks.a with lora: data are missing"),
+        ({"methods": [{"kind": "lora", "x": 1}]}, "tasks.stories with lora: adapter.x is unknown"),
+        ({}, "data.train a.txt does not exist"),
+    ],
+)
+def test_mistakes_that_are_told_before_any_run(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        compare(made(output=str(tmp_path / "out"), **changes), small_runs.silent())
+    assert not (tmp_path / "out").exists()
+
+
+# Choices, with results that are made up
+
+
+def fake(losses: Callable[[Cell], float | None], seen: list[list[Cell]]) -> Callable[[Sequence[Cell]], None]:
+    """Runs cells by writing what a function of them says."""
+
+    def run(cells: Sequence[Cell]) -> None:
+        seen.append(list(cells))
+        for one in cells:
+            one.folder.parent.mkdir(parents=True, exist_ok=True)
+            loss = losses(one)
+            rows = [{"name": "sft", "metrics": {"loss": loss}, "cases": 3}]
+            figures = {"version": 1, "failed": None if loss is not None else "no", "rows": rows, "columns": ["loss"]}
+            one.beside(".json").write_text(json.dumps(figures | {"parameters": 5, "step_seconds": 0.5}))
+
+    return run
+
+
+def test_halving_keeps_the_best(tmp_path: Path) -> None:
+    seen: list[list[Cell]] = []
+    best = {"lora": 1e-2, "small": 1.0}
+    comparison = made(output=str(tmp_path))
+    run = fake(lambda one: abs(math.log(one.setting.learning_rate / best[one.method])), seen)
+    assert choose(comparison, run) == {("stories", "lora"): Setting(1e-2), ("stories", "small"): Setting(1.0)}
+    assert [len(cells) for cells in seen] == [8, 4]
+    assert [{one.share for one in cells} for cells in seen] == [{0.25}, {0.5}]
+
+
+def test_a_search_of_all_epochs_ends(tmp_path: Path) -> None:
+    seen: list[list[Cell]] = []
+    comparison = made(output=str(tmp_path), search={"first": 1.0})
+    chosen = choose(comparison, fake(lambda one: one.setting.learning_rate, seen))
+    assert set(chosen.values()) == {Setting(1e-3)}
+    assert [len(cells) for cells in seen] == [8]
+
+
+def test_what_failed_or_is_no_number_is_not_chosen(tmp_path: Path) -> None:
+    def loss(one: Cell) -> float | None:
+        return {1e-3: None, 1e-2: math.nan, 1e-1: 5.0, 1.0: 7.0}[one.setting.learning_rate]
+
+    assert set(choose(made(output=str(tmp_path)), fake(loss, [])).values()) == {Setting(1e-1)}
+
+
+def test_one_setting_is_not_searched_for(tmp_path: Path) -> None:
+    seen: list[list[Cell]] = []
+    comparison = made(output=str(tmp_path), learning_rates=[0.1])
+    assert set(choose(comparison, fake(lambda _: 1.0, seen)).values()) == {Setting(0.1)}
+    assert seen == []
+
+
+def test_which_metrics_are_better_lower() -> None:
+    assert all(map(is_lower_better, ("loss", "perplexity", "films loss", "log-loss")))
+    assert not any(map(is_lower_better, ("accuracy", "HR@1", "pearson")))
+
+
+# Statistics against scipy
+
+
+def test_spread_is_that_of_scipy() -> None:
+    values = [0.61, 0.58, 0.66, 0.6]
+    found = spread(values)
+    interval = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+    assert found == pytest.approx((np.mean(values), np.std(values, ddof=1), *interval))
+    assert spread([2.0])[0] == 2.0
+    assert all(map(math.isnan, spread([2.0])[1:]))
+
+
+def test_paired_difference_is_that_of_scipy() -> None:
+    one, other = {0: 0.6, 1: 0.7, 2: 0.65, 5: 1.0}, {0: 0.5, 1: 0.72, 2: 0.6, 7: 0.0}
+    found = paired(one, other)
+    assert found is not None
+    assert found.p == pytest.approx(stats.ttest_rel([0.6, 0.7, 0.65], [0.5, 0.72, 0.6]).pvalue)
+    assert found.mean == pytest.approx(0.13 / 3)
+    assert paired({0: 1.0}, {1: 1.0}) is None
+    assert math.isnan(paired({0: 1.0}, {0: 0.5}).p)  # type: ignore[union-attr]
+    assert paired({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}).p == 1  # type: ignore[union-attr]
+    assert paired({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0}).p == 0  # type: ignore[union-attr]
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, math.nan, 0.8])[::2] == [1.0, 1.0]
+    assert math.isnan(holm([math.nan])[0])
+
+
+# Tables
+
+
+def summary_of(comparison: Comparison, losses: Callable[[Cell], float | None]) -> list[dict[str, Any]]:
+    """The summary of a comparison whose results are made up."""
+    chosen = choose(comparison, fake(losses, []))
+    cells = final_cells(comparison, chosen)
+    fake(losses, [])(cells)
+    return summarise(comparison, run_rows(comparison, cells), chosen)
+
+
+def test_tables(tmp_path: Path) -> None:
+    comparison = made(output=str(tmp_path), learning_rates=[0.1], methods=["lora", "dora", "vera"])
+    values = {
+        ("lora", 0): 1.0,
+        ("lora", 1): 1.2,
+        ("lora", 2): 1.1,
+        ("dora", 0): 0.8,
+        ("dora", 1): 1.1,
+        ("dora", 2): 0.9,
+    }
+    cells = final_cells(comparison, choose(comparison, fake(lambda _: 0.0, [])))
+    fake(lambda one: values.get((one.method, one.seed)), [])(cells)
+    rows = run_rows(comparison, cells)
+    summary = summarise(comparison, rows, choose(comparison, fake(lambda _: 0.0, [])))
+    lora, dora, vera = summary
+    assert (lora["mean"], lora["difference"]) == (pytest.approx(1.1), None)
+    assert dora["difference"] == pytest.approx(-1 / 6)
+    assert dora["p_holm"] == dora["p"] == pytest.approx(stats.ttest_rel([0.8, 1.1, 0.9], [1.0, 1.2, 1.1]).pvalue)
+    assert (vera["mean"], vera["failed"]) == (None, "no")
+    text = markdown(comparison, summary)
+    assert [line.split(" | ")[0] for line in text.splitlines()[4:]] == ["| dora", "| lora", "| vera"]  # less is better
+    assert "| 0.9333 ± 0.1528 | -0.1667 |" in text
+    assert "not possible" in text
+    assert r"dora & 0.9333 $\pm$ 0.1528 & -0.1667" in latex(comparison, summary)
+
+
+def test_text_is_escaped_in_latex(tmp_path: Path) -> None:
+    comparison = made(tasks={"a_b": TASK}, output=str(tmp_path), learning_rates=[1])
+    text = latex(comparison, summary_of(comparison, lambda _: 1.0))
+    assert r"a\_b: loss" in text
+
+
+# Whole comparisons
+
+
+@pytest.fixture
+def values(tmp_path: Path, model_folder: Path) -> dict[str, Any]:
+    """Two methods on text, with two rates and two seeds."""
+    data = small_runs.text(tmp_path)
+    texts = {"questions": str(tmp_path / "other.txt")}
+    Path(texts["questions"]).write_text("Question: which is the red fox?\n" * 9, encoding="utf-8")
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("The red river had a model.\nThe blue dog had a film.\n", encoding="utf-8")
+    return {
+        "methods": [{"kind": "lora", "r": 2}, {"kind": "prompt", "tokens": 2}],
+        "shared": {"model": {"path": str(model_folder), "context": 64}},
+        "tasks": {
+            "text": {
+                "data": data | {"validation": str(held_out)},
+                "stages": [small_runs.SFT],
+                "evaluation": {"texts": texts},
+            }
+        },
+        "learning_rates": [1e-3, 1e-2],
+        "seeds": [0, 1],
+        "output": str(tmp_path / "out"),
+    }
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Cells run without a process of their own; their names as they do."""
+    ran: list[str] = []
+
+    def run(recipe: Path, keep: bool, *_: Any) -> None:
+        ran.append(recipe.stem)
+        run_cell(recipe, keep)
+
+    monkeypatch.setattr(running, "_in_a_process", run)
+    return ran
+
+
+def test_a_comparison(values: dict[str, Any], in_this_process: list[str]) -> None:
+    results = compare(make_comparison(values), small_runs.silent())
+    assert len(in_this_process) == 2 * 2 + 2 * 2
+    lora, prompt = results["rows"]
+    assert (lora["metric"], set(lora["metrics"])) == ("loss", {"loss", "perplexity", "questions loss"})
+    assert lora["parameters"] > prompt["parameters"] > 0
+    assert lora["step_seconds"] > 0
+    assert lora["peak_memory"] > 2**20
+    runs = pl.read_parquet(Path(values["output"]) / "runs.parquet")
+    assert runs["part"].value_counts(sort=True).rows() == [("search", 4), ("final", 4)] or len(runs) == 8
+    assert "metric: questions loss" in runs.columns
+
+    # again: nothing is run, all is as it was
+    assert compare(make_comparison(values), small_runs.silent()) == results
+    assert len(in_this_process) == 8
+    # one seed more, of two methods
+    compare(make_comparison(values | {"seeds": [0, 1, 2]}), small_runs.silent())
+    assert len(in_this_process) == 10
+    # no models are kept
+    folders = [path for path in (Path(values["output"]) / "cells").iterdir() if path.is_dir()]
+    assert not any((folder / name).exists() for folder in folders for name in ("stages", "adapter"))
+
+
+def test_a_cell_runs_again_by_one_command_to_the_same_number(
+    values: dict[str, Any], in_this_process: list[str], tmp_path: Path
+) -> None:
+    comparison = make_comparison(values | {"learning_rates": [1e-2], "keep": "adapters"})
+    compare(comparison, small_runs.silent())
+    cells = Path(values["output"]) / "cells"
+    recipe = sorted(cells.glob("text-lora-*-seed1-*.yaml"))[0]
+    kept = json.loads(recipe.with_suffix(".json").read_text())
+    assert (recipe.with_suffix("") / "adapter" / "adapter_config.json").is_file()
+    assert main(["train", str(recipe), f"output={tmp_path / 'again'}"]) == 0
+    again = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert again["rows"][-1]["metrics"] == kept["rows"][-1]["metrics"]
+
+
+def test_processes_of_their_own_give_the_same(values: dict[str, Any], tmp_path: Path) -> None:
+    values = values | {"learning_rates": [1e-2], "seeds": [0], "processes": 2}
+    comparison = make_comparison(values)
+    results = compare(comparison, small_runs.silent())
+    [one] = [row for row in results["rows"] if row["method"] == "lora"]
+    recipe = load_recipe(
+        next((Path(values["output"]) / "cells").glob("text-lora-*.yaml")), [f"output={tmp_path / 'b'}"]
+    )
+    assert Run(recipe, small_runs.silent())()["rows"][-1]["metrics"] == pytest.approx(one["metrics"], rel=1e-5)
+
+
+def test_a_method_that_a_model_cannot_carry_is_told(values: dict[str, Any], in_this_process: list[str]) -> None:
+    values = values | {"methods": ["lora", "bitfit"], "learning_rates": [1e-2], "seeds": [0]}
+    console = small_runs.silent()
+    bitfit = compare(make_comparison(values), console)["rows"][1]
+    assert bitfit["mean"] is None
+    assert "bitfit trains biases" in bitfit["failed"]
+    assert "text, bitfit: adapter.kind bitfit trains biases" in small_runs.printed(console)
+
+
+def test_a_process_that_dies_is_told_with_its_log(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "_in_a_process", lambda recipe, *_: running._log(recipe).write_text("Killed\n"))
+    with pytest.raises(UserError, match=r"ended without a result: Killed \(all of it: .*\.log\)"):
+        compare(make_comparison(values), small_runs.silent())
+
+
+def test_results_of_another_version(values: dict[str, Any], in_this_process: list[str]) -> None:
+    comparison = make_comparison(values | {"learning_rates": [1e-2], "seeds": [0]})
+    compare(comparison, small_runs.silent())
+    path = next((Path(values["output"]) / "cells").glob("*lora*.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
+    with pytest.raises(UserError, match="is of version 99, and this is 1"):
+        compare(comparison, small_runs.silent())
+    path.write_text("{")
+    with pytest.raises(UserError, match="is no result of a run"):
+        compare(comparison, small_runs.silent())
+
+
+def test_an_output_that_is_something_else(values: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds something other than a comparison"):
+        compare(make_comparison(values | {"output": str(tmp_path)}), small_runs.silent())
+
+
+def test_the_command(values: dict[str, Any], in_this_process: list[str], tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(json.dumps(values), encoding="utf-8")
+    assert load_comparison(file).methods[1].name == "prompt"
+    assert main(["compare", str(file), "seeds=[0]", "learning_rates=[0.01]", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["runs"] == 2
+    assert main(["compare", str(file), "against=dora"]) == 2
+    assert "against 'dora' is none of the methods" in capsys.readouterr().err
+
+
+# Two commands at a time
+
+
+def test_a_cell_that_another_command_runs_is_waited_for(values: dict[str, Any], tmp_path: Path) -> None:
+    recipe = tmp_path / "cell.yaml"
+    recipe.with_name("cell.yaml.claim").write_text(f"{socket.gethostname()} {os.getpid()}")  # alive
+    waiting = threading.Thread(target=running._finish, args=((str(recipe), False),))
+    waiting.start()
+    assert waiting.is_alive()
+    (tmp_path / "cell.json").write_text("{}")
+    waiting.join(timeout=10)
+    assert not waiting.is_alive()
+
+
+@pytest.mark.parametrize("claim", ["dead", "stale"])
+def test_the_claim_of_a_command_that_died_is_taken_over(
+    claim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, path = tmp_path / "cell.yaml", tmp_path / "cell.yaml.claim"
+    path.write_text(f"{socket.gethostname()} 4194305" if claim == "dead" else "elsewhere 1")
+    if claim == "stale":
+        os.utime(path, (1, 1))
+    monkeypatch.setattr(running, "_in_a_process", lambda *_: (tmp_path / "cell.json").write_text("{}"))
+    running._finish((str(recipe), False))
+    assert not path.exists()
