@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
 import socket
 import threading
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +28,7 @@ from rankwise.errors import UserError
 from rankwise.recipes import load_comparison, load_recipe, make_comparison
 from rankwise.run import Run
 from rankwise.schema import Comparison
-
-TASK = {"data": {"kind": "text", "train": "a.txt", "validation": "b.txt"}, "stages": [{"kind": "sft", "epochs": 2}]}
-VALUES: dict[str, Any] = {
-    "methods": ["lora", {"kind": "milora", "r": 4, "name": "small"}],
-    "tasks": {"stories": TASK},
-    "learning_rates": [1e-3, 1e-2, 1e-1, 1],
-    "output": "out",
-}
-
-
-def made(**changes: Any) -> Comparison:
-    return make_comparison(copy.deepcopy(VALUES) | changes)
+from small_comparisons import TASK, fake, made, summary_of
 
 
 def cell(comparison: Comparison, number: int = 0, part: str = "search", **setting: Any) -> Cell:
@@ -136,21 +123,6 @@ def test_mistakes_that_are_told_before_any_run(changes: dict[str, Any], message:
 # Choices, with results that are made up
 
 
-def fake(losses: Callable[[Cell], float | None], seen: list[list[Cell]]) -> Callable[[Sequence[Cell]], None]:
-    """Runs cells by writing what a function of them says."""
-
-    def run(cells: Sequence[Cell]) -> None:
-        seen.append(list(cells))
-        for one in cells:
-            one.folder.parent.mkdir(parents=True, exist_ok=True)
-            loss = losses(one)
-            rows = [{"name": "sft", "metrics": {"loss": loss}, "cases": 3}]
-            figures = {"version": 1, "failed": None if loss is not None else "no", "rows": rows, "columns": ["loss"]}
-            one.beside(".json").write_text(json.dumps(figures | {"parameters": 5, "step_seconds": 0.5}))
-
-    return run
-
-
 def test_halving_keeps_the_best(tmp_path: Path) -> None:
     seen: list[list[Cell]] = []
     best = {"lora": 1e-2, "small": 1.0}
@@ -219,14 +191,6 @@ def test_holm_by_hand() -> None:
 
 
 # Tables
-
-
-def summary_of(comparison: Comparison, losses: Callable[[Cell], float | None]) -> list[dict[str, Any]]:
-    """The summary of a comparison whose results are made up."""
-    chosen = choose(comparison, fake(losses, []))
-    cells = final_cells(comparison, chosen)
-    fake(losses, [])(cells)
-    return summarise(comparison, run_rows(comparison, cells), chosen)
 
 
 def test_tables(tmp_path: Path) -> None:

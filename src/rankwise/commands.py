@@ -216,13 +216,14 @@ def methods(arguments: Arguments, console: Console) -> Any:
 
 
 def report(arguments: Arguments, console: Console) -> Any:
-    """Write a run's page; of several runs that differ in their seed, print mean and standard deviation."""
+    """Write the page of a run or a comparison; of several runs that differ in their seed, print mean and deviation."""
     from rankwise.analysis.report import write_report
     from rankwise.analysis.tables import combined, result_markdown, result_table
+    from rankwise.comparing.report import SUMMARY, write_comparison_report
 
     runs = [Path(run) for run in arguments.runs]
     if len(runs) == 1:
-        page = write_report(runs[0])
+        page = write_comparison_report(runs[0]) if (runs[0] / SUMMARY).is_file() else write_report(runs[0])
         console.print(f"report: {page}", highlight=False)
         return {"report": str(page)}
     results = combined(runs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -44,14 +45,26 @@ def render(run: Run) -> str:
         sections.versions_section(run),
         sections.absent_section(run),
     ]
-    joined = "\n".join(part for part in body if part)
+    return page(_name(run), _header(run), body)
+
+
+def page(title: str, header: str, sections_: Sequence[str]) -> str:
+    """A whole page that needs no network.
+
+    Args:
+        title: of the page, as text.
+        header: HTML.
+        sections_: HTML of each; empty ones are left out.
+    """
+    joined = "\n".join(part for part in sections_ if part)
     return Template(_part("page.html")).substitute(
-        title=escape(_name(run)),
+        title=escape(title),
         style=_part("page.css"),
-        header=_header(run),
+        header=header,
         sections=joined,
         footer=f"Written by rankwise {__version__}. This page holds everything it shows and loads nothing.",
-        scripts=_scripts() if 'class="plot"' in joined else "",
+        scripts=(_scripts() if 'class="plot"' in joined else "")
+        + (f"\n<script>\n{_part('sort.js')}</script>" if "sortable" in joined else ""),
     )
 
 

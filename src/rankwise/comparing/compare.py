@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from rankwise.analysis.drawing import is_finite
 from rankwise.comparing.cells import CELLS, Cell, Setting, make_cell, settings
 from rankwise.comparing.choosing import Key, choose
+from rankwise.comparing.report import SUMMARY, write_comparison_report
 from rankwise.comparing.running import run_cells
 from rankwise.comparing.summary import latex, markdown, run_rows, summarise, terminal_tables, write_runs
 from rankwise.errors import UserError
 from rankwise.files import write_json, write_text
+from rankwise.run import versions
 from rankwise.schema import Comparison
 from rankwise.tasks.load import check_files
-
-SUMMARY = "summary.json"
 
 
 def compare(comparison: Comparison, console: Console, cluster: bool = False) -> dict[str, Any]:
@@ -55,19 +55,35 @@ def compare(comparison: Comparison, console: Console, cluster: bool = False) -> 
     rows = run_rows(comparison, cells)
     write_runs(folder, rows)
     found = summarise(comparison, rows, chosen)
-    results = {"name": comparison.name, "rows": found, "runs": len(rows)}
-    results = _without_nan(results)
+    results = {
+        "name": comparison.name,
+        "against": comparison.baseline,
+        "seeds": comparison.seeds,
+        "rows": found,
+        "runs": len(rows),
+        "search": _searched(rows),
+        "base": {row["task"]: row["base"] for row in rows if row["base"]},
+        "comparison": comparison.model_dump(mode="json"),
+        "versions": versions(),
+    }
     write_json(folder / SUMMARY, results)
     write_text(folder / "table.md", markdown(comparison, found))
     write_text(folder / "table.tex", latex(comparison, found))
-    write_text(folder / "comparison.json", comparison.model_dump_json(indent=2))
     for table in terminal_tables(comparison, found):
         console.print(table)
     for row in found:
         if row["failed"]:
             console.print(f"  {row['task']}, {row['method']}: {row['failed']}", style="dim", highlight=False)
     console.print(f"runs: {folder / 'runs.parquet'}; tables: {folder / 'table.md'}, table.tex", highlight=False)
+    console.print(f"report: {write_comparison_report(folder)}", highlight=False)
     return results
+
+
+def _searched(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the search measured, a row a run."""
+    names = ("task", "method", "learning_rate", "rank", "share", "value")
+    searched = [{name: row[name] for name in names} for row in rows if row["part"] == "search"]
+    return [row | {"value": row["value"] if is_finite(row["value"]) else None} for row in searched]
 
 
 def check(comparison: Comparison) -> None:
@@ -96,9 +112,3 @@ def final_cells(comparison: Comparison, chosen: dict[Key, Setting]) -> list[Cell
         for seed in comparison.seeds
         for entry in comparison.methods
     ]
-
-
-def _without_nan(results: dict[str, Any]) -> dict[str, Any]:
-    """The same with null for NaN, which JSON has not."""
-    plain: dict[str, Any] = json.loads(json.dumps(results), parse_constant=lambda _: None)
-    return plain

@@ -83,8 +83,9 @@ def summarise(
     Returns:
         ``task``, ``method``, ``title``, ``paper``, the chosen ``learning_rate`` and ``rank``; ``metric`` with ``mean``,
         ``deviation``, ``low``, ``high`` and ``values`` by seed; ``difference`` from the baseline with its interval, the
-        paired t-test's ``p`` and ``p_holm`` over the task's methods; ``parameters``, ``step_seconds`` (median),
-        ``peak_memory`` (largest); means of all ``metrics``; and ``failed``, the first mistake of a run.
+        paired t-test's ``p`` and ``p_holm`` over the task's methods (None with one seed); ``parameters``,
+        ``step_seconds`` (median), ``peak_memory`` (largest); means of all ``metrics``; and ``failed``, the first
+        mistake of a run.
     """
     found = []
     for task in comparison.tasks:
@@ -109,8 +110,13 @@ def summarise(
             )
         for row, p in zip(made, holm([row["p"] for row in made]), strict=True):
             row["p_holm"] = p
-        found += made
+        found += [{name: _known(value) for name, value in row.items()} for row in made]
     return found
+
+
+def _known(value: Any) -> Any:
+    """None for NaN, which JSON has not."""
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _of(rows: Sequence[Mapping[str, Any]], task: str, method: str) -> list[Mapping[str, Any]]:
@@ -173,9 +179,9 @@ def grid(summary: Sequence[Mapping[str, Any]], task: str) -> list[list[str]]:
 def _texts(row: Mapping[str, Any]) -> list[str]:
     if row["mean"] is None:
         return [row["method"], "not possible" if row["failed"] else "-", *["-"] * (len(HEAD) - 2)]
-    score = f"{row['mean']:.4f}" + ("" if math.isnan(row["deviation"]) else f" ± {row['deviation']:.4f}")
+    score = f"{row['mean']:.4f}" + ("" if row["deviation"] is None else f" ± {row['deviation']:.4f}")
     difference = "-" if row["difference"] is None else f"{row['difference']:+.4f}"
-    p = "-" if math.isnan(row["p_holm"]) else f"{row['p_holm']:.2g}"
+    p = "-" if row["p_holm"] is None else f"{row['p_holm']:.2g}"
     left = row["parameters_left"]
     parameters = f"{row['parameters']:,}" + (f", {left:,.0f} left" if left is not None else "")
     step = "-" if row["step_seconds"] is None else f"{1000 * row['step_seconds']:.1f}"
@@ -200,7 +206,7 @@ def terminal_tables(comparison: Comparison, summary: Sequence[Mapping[str, Any]]
     for task in comparison.tasks:
         table = Table(title=caption(comparison, summary, task), title_justify="left", box=None)
         for number, heading in enumerate(HEAD):
-            table.add_column(heading, justify="left" if number == 0 else "right")
+            table.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
         for texts in grid(summary, task):
             table.add_row(*texts)
         tables.append(table)

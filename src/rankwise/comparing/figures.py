@@ -1,0 +1,148 @@
+"""Figures of a comparison: scores with their intervals, scores against cost and forgetting, and the search."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from rankwise.analysis.drawing import COLORS, axes, is_finite
+from rankwise.comparing.choosing import is_lower_better
+
+Rows = Sequence[Mapping[str, Any]]
+LINES = ("#2f81d6", "#d9601a", "#8f6bd1", "#2a9d6f", "#c2417c", "#9a7b1c", "#5b7f95", "#b4553b")
+DASHES = ("solid", "dash", "dot")
+
+
+def score_figure(rows: Rows, metric: str) -> go.Figure:
+    """Each method's mean with its 95 % interval, and a dot for each seed; the best on top."""
+    ordered = sorted(rows, key=lambda row: row["mean"], reverse=not is_lower_better(metric))[::-1]
+    names = [row["method"] for row in ordered]
+    figure = go.Figure(layout=axes("Scores", f"{metric}, mean with its 95 % interval", ""))
+    seeds = [(value, row["method"]) for row in ordered for value in row["values"].values()]
+    figure.add_trace(
+        go.Scatter(
+            x=[value for value, _ in seeds],
+            y=[name for _, name in seeds],
+            name="a seed",
+            mode="markers",
+            marker={"color": COLORS["text"], "size": 6, "opacity": 0.6},
+            hovertemplate="%{y}: %{x:.4~g}<extra></extra>",
+        )
+    )
+    ends = [row["high"] - row["mean"] if is_finite(row["high"]) else 0.0 for row in ordered]
+    figure.add_trace(
+        go.Scatter(
+            x=[row["mean"] for row in ordered],
+            y=names,
+            name="mean",
+            mode="markers",
+            marker={"color": COLORS["training"], "size": 9},
+            error_x={"type": "data", "array": ends, "color": COLORS["training"], "thickness": 2, "width": 5},
+            hovertemplate="%{y}: %{x:.4~g}<extra></extra>",
+        )
+    )
+    figure.update_yaxes(type="category", ticklabelstandoff=8)
+    figure.update_xaxes(showgrid=True)
+    figure.update_layout(height=max(220, 110 + 26 * len(names)), hovermode="closest")
+    return figure
+
+
+def cost_figure(rows: Rows, metric: str) -> go.Figure:
+    """Score against trained parameters, on a log scale."""
+    figure = _labelled(rows, [row["parameters"] for row in rows], metric, f"{metric} by trained parameters")
+    figure.update_xaxes(type="log", title={"text": "trained parameters (log scale)"}, showgrid=True)
+    return figure
+
+
+def forgetting_figure(rows: Rows, metric: str, text: str, base: float) -> go.Figure:
+    """Score against what the loss on a text rose by, in nats a token; a line joins what no other method beats in both.
+
+    Args:
+        rows: of the methods.
+        metric: that decides.
+        text: name of the metric of the text.
+        base: its value before training.
+    """
+    known = [row for row in rows if is_finite(row["metrics"].get(text))]
+    rises = [row["metrics"][text] - base for row in known]
+    name = text.removesuffix(" loss")
+    figure = _labelled(known, rises, metric, f"What was learnt, and what was forgotten of {name}")
+    front = pareto([(rise, row["mean"]) for rise, row in zip(rises, known, strict=True)], is_lower_better(metric))
+    figure.add_trace(
+        go.Scatter(
+            x=[x for x, _ in front],
+            y=[y for _, y in front],
+            name="not beaten in both",
+            mode="lines",
+            line={"color": COLORS["evaluation"], "width": 1.5, "dash": "dot"},
+            hoverinfo="skip",
+        )
+    )
+    figure.update_xaxes(title={"text": f"rise of the loss on {name}, nats a token (less is better)"}, showgrid=True)
+    return figure
+
+
+def pareto(points: Sequence[tuple[float, float]], lower: bool) -> list[tuple[float, float]]:
+    """The points that no other one is at least as good as in both, and better in one: x low, y low or high."""
+    sign = 1.0 if lower else -1.0
+    front: list[tuple[float, float]] = []
+    best = math.inf
+    for x, y in sorted(points, key=lambda point: (point[0], sign * point[1])):
+        if sign * y < best:
+            best = sign * y
+            front.append((x, y))
+    return front
+
+
+def _labelled(rows: Rows, x: Sequence[float | int], metric: str, title: str) -> go.Figure:
+    figure = go.Figure(layout=axes(title, "", metric))
+    figure.add_trace(
+        go.Scatter(
+            x=list(x),
+            y=[row["mean"] for row in rows],
+            text=[row["method"] for row in rows],
+            name="a method",
+            mode="markers+text",
+            textposition="top center",
+            textfont={"size": 11},
+            marker={"color": COLORS["training"], "size": 9},
+            hovertemplate="%{text}: %{y:.4~g}, %{x:.4~s}<extra></extra>",
+            cliponaxis=False,
+        )
+    )
+    figure.update_layout(hovermode="closest", showlegend=False, height=360)
+    return figure
+
+
+def search_figure(search: Rows, metric: str) -> go.Figure | None:
+    """The first round's scores on held-out data by learning rate, a line a method; None where nothing was searched."""
+    if not search:
+        return None
+    first = min(row["share"] for row in search)
+    figure = go.Figure(layout=axes("Learning rates", "learning rate (log scale)", f"{metric} on held-out data"))
+    names = list(dict.fromkeys(row["method"] for row in search))
+    for number, name in enumerate(names):
+        found = [row for row in search if row["method"] == name and row["share"] == first and is_finite(row["value"])]
+        best: dict[float, float] = {}  # of the ranks tried at a rate
+        for row in found:
+            choose = min if is_lower_better(metric) else max
+            best[row["learning_rate"]] = choose(best.get(row["learning_rate"], row["value"]), row["value"])
+        rates = sorted(best)
+        line = {"color": LINES[number % len(LINES)], "width": 2, "dash": DASHES[number // len(LINES) % len(DASHES)]}
+        figure.add_trace(
+            go.Scatter(
+                x=rates,
+                y=[best[rate] for rate in rates],
+                name=name,
+                mode="lines+markers",
+                line=line,
+                hovertemplate="%{y:.4~g}",
+            )
+        )
+    figure.update_xaxes(type="log", tickvals=sorted({row["learning_rate"] for row in search}), showgrid=True)
+    legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top"}
+    figure.update_layout(legend=legend, height=380 + 8 * len(names))
+    return figure

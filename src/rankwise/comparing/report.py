@@ -1,0 +1,170 @@
+"""A comparison as one page: which method to take first, then tables, figures, settings and how to run it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from rankwise.analysis.drawing import is_finite
+from rankwise.analysis.markup import Cell, muted, pairs_table, plot, section, table
+from rankwise.analysis.report import page
+from rankwise.comparing.choosing import is_lower_better
+from rankwise.comparing.figures import cost_figure, forgetting_figure, score_figure, search_figure
+from rankwise.comparing.statistics import holm, paired
+from rankwise.comparing.summary import HEAD, grid
+from rankwise.errors import UserError
+from rankwise.files import write_text
+
+LEVEL = 0.05
+SUMMARY = "summary.json"
+Rows = Sequence[Mapping[str, Any]]
+
+
+def write_comparison_report(folder: Path) -> Path:
+    """Write ``report.html`` from a comparison's ``summary.json``; returns its path.
+
+    Raises:
+        UserError: the folder is no finished comparison's.
+    """
+    path = Path(folder) / SUMMARY
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        text = render_comparison(results)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no finished comparison's ({error!r}): run `rankwise compare` again") from error
+    write_text(path.with_name("report.html"), text)
+    return path.with_name("report.html")
+
+
+def render_comparison(results: Mapping[str, Any]) -> str:
+    """The page of what ``summary.json`` holds."""
+    tasks = list(dict.fromkeys(row["task"] for row in results["rows"]))
+    body = [_task_section(results, task) for task in tasks]
+    return page(str(results["name"]), _header(results, tasks), [*body, _settings(results), _versions(results)])
+
+
+def _header(results: Mapping[str, Any], tasks: Sequence[str]) -> str:
+    rows = results["rows"]
+    facts = {
+        "methods": f"{len({row['method'] for row in rows})}",
+        "tasks": f"{len(tasks)}",
+        "seeds": f"{len(results['seeds'])}",
+        "runs": f"{results['runs']:,}, {len(results['search']):,} of them to choose settings",
+    }
+    found = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
+    leads = "".join(f'<p class="lead">{escape(advice(results, task))}</p>' for task in tasks)
+    title = f'<p class="kind">rankwise comparison</p>\n<h1>{escape(str(results["name"]))}</h1>'
+    return f'{title}\n{leads}\n<dl class="facts">{found}</dl>'
+
+
+def advice(results: Mapping[str, Any], task: str) -> str:
+    """Which method to take: the best, or the cheapest of those that the seeds do not tell apart from it."""
+    rows = _scored(results, task)
+    if not rows:
+        return f"{task}: no method gave a score."
+    metric = rows[0]["metric"]
+    best = rows[0]
+    start = f"{task}: {best['method']} has the best {metric}, {best['mean']:.4g}"
+    if len(best["values"]) < 2:
+        return f"{start}; one seed tells no differences."
+    others = rows[1:]
+    tests = [paired(_values(best), _values(row)) for row in others]
+    p = holm([float("nan") if test is None else test.p for test in tests])
+    alike = [best, *(row for row, value in zip(others, p, strict=True) if not value < LEVEL)]
+    cheapest = min(alike, key=lambda row: row["parameters"])
+    if cheapest is best and len(alike) == 1:
+        return f"{start}, better than every other by a paired test."
+    if cheapest is best:
+        return f"{start}, with the fewest parameters ({best['parameters']:,}) of those not told apart by the seeds."
+    return (
+        f"{start}, with {best['parameters']:,} parameters. The seeds do not tell {len(alike) - 1} more apart from it; "
+        f"of all these, {cheapest['method']} ({cheapest['mean']:.4g}) trains the fewest, {cheapest['parameters']:,}."
+    )
+
+
+def _values(row: Mapping[str, Any]) -> dict[int, float]:
+    return {int(seed): value for seed, value in row["values"].items()}
+
+
+def _scored(results: Mapping[str, Any], task: str) -> list[Mapping[str, Any]]:
+    """The task's methods that have a score, the best first."""
+    rows = [row for row in results["rows"] if row["task"] == task and is_finite(row["mean"])]
+    return sorted(rows, key=lambda row: row["mean"], reverse=bool(rows) and not is_lower_better(rows[0]["metric"]))
+
+
+def _task_section(results: Mapping[str, Any], task: str) -> str:
+    rows = _scored(results, task)
+    if not rows:
+        reasons = [f"{row['method']}: {row['failed']}" for row in results["rows"] if row["task"] == task]
+        return section(task, "".join(map(muted, reasons)))
+    metric, base = rows[0]["metric"], results["base"].get(task) or {}
+    better = "less" if is_lower_better(metric) else "more"
+    caption = (
+        f"{metric} ({better} is better): mean and standard deviation over the seeds, difference from "
+        f"{results['against']}, and p of a paired t-test by Holm's correction. A heading sorts."
+    )
+    cells: list[list[Cell]] = [[(text, "") for text in texts] for texts in grid(results["rows"], task)]
+    parts = [table(caption, HEAD, cells, kind=" sortable")]
+    if is_finite(base.get(metric)):
+        parts.append(muted(f"Before any training: {metric} {base[metric]:.4g}."))
+    parts += [
+        muted(f"{row['method']}: {row['failed']}") for row in results["rows"] if row["task"] == task and row["failed"]
+    ]
+    lead = (
+        f"{rows[0]['method']} is best with {rows[0]['mean']:.4g}, {rows[-1]['method']} last with {rows[-1]['mean']:.4g}"
+    )
+    figures = [plot(score_figure(rows, metric), f"{task}-scores", lead)]
+    figures.append(plot(cost_figure(rows, metric), f"{task}-cost", _cost_words(rows)))
+    for name in rows[0]["metrics"]:
+        if name.endswith(" loss") and is_finite(base.get(name)):
+            figure = forgetting_figure(rows, metric, name, base[name])
+            figures.append(plot(figure, f"{task}-{name.replace(' ', '-')}", _forgetting_words(rows, name, base[name])))
+            parts.append(_forgetting_table(rows, name, base[name]))
+    found = search_figure([row for row in results["search"] if row["task"] == task], metric)
+    if found is not None:
+        figures.append(plot(found, f"{task}-search", "the first round of the search; settings were chosen by it alone"))
+    return section(task, "\n".join(parts) + f'\n<div class="plots">{"".join(figures)}</div>')
+
+
+def _cost_words(rows: Rows) -> str:
+    least, most = (pick(rows, key=lambda row: row["parameters"]) for pick in (min, max))
+    return (
+        f"{least['method']} trains {least['parameters']:,} parameters, {most['method']} {most['parameters']:,}: "
+        f"{least['mean']:.4g} and {most['mean']:.4g}"
+    )
+
+
+def _forgetting_words(rows: Rows, name: str, base: float) -> str:
+    known = [row for row in rows if is_finite(row["metrics"].get(name))]
+    least, most = (pick(known, key=lambda row: row["metrics"][name]) for pick in (min, max))
+    return (
+        f"{least['method']} forgets least ({least['metrics'][name] - base:+.4f} nats), "
+        f"{most['method']} most ({most['metrics'][name] - base:+.4f})"
+    )
+
+
+def _forgetting_table(rows: Rows, name: str, base: float) -> str:
+    caption = f"{name} before training {base:.4f} nats a token; after it, mean over the seeds. A heading sorts."
+    cells: list[list[Cell]] = [
+        [(row["method"], ""), (f"{row['metrics'][name]:.4f}", ""), (f"{row['metrics'][name] - base:+.4f}", "")]
+        for row in sorted(rows, key=lambda row: row["metrics"][name])
+    ]
+    return table(caption, ["method", name, "rise"], cells, kind=" narrow sortable")
+
+
+def _settings(results: Mapping[str, Any]) -> str:
+    text = json.dumps(results["comparison"], indent=2, ensure_ascii=False)
+    words = (
+        "The comparison as it was run. <code>rankwise compare</code> goes on with it; <code>rankwise train "
+        "cells/NAME.yaml output=FOLDER</code> runs any single cell again, to the same number on the same machine."
+    )
+    body = f'<p class="muted">{words}</p><pre tabindex="0" aria-label="comparison">{escape(text)}</pre>'
+    return section("Settings", body)
+
+
+def _versions(results: Mapping[str, Any]) -> str:
+    written = {str(name): str(value) for name, value in results["versions"].items()}
+    return section("Versions", pairs_table("What the runs stood on.", ["name", "version"], written))

@@ -1,0 +1,143 @@
+"""The page of a comparison: what it advises, shows, escapes and sorts."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import small_runs
+from rankwise.cli import main
+from rankwise.comparing import compare as comparing
+from rankwise.comparing.cells import Cell
+from rankwise.comparing.figures import pareto, search_figure
+from rankwise.comparing.report import advice, render_comparison, write_comparison_report
+from rankwise.errors import UserError
+from small_comparisons import TASK, fake, made
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Those of a comparison on two tasks whose runs are made up."""
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("A text.", encoding="utf-8")
+    data = {"kind": "text", "train": str(tmp_path / "a.txt"), "validation": str(tmp_path / "b.txt")}
+    tasks = {"stories": TASK | {"data": data}, "maths": TASK | {"data": data, "name": "m"}}
+    comparison = made(
+        name=f"small {EVIL}",
+        methods=["lora", "milora", "full", "bitfit"],
+        tasks={name: {key: value for key, value in task.items() if key != "name"} for name, task in tasks.items()},
+        learning_rates=[1e-3, 1e-2],
+        output=str(tmp_path / "out"),
+    )
+
+    def loss(cell: Cell) -> float | None:
+        noise = random.Random(f"{cell.method} {cell.seed}").gauss(0, 0.01)
+        means = {"lora": 2.0, "milora": 1.9, "full": 1.9}
+        return means[cell.method] + noise if cell.method != "bitfit" else None
+
+    def run(cells: Any, processes: int, keep: bool, told: Any, cluster: bool) -> None:
+        fake(loss, [])(cells)
+        for cell in cells:
+            path = cell.beside(".json")
+            kept = json.loads(path.read_text())
+            kept["parameters"] = {"lora": 200, "milora": 200, "full": 9000, "bitfit": None}[cell.method]
+            kept["rows"][-1]["metrics"]["films loss"] = {"lora": 2.5, "milora": 2.2, "full": 3.0, "bitfit": 2.0}[
+                cell.method
+            ]
+            if cell.recipe.evaluation.base:
+                kept["rows"].insert(0, {"name": "base model", "metrics": {"loss": 3.0, "films loss": 2.0}})
+            path.write_text(json.dumps(kept))
+
+    monkeypatch.setattr(comparing, "run_cells", run)
+    return comparing.compare(comparison, small_runs.silent())
+
+
+def test_what_it_advises(results: dict[str, Any]) -> None:
+    said = advice(results, "stories")
+    best = min(("milora", "full"), key=lambda name: next(r["mean"] for r in results["rows"] if r["method"] == name))
+    assert said.startswith(f"stories: {best} has the best loss")
+    assert ("milora (" in said) == (best == "full")
+
+
+def test_one_seed_tells_nothing(results: dict[str, Any]) -> None:
+    for row in results["rows"]:
+        row["values"] = dict(list(row["values"].items())[:1])
+    assert advice(results, "stories").endswith("one seed tells no differences.")
+
+
+def test_the_page_is_whole(results: dict[str, Any], tmp_path: Path) -> None:
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page == render_comparison(json.loads((tmp_path / "out" / "summary.json").read_text()))
+    assert page.count("<script>alert") == 0
+    assert "&lt;script&gt;alert(1)" in page
+    without_scripts = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", without_scripts)
+    assert page.count('class="scroll sortable"') == 2
+    assert page.count('class="scroll narrow sortable"') == 2
+    assert "milora forgets least (+0.2000 nats), full most (+1.0000)" in page
+    assert "bitfit: no" in page
+    assert (tmp_path / "out" / "report.html").stat().st_size < 6e6
+
+
+def test_the_command_writes_it_again(results: dict[str, Any], tmp_path: Path) -> None:
+    page = tmp_path / "out" / "report.html"
+    before = page.read_text()
+    page.unlink()
+    assert main(["report", str(tmp_path / "out")]) == 0
+    assert page.read_text() == before
+    (tmp_path / "out" / "summary.json").write_text("{}")
+    with pytest.raises(UserError, match="is no finished comparison"):
+        write_comparison_report(tmp_path / "out")
+
+
+def test_a_front_has_what_is_not_beaten_in_both() -> None:
+    points = [(1.0, 5.0), (2.0, 4.0), (2.0, 6.0), (3.0, 4.5), (4.0, 1.0)]
+    assert pareto(points, lower=True) == [(1.0, 5.0), (2.0, 4.0), (4.0, 1.0)]
+    assert pareto(points, lower=False) == [(1.0, 5.0), (2.0, 6.0)]
+
+
+def test_the_search_shows_its_first_round_and_the_best_rank() -> None:
+    rows = [
+        {"method": "lora", "learning_rate": 0.1, "rank": rank, "share": share, "value": value}
+        for rank, share, value in ((2, 0.25, 3.0), (4, 0.25, 2.0), (4, 0.5, 1.0))
+    ]
+    figure = search_figure(rows, "loss")
+    assert figure is not None
+    assert list(figure.data[0].y) == [2.0]
+    assert search_figure([], "loss") is None
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+def test_a_browser_draws_and_sorts_it(results: dict[str, Any], tmp_path: Path) -> None:
+    page = tmp_path / "out" / "report.html"
+    click = "<script>document.querySelectorAll('.sortable thead button')[4].click();</script></body>"
+    html = page.read_text(encoding="utf-8")
+    (tmp_path / "clicked.html").write_text(html.replace("</body>", click), encoding="utf-8")
+    words = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync", "--disable-quic"]
+    words += [
+        "--disable-background-networking",
+        "--disable-component-update",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    words += ["--enable-logging=stderr", "--virtual-time-budget=10000", "--dump-dom"]
+    command = [str(CHROMIUM), *words, (tmp_path / "clicked.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr
+    assert done.stdout.count('class="plot js-plotly-plot"') == 8
+    first = done.stdout[done.stdout.index("<tbody>") : done.stdout.index("</tbody>")]
+    names = re.findall(r'<th scope="row">(\w+)</th>', first)
+    assert names[2:] == ["full", "bitfit"]  # by parameters, the largest of them, and what has none
+    assert 'aria-sort="ascending"' in done.stdout
+    assert math.isfinite(results["rows"][0]["mean"])
