@@ -46,6 +46,9 @@ SECTIONS: dict[str, tuple[type[schema.Section], ...]] = {
     "stages.thresholds": (schema.RisingThresholds,),
     "evaluation": (schema.EvaluationSettings,),
     "export": (schema.ExportSettings,),
+    "A comparison": (schema.Comparison,),
+    "methods": (schema.MethodEntry,),
+    "search": (schema.Search,),
 }
 HEAD = """# Recipes
 
@@ -88,10 +91,10 @@ def page() -> str:
     """The whole page."""
     parts = [HEAD]
     for title, sections in SECTIONS.items():
-        parts.append(f"## {title}\n" if title == "Recipe" else f"## `{title}`\n")
+        parts.append(f"## {title}\n" if title[0].isupper() else f"## `{title}`\n")
         for section in sections:
             kind = section.model_fields.get("kind")
-            if kind is not None:
+            if kind is not None and get_args(kind.annotation):
                 parts.append(f"### kind: {get_args(kind.annotation)[0]}\n")
             parts.append(f"{(section.__doc__ or '').strip()}\n\n{table(section)}\n")
     return "\n".join(parts)

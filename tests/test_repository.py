@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import importlib.resources
+import itertools
 import re
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import rankwise
-from rankwise.recipes import load_recipe
+from rankwise.comparing.cells import make_cell, settings
+from rankwise.recipes import load_comparison, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE_FOLDERS = ("src", "scripts", "benchmarks")
@@ -183,4 +185,10 @@ def test_the_page_of_recipes_is_what_the_schema_says() -> None:
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
 def test_examples_are_valid(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANKWISE_DATA", "data")
+    if "methods:" in example.read_text(encoding="utf-8"):
+        comparison = load_comparison(example)
+        for task, entry in itertools.product(comparison.tasks, comparison.methods):
+            for part in ("search", "final"):
+                assert make_cell(comparison, task, entry, settings(comparison, entry)[0], 0, 1.0, part).recipe.stages
+        return
     assert load_recipe(example).stages

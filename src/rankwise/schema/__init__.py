@@ -16,7 +16,7 @@ from rankwise.schema.adapters import (
     VeraSettings,
 )
 from rankwise.schema.base import EMBEDDED, Layout, Section
-from rankwise.schema.comparison import Comparison, MethodEntry
+from rankwise.schema.comparison import Comparison, MethodEntry, Search
 from rankwise.schema.data import (
     ChoiceData,
     ClassificationData,
@@ -66,6 +66,7 @@ __all__ = [
     "RecommendationSettings",
     "RisingThresholds",
     "SdpoData",
+    "Search",
     "Section",
     "SftStage",
     "SoftmaxDpoStage",
