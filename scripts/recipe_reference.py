@@ -40,6 +40,7 @@ SECTIONS: dict[str, tuple[type[schema.Section], ...]] = {
         schema.PreferenceData,
         schema.ClassificationData,
         schema.GlueData,
+        schema.SequenceData,
         schema.TextData,
     ),
     "stages": (schema.SftStage, schema.SoftmaxDpoStage),

@@ -8,7 +8,13 @@ from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 import rankwise.ranks  # noqa: F401  # so that PEFT knows SoRA's adapters
 from rankwise.analysis.ranks import CONFIG, WEIGHTS
@@ -64,7 +70,11 @@ def _base(place: str, task: str | None, folder: Path) -> PreTrainedModel:
         options = {"num_labels": _labels(folder), "ignore_mismatched_sizes": True}
     try:
         where = resolve(place)
-        kinds = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_CLS": AutoModelForSequenceClassification}
+        kinds = {
+            "CAUSAL_LM": AutoModelForCausalLM,
+            "SEQ_CLS": AutoModelForSequenceClassification,
+            "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+        }
         kind = kinds.get(task or "") or model_class(AutoConfig.from_pretrained(where), place)
         base: PreTrainedModel = kind.from_pretrained(where, dtype="auto", use_safetensors=True, **options)
     except UserError:

@@ -19,9 +19,16 @@ from rankwise.exporting import ExportReport, Layout, export
 from rankwise.files import write_json
 from rankwise.measuring import measured, measured_row
 from rankwise.methods import load_stage, with_adapter
-from rankwise.models import context_limit, load_classifier, load_language_model, load_tokenizer, quiet_libraries
+from rankwise.models import (
+    context_limit,
+    load_classifier,
+    load_language_model,
+    load_sequence_model,
+    load_tokenizer,
+    quiet_libraries,
+)
 from rankwise.recipes import load_recipe
-from rankwise.schema import ClassificationData, GlueData, Recipe
+from rankwise.schema import ClassificationData, GlueData, Recipe, SequenceData
 from rankwise.tasks.load import check_files, held_out_texts, load_task
 from rankwise.tokenise import padding_token
 
@@ -137,6 +144,8 @@ def _trained(run: Path, recipe: Recipe, stage: str) -> PeftModel:
         labels = read_results(run).get("labels") or []
         padding = padding_token(load_tokenizer(recipe.model.path))
         model = with_adapter(load_classifier(recipe.model, labels, padding), recipe, "SEQ_CLS", folder)
+    elif isinstance(recipe.data, SequenceData):
+        model = with_adapter(load_sequence_model(recipe.model), recipe, "SEQ_2_SEQ_LM", folder)
     else:
         model = with_adapter(load_language_model(recipe.model), recipe, "CAUSAL_LM", folder)
     load_stage(model, folder)

@@ -9,6 +9,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -68,6 +69,15 @@ def load_language_model(settings: ModelSettings) -> PreTrainedModel:
         UserError: it cannot be loaded.
     """
     return _load(AutoModelForCausalLM, settings)
+
+
+def load_sequence_model(settings: ModelSettings) -> PreTrainedModel:
+    """An encoder-decoder model, otherwise as :func:`load_language_model`.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    return _load(AutoModelForSeq2SeqLM, settings)
 
 
 def load_classifier(settings: ModelSettings, labels: list[str], padding: int) -> PreTrainedModel:

@@ -27,6 +27,7 @@ from rankwise.schema.data import (
     PreferenceData,
     RecommendationSettings,
     SdpoData,
+    SequenceData,
     TextData,
 )
 from rankwise.schema.methods import METHODS, Method
@@ -68,6 +69,7 @@ __all__ = [
     "SdpoData",
     "Search",
     "Section",
+    "SequenceData",
     "SftStage",
     "SoftmaxDpoStage",
     "SoraSettings",

@@ -106,6 +106,25 @@ class GlueData(Section):
     rows: Count | None = Field(None, description="Most rows to train on, drawn by the seed.")
 
 
+class SequenceData(Section):
+    """Texts and what they become, for encoder-decoder models: summaries, translations."""
+
+    kind: Literal["sequences"]
+    train: File = Field(description="JSON, JSONL, CSV, TSV or Parquet with a column for each of the two texts.")
+    validation: File | None = Field(None, description="Held-out rows; a share of train where not given.")
+    source: str = Field("source", description="Column of the text that is read.")
+    target: str = Field("target", description="Column of the text that is written.")
+    prefix: str = Field("", description="Before each source, such as T5's 'summarize: '.")
+    tokens: Count = Field(64, description="Most tokens of a target, and of what the model writes.")
+    measures: list[Literal["ROUGE-1", "ROUGE-2", "ROUGE-L", "BLEU", "chrF"]] = Field(
+        ["ROUGE-1", "ROUGE-2", "ROUGE-L"],
+        min_length=1,
+        description="Of what is written; BLEU and chrF need rankwise[sequences].",
+    )
+    holdout: Share = Field(0.1, description="Share of the rows held out where there is no validation file.")
+    rows: Count | None = Field(None, description="Most rows to train on, drawn by the seed.")
+
+
 class RecommendationSettings(Section):
     """What interactions and published files have in common."""
 
@@ -180,6 +199,7 @@ Data = Annotated[
     | PreferenceData
     | ClassificationData
     | GlueData
+    | SequenceData
     | InteractionData
     | SdpoData,
     Field(discriminator="kind"),

@@ -15,10 +15,19 @@ from rankwise.schema.adapters import (
     SoraSettings,
 )
 from rankwise.schema.base import EMBEDDED, Count, File, Layout, Section, Share
-from rankwise.schema.data import ChoiceData, ClassificationData, Data, GlueData, PreferenceData, RecommendationSettings
+from rankwise.schema.data import (
+    ChoiceData,
+    ClassificationData,
+    Data,
+    GlueData,
+    PreferenceData,
+    RecommendationSettings,
+    SequenceData,
+)
 from rankwise.schema.methods import written_out
 from rankwise.schema.stages import AnyStage, SoftmaxDpoStage
 
+NO_ROWS = ClassificationData | GlueData | SequenceData
 RESERVED = ("random", "popularity", "most frequent", "base model")
 
 
@@ -114,8 +123,8 @@ class Recipe(Section):
         for number, stage in enumerate(self.stages):
             if stage.name in RESERVED:
                 raise ValueError(f"stages.{number}.name {stage.name!r} is a name of the result table: choose another")
-            if stage.kind == "sft" and stage.loss == "row" and isinstance(self.data, ClassificationData | GlueData):
-                raise ValueError(f"stages.{number}.loss row: labels have no prompt to learn; use answer")
+            if stage.kind == "sft" and stage.loss == "row" and isinstance(self.data, NO_ROWS):
+                raise ValueError(f"stages.{number}.loss row: data of kind {self.data.kind} have no prompt to learn")
             made = [one.name for one in stage.written_out()]
             if twice := next((name for name in made if name in names), None):
                 raise ValueError(f"stages.{number}.name {twice!r} occurs twice: name each stage differently")
@@ -175,7 +184,7 @@ class Recipe(Section):
         """Mistakes are made in sentences with labels, and a text's loss is a language model's."""
         if self.evaluation.noise and not isinstance(self.data, ClassificationData | GlueData):
             raise ValueError(f"evaluation.noise is for classification and glue, not {self.data.kind}: leave it out")
-        if self.evaluation.texts and isinstance(self.data, ClassificationData | GlueData):
+        if self.evaluation.texts and isinstance(self.data, NO_ROWS):
             raise ValueError(f"evaluation.texts are for language models, not {self.data.kind}: leave them out")
         return self
 

@@ -30,6 +30,7 @@ from rankwise.schema import (
     Recipe,
     RecommendationSettings,
     SdpoData,
+    SequenceData,
     TextData,
 )
 from rankwise.tasks.answers import AnswerTask
@@ -43,6 +44,7 @@ from rankwise.tasks.noise import Noise, with_noise
 from rankwise.tasks.preferences import PreferenceTask, read_preferences
 from rankwise.tasks.problems import MathsTask, read_problems
 from rankwise.tasks.recommendation import RecommendationTask
+from rankwise.tasks.sequences import SequenceTask, read_sequences
 from rankwise.tasks.splits import hold_out
 from rankwise.tasks.task import Task
 from rankwise.tasks.text import as_features, pack, read_documents
@@ -105,6 +107,11 @@ def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) 
         return _choices(recipe, data, tokenizer, context)
     if isinstance(data, GlueData):
         return _glue(recipe, data, tokenizer, context)
+    if isinstance(data, SequenceData):
+        train, held_out, counts = _parts(
+            recipe, data, lambda path: read_sequences(Path(path), data.source, data.target, data.prefix)
+        )
+        return SequenceTask(train, held_out, tokenizer, recipe.model, context, counts, data.measures, data.tokens)
     if isinstance(data, PreferenceData):
         train, held_out, counts = _parts(recipe, data, lambda path: read_preferences(Path(path)))
         return PreferenceTask(train, held_out, tokenizer, recipe.model, context, counts, recipe.seed)
@@ -297,7 +304,7 @@ def _glue(recipe: Recipe, data: GlueData, tokenizer: PreTrainedTokenizerBase, co
 
 def _parts(
     recipe: Recipe,
-    data: TextData | InstructionData | MathsData | ChoiceData | PreferenceData | ClassificationData,
+    data: TextData | InstructionData | MathsData | ChoiceData | PreferenceData | ClassificationData | SequenceData,
     read: Callable[[str], tuple[list[Row], Counts]],
     read_held_out: Callable[[str], tuple[list[Row], Counts]] | None = None,
 ) -> tuple[list[Row], list[Row], Counts]:
