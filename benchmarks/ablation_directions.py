@@ -36,8 +36,8 @@ from transformers import set_seed
 
 from rankwise.errors import UserError
 from rankwise.files import write_jsonl
+from rankwise.methods import adapter_config
 from rankwise.models import load_language_model, load_tokenizer, quiet_libraries
-from rankwise.run import adapter_config
 from rankwise.schema import LoraSettings, MiloraSettings, ModelSettings, SftStage
 from rankwise.tasks.instructions import read_instructions
 from rankwise.tasks.language_loss import answer_loss

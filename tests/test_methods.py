@@ -116,7 +116,7 @@ def test_trains_saves_loads_and_merges(method: str, kind: str, tmp_path: Path) -
         torch.testing.assert_close(logits(model, kind), before, rtol=0, atol=0)
     torch.testing.assert_close(logits(model, kind), trained, rtol=0, atol=0)
 
-    save_stage(model, wanted, tmp_path / "stage")
+    save_stage(model, tmp_path / "stage")
     again = with_adapter(base(kind), wanted, task_type, tmp_path / "stage")
     load_stage(again, tmp_path / "stage")
     torch.testing.assert_close(logits(again, kind), trained, rtol=1e-5, atol=1e-5)

@@ -15,7 +15,7 @@ import tiny
 from rankwise.directions import basehash
 from rankwise.directions.basehash import base_hash, base_hashes, check_base, weight_hash
 from rankwise.errors import UserError
-from rankwise.run import load_stage, save_stage
+from rankwise.methods import load_stage, save_stage
 
 WEIGHTS = "adapter_model.safetensors"
 

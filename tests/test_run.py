@@ -20,9 +20,10 @@ import small_runs
 from rankwise.analysis.runfolder import read_run
 from rankwise.errors import UserError
 from rankwise.evaluation import evaluate_run, export_folder
+from rankwise.methods import load_stage, save_stage, with_adapter
 from rankwise.models import load_language_model
 from rankwise.recipes import dump_recipe, load_recipe
-from rankwise.run import Run, load_stage, logs_shown, save_stage, with_adapter
+from rankwise.run import Run, logs_shown
 
 EXPORT: dict[str, Any] = {"stage": None, "rank": None, "energy": None, "layout": "uniform"}
 IDS = torch.tensor([[0, 40, 50, 60, 70, 80, 90, 100], [0, 45, 55, 65, 75, 85, 95, 105]])

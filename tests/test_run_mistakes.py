@@ -70,7 +70,7 @@ def test_a_mistake_is_told_before_slow_work(
 
 def test_labels_have_no_loss_on_whole_rows(model_folder: Path, tmp_path: Path) -> None:
     stages = [small_runs.SFT | {"loss": "row"}]
-    with pytest.raises(UserError, match=r"stages\.0\.loss row: labels have no prompt"):
+    with pytest.raises(UserError, match=r"stages\.0\.loss row: data of kind classification have no prompt"):
         small_runs.recipe("classification", tmp_path, model_folder, stages=stages)
 
 

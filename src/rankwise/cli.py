@@ -87,6 +87,10 @@ def parser() -> argparse.ArgumentParser:
 
     made = _add(table, commands.inspect, "rankwise inspect runs/films/adapter")
     made.add_argument("adapter", metavar="ADAPTER", help="an adapter's folder")
+    made.add_argument("--model", help="also where the updates lie in the weights of this model (not asked)")
+    made.add_argument(
+        "--directions", type=int, default=16, metavar="N", help="of each part of a spectrum (%(default)s)"
+    )
 
     made = _add(table, commands.report, "rankwise report runs/films-0 runs/films-1 runs/films-2")
     made.add_argument("runs", nargs="+", metavar="RUN", help="one run for its page, or several for a table")

@@ -183,14 +183,26 @@ def write(arguments: Arguments, console: Console) -> Any:
 
 
 def inspect(arguments: Arguments, console: Console) -> Any:
-    """Show an adapter's ranks, parameters and bytes: module by module, and layers by kinds of module."""
+    """Show an adapter's ranks, parameters and bytes: by module and layer; and where its updates lie in a model."""
     from rankwise.analysis.inspection import grid_table, inspection, rank_table
     from rankwise.analysis.ranks import read_adapter
 
     rows, counts = read_adapter(Path(arguments.adapter))
     console.print(rank_table(rows, counts))
     console.print(grid_table(rows))
-    return inspection(rows, counts)
+    found = inspection(rows, counts)
+    if arguments.model is None:
+        return found
+    from rankwise.adapters import load_adapter_folder
+    from rankwise.analysis.place_tables import place_table
+    from rankwise.analysis.places import update_places
+
+    if arguments.directions < 1:
+        raise UserError(f"--directions {arguments.directions} is not possible: it must be 1 or more")
+    model = load_adapter_folder(Path(arguments.adapter), arguments.model)
+    places, passed = update_places(model, arguments.directions)
+    console.print(place_table(places))
+    return found | {"updates": places, "counts": found["counts"] | passed}
 
 
 def compare(arguments: Arguments, console: Console) -> Any:

@@ -17,6 +17,8 @@ from rich.console import Console
 from transformers import set_seed
 
 import rankwise
+from rankwise.analysis.place_tables import PLACES
+from rankwise.analysis.places import update_places
 from rankwise.analysis.ranks import read_ranks
 from rankwise.analysis.report import write_report
 from rankwise.analysis.runfolder import CASES, read_entry
@@ -134,7 +136,7 @@ class Run:
         with self._timed(stage.name):
             counts = self._train(task, model, stage)
         self.results["counts"] |= {f"{stage.name}: {name}": count for name, count in counts.items()}
-        save_stage(model, self.recipe, self.folder / "stages" / stage.name)
+        save_stage(model, self.folder / "stages" / stage.name)
         self._measure(task, model, stage.name)
 
     def _train(self, task: Task, model: PeftModel, stage: AnyStage) -> dict[str, int]:
@@ -182,6 +184,11 @@ class Run:
         if isinstance(adapter, LoraSettings) and wanted.layout in ("uniform", "compact"):
             initial = adapter.first_rank if isinstance(adapter, AdaloraSettings) else adapter.r
             write_json(self.folder / "ranks.json", _ranks(self.folder / "adapter", self._adapted, initial))
+        if wanted_directions := self.recipe.evaluation.updates:
+            with self._timed("updates"):
+                places, passed = update_places(model, wanted_directions)
+            write_json(self.folder / PLACES, places)
+            self.results["counts"] |= passed
         write_json(self.folder / "results.json", self.results)
         self.console.print(result_table(self.results))
         self.console.print(f"report: {write_report(self.folder)}", highlight=False)

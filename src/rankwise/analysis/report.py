@@ -13,6 +13,7 @@ from plotly.offline import get_plotlyjs
 from rankwise import __version__
 from rankwise.analysis import sections
 from rankwise.analysis.comparison import comparison_section
+from rankwise.analysis.place_tables import place_section
 from rankwise.analysis.retention import retention_section
 from rankwise.analysis.runfolder import Run, read_run
 from rankwise.files import write_text
@@ -40,6 +41,7 @@ def render(run: Run) -> str:
         retention_section(run),
         sections.ranks_section(run),
         sections.history_section(run),
+        place_section(run),
         f'<div class="pair">\n{sections.counts_section(run)}\n{sections.cost_section(run)}\n</div>',
         sections.settings_section(run),
         sections.versions_section(run),

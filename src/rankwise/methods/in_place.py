@@ -54,6 +54,11 @@ def is_in_place(model: nn.Module) -> bool:
     return hasattr(model, KEPT)
 
 
+def trains_all(model: PeftModel) -> bool:
+    """Whether all of the base's weights are trained, not its biases alone."""
+    return is_in_place(model) and model.active_peft_config.bias == "none"
+
+
 @contextlib.contextmanager
 def base_of(model: PeftModel) -> Iterator[None]:
     """The model is its base meanwhile: without its adapter, and with the weights that it had before training."""

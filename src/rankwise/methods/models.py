@@ -19,7 +19,7 @@ from rankwise.directions.saving import live_hashes
 from rankwise.errors import UserError
 from rankwise.files import new_folder
 from rankwise.methods.bottleneck import BottleneckConfig
-from rankwise.methods.in_place import load_whole, save_whole, train_all, train_biases
+from rankwise.methods.in_place import load_whole, save_whole, train_all, train_biases, trains_all
 from rankwise.methods.virtual_tokens import with_virtual_tokens
 from rankwise.peft_bridge import active_adapter
 from rankwise.ranks import SoraConfig, match_ranks
@@ -149,10 +149,10 @@ def _targets(given: str | list[str]) -> str | list[str]:
     return given if isinstance(given, str) else list(given)
 
 
-def save_stage(model: PeftModel, recipe: Recipe, folder: Path) -> None:
+def save_stage(model: PeftModel, folder: Path) -> None:
     """Save what is trained, as it is, replacing the folder in one step."""
     with new_folder(folder) as made:
-        if isinstance(recipe.adapter, FullSettings):
+        if trains_all(model):
             save_whole(model, made)
         else:
             model.save_pretrained(made)

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from rankwise.schema.adapters import (
     AdaloraSettings,
     Adapter,
+    LoraSettings,
     MiloraSettings,
     PrefixSettings,
     PromptSettings,
@@ -61,6 +62,11 @@ class EvaluationSettings(Section):
         {}, description="Of a language model, also the loss on these texts, by name: what it forgets of them."
     )
     text_rows: Count = Field(256, description="Most rows of each text, as long as the context, drawn by the seed.")
+    updates: Count | None = Field(
+        None,
+        description="For LoRA's kin, also where the finished updates lie: in this many directions at the top, middle "
+        "and bottom of each weight's spectrum; not looked at if not given.",
+    )
     noise: list[Literal["characters", "dropped-words", "swapped-words"]] = Field(
         [], description="In classification and GLUE, also measure on held-out sentences with these mistakes."
     )
@@ -186,6 +192,13 @@ class Recipe(Section):
             raise ValueError(f"evaluation.noise is for classification and glue, not {self.data.kind}: leave it out")
         if self.evaluation.texts and isinstance(self.data, NO_ROWS):
             raise ValueError(f"evaluation.texts are for language models, not {self.data.kind}: leave them out")
+        return self
+
+    @model_validator(mode="after")
+    def _updates_fit(self) -> Recipe:
+        """Updates are looked at as products of two small matrices."""
+        if self.evaluation.updates is not None and not isinstance(self.adapter, LoraSettings):
+            raise ValueError(f"evaluation.updates is for LoRA's kin, not {self.adapter.kind}: leave it out")
         return self
 
     @model_validator(mode="after")

@@ -1,0 +1,96 @@
+"""Where updates lie, as a table on the console and as a section of the report."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+from rich.table import Table
+
+from rankwise.analysis.drawing import COLORS, axes
+from rankwise.analysis.markup import Cell, muted, plot, section, table
+from rankwise.analysis.places import SHARES, places_by_kind
+from rankwise.analysis.runfolder import Run
+from rankwise.errors import UserError
+
+PLACES = "updates.json"
+TITLE = "Where the updates lie"
+HEAD = ("modules", "of the weight's norm", "effective rank", *SHARES, "chance", "amplification", "intruders")
+MEANING = (
+    "Shares of the update's squared norm within {rank} directions at the top, in the middle and at the bottom of each "
+    "weight's spectrum, beside that of a random update (chance); how much stronger the update is in its own directions "
+    "than the weight was (amplification); and how many of the ten largest directions of the changed weight are none of "
+    "the old one (intruders). Means over layers."
+)
+
+
+def place_texts(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """For each kind of module, its name and the cells under :data:`HEAD`."""
+    return [
+        [
+            kind["kind"],
+            str(kind["modules"]),
+            f"{kind['relative']:.4f}",
+            f"{kind['effective_rank']:.1f}",
+            *(f"{100 * kind[name]:.3g} %" for name in (*SHARES, "chance")),
+            "-" if math.isinf(kind["amplification"]) else f"{kind['amplification']:.3g}",
+            f"{kind['intruders']:.1f}",
+        ]
+        for kind in places_by_kind(rows)
+    ]
+
+
+def place_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """For a terminal."""
+    made = Table("kind", title=TITLE, caption=MEANING.format(rank=max(row["rank"] for row in rows)))
+    for heading in HEAD:
+        made.add_column(heading, justify="right")
+    for texts in place_texts(rows):
+        made.add_row(*texts)
+    return made
+
+
+def place_section(run: Run) -> str:
+    """For the report; nothing where the run did not look."""
+    path = run.folder / PLACES
+    if not path.is_file():
+        return ""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        texts = place_texts(rows)
+        figure, words = place_figure(rows)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no list of updates ({error!r}): remove it, or run again") from error
+    cells: list[list[Cell]] = [[(text, "") for text in row] for row in texts]
+    note = muted(MEANING.format(rank=max(row["rank"] for row in rows)))
+    caption = f"{len(rows):,} modules. A heading sorts."
+    return section(
+        TITLE, note + plot(figure, "places", words) + table(caption, ["kind", *HEAD], cells, kind=" sortable")
+    )
+
+
+def place_figure(rows: Sequence[Mapping[str, Any]]) -> tuple[go.Figure, str]:
+    """How much more of the update lies in each part than chance would have it, by kind; and that in a sentence."""
+    kinds = places_by_kind(rows)
+    figure = go.Figure(layout=axes("Share of the update over that of a random one", "", "times chance (log scale)"))
+    colors = dict(zip(SHARES, (COLORS["training"], COLORS["gates"], COLORS["evaluation"]), strict=True))
+    for name in SHARES:
+        figure.add_trace(
+            go.Scatter(
+                x=[kind["kind"] for kind in kinds],
+                y=[max(kind[name] / kind["chance"], 1e-6) for kind in kinds],
+                name=name,
+                mode="markers",
+                marker={"color": colors[name], "size": 10},
+                hovertemplate="%{y:.3~g} times chance",
+            )
+        )
+    figure.add_hline(y=1, line={"color": COLORS["text"], "dash": "dot", "width": 1})
+    figure.update_yaxes(type="log", dtick=1)
+    figure.update_xaxes(type="category")
+    whole = kinds[-1]
+    words = ", ".join(f"{name} {whole[name] / whole['chance']:.3g} times" for name in SHARES)
+    return figure, f"over all modules, of what chance would have: {words}"

@@ -1,0 +1,122 @@
+"""Where updates lie in the weights that they change: module by module, and by kinds of modules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from torch import Tensor
+
+from rankwise.analysis.ranks import kind_names, split_module
+from rankwise.analysis.spectra import effective_rank
+from rankwise.errors import UserError
+from rankwise.low_rank import Factors, balanced_svd, product_norm
+from rankwise.peft_bridge import active_adapter, adapted_layers, matrix_factors
+from rankwise.peft_bridge.matrices import as_matrix
+
+EXAMINED, LEAST = 10, 0.5  # of intruders: the largest directions that are looked at, and the cosine of an old one
+SHARES = ("top", "middle", "bottom")
+
+
+@torch.no_grad()
+def update_place(weight: Float[Tensor, "m n"], factors: Factors, rank: int) -> dict[str, Any]:
+    """Where an update D = B A lies in a weight W, by the singular vectors of both.
+
+    Computed in float32 (float64 for a float64 weight, and the update's own) on the weight's device; W and W + D are
+    decomposed once each.
+
+    Args:
+        weight: W, before training.
+        factors: B (m, r) and A (r, n), the scaling in B.
+        rank: directions of each part of W's spectrum; cut to a third of W's smaller side.
+
+    Returns:
+        ``norm`` of D and ``relative``, over that of W; ``effective_rank`` of D; ``top``, ``middle`` and ``bottom``, the
+        shares of D's squared norm within ``rank`` directions of W's spectrum each, and ``chance``, that of a random D,
+        rank^2 / (m n); ``amplification``, ``||D|| / ||U^T W V||`` with D's own main directions (inf where W has nothing
+        there); ``intruders`` among the 10 largest left directions of W + D; ``rank``, as cut.
+
+    Raises:
+        UserError: D is zero or not finite.
+
+    Source: see :mod:`rankwise.analysis.spectra` and :mod:`rankwise.analysis.updates`, which have each measure alone.
+    """
+    base = weight if weight.dtype == torch.float64 else weight.float()
+    u, s, vh = balanced_svd(*(factor.to(base.device, torch.float64) for factor in factors))
+    b, a = (u * s).to(base), vh.to(base)  # rounded after MiLoRA's two products were subtracted, not before
+    norm = float(torch.linalg.norm(s))
+    if not math.isfinite(norm) or norm == 0:
+        raise UserError("the update is zero or not finite: there is nothing to look at")
+    rank = max(1, min(rank, min(base.shape) // 3))
+    left, _, right = torch.linalg.svd(base, full_matrices=False)
+    inside = (left.T @ b) @ (a @ right.T)  # D in W's own directions
+    middle = (len(inside) - rank) // 2
+    parts = {"top": slice(rank), "middle": slice(middle, middle + rank), "bottom": slice(-rank, None)}
+    shares = {name: float(inside[part, part].square().sum()) / norm**2 for name, part in parts.items()}
+    own = min(rank, int((s > s[0] * 1e-6).sum()))
+    in_its_directions = float(torch.linalg.norm(u[:, :own].to(base).T @ base @ a[:own].T))
+    after = torch.linalg.svd(torch.addmm(base, b, a), full_matrices=False).U[:, :EXAMINED]
+    intruders = int(((left.T @ after).abs().amax(dim=0) < LEAST).sum())
+    return {
+        "norm": norm,
+        "relative": norm / float(torch.linalg.norm(base)),
+        "effective_rank": effective_rank(s),
+        **shares,
+        "chance": rank**2 / base.numel(),
+        "amplification": norm / in_its_directions if in_its_directions else math.inf,
+        "intruders": intruders,
+        "rank": rank,
+    }
+
+
+def update_places(model: PeftModel, rank: int = 16) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """:func:`update_place` of each module that the active LoRA-like adapter changes, and what was passed over.
+
+    Args:
+        model: with its adapter.
+        rank: directions of each part of a weight's spectrum.
+
+    Returns:
+        A row for each module, with its name as ``module``, and counts of modules whose update is zero, or no product
+        of two small matrices (DoRA's).
+
+    Raises:
+        UserError: no module has an update to look at.
+    """
+    adapter, rows, counts = active_adapter(model), [], {"modules without an update": 0, "modules of another form": 0}
+    for name, layer in adapted_layers(model, adapter):
+        try:
+            b, a = matrix_factors(layer, adapter, name)
+        except UserError:
+            counts["modules of another form"] += 1
+            continue
+        if product_norm(b, a) == 0:
+            counts["modules without an update"] += 1
+            continue
+        weight = as_matrix(layer, layer.get_base_layer().weight)
+        rows.append({"module": name, **update_place(weight, (b * layer.scaling[adapter], a), rank)})
+    if not rows:
+        raise UserError("no module of the model has an update of low rank: train one of LoRA's kind first")
+    return rows, {name: count for name, count in counts.items() if count}
+
+
+def places_by_kind(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Means over the layers, for each kind of module, and over all modules; of the amplification the geometric one."""
+    kinds = kind_names(rows)
+    groups = {name: [row for row in rows if split_module(row["module"])[1] == kind] for kind, name in kinds.items()} | {
+        "all": list(rows)
+    }
+    return [{"kind": name, "modules": len(found), **dict(_means(found))} for name, found in groups.items()]
+
+
+def _means(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
+    found = list(rows)
+    for name in ("relative", "effective_rank", *SHARES, "chance", "intruders"):
+        yield name, fmean(row[name] for row in found)
+    finite = [row["amplification"] for row in found if math.isfinite(row["amplification"])]
+    yield "amplification", math.exp(fmean(map(math.log, finite))) if finite else math.inf

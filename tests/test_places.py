@@ -1,0 +1,93 @@
+"""Where updates lie, against each measure's own function and by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import small_runs
+import tiny
+from rankwise.analysis.places import places_by_kind, update_place, update_places
+from rankwise.analysis.spectra import effective_rank, update_overlap
+from rankwise.analysis.updates import intruder_dimensions, projections
+from rankwise.cli import main
+from rankwise.errors import UserError
+from rankwise.run import Run
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(12, 9), (9, 20)])
+def test_each_measure_is_that_of_its_own_function(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = random(*shape).to(dtype)
+    b, a = random(shape[0], 3, seed=1).to(dtype), random(3, shape[1], seed=2).to(dtype)
+    found, delta = update_place(weight, (b, a), 3), b @ a
+    overlap = update_overlap(weight, delta, 3)
+    assert found["top"] == pytest.approx(overlap.top, rel=1e-3)
+    assert found["bottom"] == pytest.approx(overlap.bottom, rel=1e-3)
+    assert found["chance"] == overlap.chance
+    assert found["amplification"] == pytest.approx(projections(weight, delta, 3).amplification, rel=1e-3)
+    assert found["intruders"] == len(intruder_dimensions(weight, delta).places)
+    assert found["effective_rank"] == pytest.approx(effective_rank(torch.linalg.svdvals(delta.double())[:3]), rel=1e-4)
+    assert found["norm"] == pytest.approx(float(torch.linalg.norm(delta)), rel=1e-5)
+    assert found["relative"] == pytest.approx(float(torch.linalg.norm(delta) / torch.linalg.norm(weight)), rel=1e-5)
+
+
+@pytest.mark.parametrize(("part", "places"), [("top", (0, 1)), ("middle", (5, 6)), ("bottom", (10, 11))])
+def test_an_update_in_one_part_lies_there_alone(part: str, places: tuple[int, int]) -> None:
+    u, s, vh = torch.linalg.svd(random(12, 12))
+    weight = u @ torch.diag(s) @ vh
+    b, a = u[:, list(places)] * 0.1, vh[list(places)]
+    found = update_place(weight, (b, a), 2)
+    assert {name: round(found[name], 4) for name in ("top", "middle", "bottom")} == {
+        name: float(name == part) for name in ("top", "middle", "bottom")
+    }
+
+
+def test_an_update_where_the_weight_has_nothing() -> None:
+    weight = torch.zeros(6, 6)
+    weight[0, 0] = 1.0
+    b, a = torch.eye(6)[:, 3:4], torch.eye(6)[3:4]
+    assert update_place(weight, (b, a), 1)["amplification"] > 1e6
+    with pytest.raises(UserError, match="zero or not finite"):
+        update_place(weight, (b * 0, a), 1)
+
+
+def test_a_models_modules_and_what_is_passed_over() -> None:
+    model = tiny.adapted("llama")
+    tiny.train(model)
+    rows, counts = update_places(model, 2)
+    assert len(rows) == 6
+    assert counts == {}
+    kinds = places_by_kind(rows)
+    assert [kind["modules"] for kind in kinds] == [2, 2, 2, 6]
+    whole = kinds[-1]
+    assert whole["top"] == pytest.approx(sum(row["top"] for row in rows) / 6)
+    assert math.log(whole["amplification"]) == pytest.approx(sum(math.log(row["amplification"]) for row in rows) / 6)
+    with pytest.raises(UserError, match="no module of the model has an update"):
+        update_places(tiny.milora(tiny.make("llama")), 2)
+
+
+def test_the_command_and_the_report(tmp_path: Path, model_folder: Path, capsys: Any) -> None:
+    recipe = small_runs.recipe("text", tmp_path, model_folder, evaluation={"updates": 4})
+    Run(recipe, small_runs.silent())()
+    rows = json.loads((tmp_path / "run" / "updates.json").read_text())
+    assert {row["rank"] for row in rows} == {4}
+    assert "Where the updates lie" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert main(["inspect", str(tmp_path / "run" / "adapter"), "--model", str(model_folder), "--directions", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "middle" in shown
+    words = ["inspect", str(tmp_path / "run" / "adapter"), "--model", str(model_folder), "--directions", "4", "--json"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)["updates"]
+    for one, other in zip(found, rows, strict=True):
+        assert one["module"] == other["module"]
+        assert one["top"] == pytest.approx(other["top"], rel=1e-2, abs=1e-4)
