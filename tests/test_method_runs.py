@@ -70,7 +70,11 @@ def test_a_run_on_text(name: str, tmp_path: Path, model_folder: Path) -> None:
     with torch.no_grad():
         loaded.eval()(input_ids=tiny.IDS % 20)
     export_folder(
-        folder, tmp_path / "again", small_runs.silent(), rank=None, energy=None, layout=results["export"]["layout"]
+        folder,
+        tmp_path / "again",
+        small_runs.silent(),
+        rank=None,
+        energy=None,
     )
     assert {path.name for path in (tmp_path / "again").iterdir()} <= {
         path.name for path in (folder / "adapter").iterdir()

@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rank", type=int, help="largest rank to keep")
     made.add_argument("--energy", type=float, help="share of each update's squared norm to keep, above 0, at most 1")
     forms = ("uniform", "compact", "own", "merged")
-    made.add_argument("--layout", choices=forms, default="uniform", help="form of the adapter (%(default)s)")
+    made.add_argument("--layout", choices=forms, help="form of the adapter (the run's own; uniform of an adapter)")
 
     made = _add(table, commands.write, "rankwise write runs/alpaca alpaca_eval.jsonl outputs.json")
     made.add_argument("run", metavar="RUN", help="the folder of a run on instructions")

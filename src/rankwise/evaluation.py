@@ -62,7 +62,7 @@ def export_folder(
     *,
     rank: int | None,
     energy: float | None,
-    layout: str,
+    layout: str | None = None,
     stage: str | None = None,
     model: str | None = None,
 ) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def export_folder(
         console: where it is told.
         rank: as in :func:`rankwise.export`, like ``energy`` and ``layout``.
         energy: as above.
-        layout: as above.
+        layout: as above; if None, uniform for an adapter's folder or a cut one, else that of the run's recipe.
         stage: of a run.
         model: the base of an adapter's folder, where it is another than the one that the adapter names.
 
@@ -84,17 +84,18 @@ def export_folder(
     if (source / "recipe.yaml").is_file():
         if model is not None:
             raise UserError(f"the base of a run is in its recipe, and {source} is a run: leave --model out")
-        trained = trained_stage(source, open_run(source), stage)
+        recipe = open_run(source)
+        trained, usual = trained_stage(source, recipe, stage), recipe.export.layout
     elif (source / CONFIG).is_file():
         if stage is not None:
             raise UserError(f"stage {stage!r} is of a run, and {source} is an adapter: leave --stage out")
-        trained = load_adapter_folder(source, model)
+        trained, usual = load_adapter_folder(source, model), "uniform"
     else:
         raise UserError(
             f"{source} has no recipe.yaml and no {CONFIG}: give the folder of a finished `rankwise train`, or an "
             "adapter's"
         )
-    report = export(trained, folder, rank, energy, cast(Layout, layout))
+    report = export(trained, folder, rank, energy, cast(Layout, layout or ("uniform" if rank or energy else usual)))
     print_export(folder, report, console)
     return asdict(report)
 
