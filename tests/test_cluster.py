@@ -12,7 +12,9 @@ import pytest
 import serving_runs
 import small_runs
 from rankwise.cli import main
+from rankwise.comparing.compare import compare
 from rankwise.errors import UserError
+from rankwise.recipes import make_comparison
 from rankwise.recommend import InteractionSettings, SyntheticSettings, write_interactions, write_synthetic
 from rankwise.recommend.cluster import check_cluster, over_cluster
 from rankwise.recommending import load_recommender, recommend_to_folder
@@ -97,3 +99,23 @@ def test_what_runs_a_model_asks_for_a_gpu_where_there_is_one() -> None:
     start(gpus=2)  # the number is only said: none need be there
     assert list(over_cluster(gpus, [0, 1], models=True)) == [1, 1]
     assert list(over_cluster(gpus, [0, 1])) == [0, 0]
+
+
+def test_a_comparison_gives_the_same_figures(tmp_path: Path, model_folder: Path) -> None:
+    """Two cells, one a worker, against one process here."""
+    data = small_runs.text(tmp_path)
+    values = {
+        "methods": [{"kind": "lora", "r": 2}, {"kind": "milora", "r": 2}],
+        "shared": {"model": {"path": str(model_folder), "context": 64}},
+        "tasks": {"text": {"data": data | {"validation": data["train"]}, "stages": [small_runs.SFT]}},
+        "learning_rates": [1e-2],
+        "seeds": [0],
+    }
+    found = [
+        compare(make_comparison(values | {"output": str(tmp_path / name)}), small_runs.silent(), name == "there")
+        for name in ("there", "here")
+    ]
+    scores = [[row["mean"] for row in results["rows"]] for results in found]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+    runs = pl.read_parquet(tmp_path / "there" / "runs.parquet")
+    assert runs["failed"].null_count() == len(runs) == 2
