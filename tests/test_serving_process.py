@@ -87,6 +87,15 @@ class Served:
         answer = httpx2.post(address, json={"user": "u1", "top": top}, timeout=60)
         return answer.status_code, answer.text
 
+    def wait_until_others_wait(self, count: int) -> None:
+        """For so many requests beside the one that is answered."""
+        for _ in range(600):
+            text = httpx2.get(f"http://127.0.0.1:{self.port}/metrics", timeout=60).text
+            if f"rankwise_queue_length {count}.0" in text:
+                return
+            time.sleep(0.01)
+        raise AssertionError(text)
+
     def end(self) -> int:
         code = self.process.wait(timeout=60)
         self.close()
@@ -114,13 +123,14 @@ def served(run: Path, *options: str, seconds: float = 2.0) -> Iterator[Served]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_request_in_flight_is_answered_after_a_signal_and_no_new_one(run: Path, number: int) -> None:
-    with served(run) as server:
+    with served(run, "--batch", "1", seconds=1.0) as server:
         answers: list[tuple[int, str]] = []
         idle = server.connect()  # a connection on which nothing is asked does not keep the process
         asking = [threading.Thread(target=lambda: answers.append(server.ask(7))) for _ in range(3)]
         for one in asking:
             one.start()
         server.wait_for("begun")
+        server.wait_until_others_wait(2)
         server.process.send_signal(number)
         for _ in range(600):
             try:
