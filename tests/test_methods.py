@@ -172,11 +172,11 @@ def test_bottlenecks_of_t5_follow_attention_across_too() -> None:
 def test_a_bottleneck_adds_its_equation() -> None:
     torch.manual_seed(0)
     layer = BottleneckLayer(torch.nn.Linear(6, 5), "default", BottleneckConfig(size=3, activation="tanh"))
-    own, x = layer.bottleneck["default"], torch.randn(2, 6)
-    for weight in own.parameters():
+    down, up, x = layer.bottleneck_down["default"], layer.bottleneck_up["default"], torch.randn(2, 6)
+    for weight in (*down.parameters(), *up.parameters()):
         torch.nn.init.normal_(weight)
     hidden = layer.base_layer(x)
-    by_hand = torch.tanh(hidden @ own.down.weight.T + own.down.bias) @ own.up.weight.T + own.up.bias
+    by_hand = torch.tanh(hidden @ down.weight.T + down.bias) @ up.weight.T + up.bias
     torch.testing.assert_close(layer(x), hidden + by_hand)
 
 
@@ -211,6 +211,26 @@ def test_a_bottleneck_needs_a_module_to_follow() -> None:
         peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), BottleneckConfig())
     with pytest.raises(UserError, match=r"wte is a Embedding: a bottleneck follows Linear and Conv1D only"):
         with_adapter(tiny.make("gpt2"), recipe("houlsby", target_modules=["wte"]), "CAUSAL_LM")
+
+
+def test_a_bottleneck_loads_by_another_name(tmp_path: Path) -> None:
+    model = with_adapter(tiny.make("bert"), recipe("houlsby"), "SEQ_CLS")
+    train(model, "encoder", recipe("houlsby"))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.make("bert"), tmp_path, adapter_name="films")
+    torch.testing.assert_close(logits(loaded, "encoder"), logits(model, "encoder"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_the_base_of_virtual_tokens_counts_positions_too(method: str) -> None:
+    rows = [[5, 9, 2, 30], [7, 12, 3, 8, 40, 11, 2]]
+    ids, mask = pad_left(rows, 0)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    plain, _ = answer_log_probabilities(tiny.make("gpt2"), batch)
+    model = with_adapter(tiny.make("gpt2"), recipe(method, tokens=3), "CAUSAL_LM").eval()
+    with base_of(model):
+        found, _ = answer_log_probabilities(model, batch)
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
 
 
 # Virtual tokens: padding and batches change nothing

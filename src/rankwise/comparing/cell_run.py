@@ -30,6 +30,8 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
         What was written: ``rows`` and ``columns`` of the results, ``parameters`` that were trained, ``step_seconds``,
         ``seconds``, ``peak_memory`` in bytes, ``failed`` with the mistake or None, and ``version``.
     """
+    import torch
+
     from rankwise.recipes import load_recipe
     from rankwise.run import Run
 
@@ -43,7 +45,7 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
         found |= {name: results[name] for name in ("rows", "columns", "counts", "parameters")}
         found["export"] = results["export"]
         found["step_seconds"] = step_seconds(folder / "metrics.jsonl")
-    except UserError as mistake:
+    except (UserError, torch.OutOfMemoryError) as mistake:
         found["failed"] = str(mistake)
     found |= {"seconds": round(time.perf_counter() - started, 2), "peak_memory": peak_memory()}
     if not keep_adapter:

@@ -108,8 +108,8 @@ def make_cell(
     values["stages"] = _stages(values.get("stages"), setting.learning_rate, share, where)
     evaluation = dict(values.get("evaluation") or {})
     if part == "search":
-        values["data"] = _held_out(values.get("data"), where)
-        evaluation |= {"split": "validation", "base": False, "baselines": [], "noise": [], "texts": {}}
+        values["data"] = _held_out(values.get("data"), evaluation, where)
+        evaluation |= {"split": "validation", "base": False, "baselines": [], "noise": [], "texts": {}, "updates": None}
         values["data"].pop("others", None)
     elif entry.name != comparison.methods[0].name:
         evaluation |= {"base": False, "baselines": []}  # the same for all: measured beside the first
@@ -133,7 +133,7 @@ def _stages(stages: Any, rate: float, share: float, where: str) -> list[Any]:
     return [*stages[:-1], last | {"learning_rate": rate, "epochs": share * float(last.get("epochs", 1.0))}]
 
 
-def _held_out(data: Any, where: str) -> dict[str, Any]:
+def _held_out(data: Any, evaluation: dict[str, Any], where: str) -> dict[str, Any]:
     """The data with something held out to choose by, apart from what is reported.
 
     Raises:
@@ -142,8 +142,14 @@ def _held_out(data: Any, where: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{where}: data are missing: give the task, or shared, a data section")
     if data.get("kind") == "glue":
+        if data.get("measure") == "holdout":
+            raise UserError(f"{where}: data.measure holdout is what settings are chosen by: leave it out")
         return data | {"measure": "holdout"}
     if data.get("kind") in ("interactions", "sdpo"):
+        if evaluation.get("split") == "validation":
+            raise UserError(f"{where}: evaluation.split validation is what settings are chosen by: leave it out")
+        if data.get("split") == "users":
+            raise UserError(f"{where}: data.split users deals them out anew for each seed: take last or time")
         return dict(data)
     if data.get("validation") is None:
         raise UserError(

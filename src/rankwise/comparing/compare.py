@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -62,7 +63,7 @@ def compare(comparison: Comparison, console: Console, cluster: bool = False) -> 
         "rows": found,
         "runs": len(rows),
         "search": _searched(rows),
-        "base": {row["task"]: row["base"] for row in rows if row["base"]},
+        "base": _bases(rows),
         "comparison": comparison.model_dump(mode="json"),
         "versions": versions(),
     }
@@ -77,6 +78,15 @@ def compare(comparison: Comparison, console: Console, cluster: bool = False) -> 
     console.print(f"runs: {folder / 'runs.parquet'}; tables: {folder / 'table.md'}, table.tex", highlight=False)
     console.print(f"report: {write_comparison_report(folder)}", highlight=False)
     return results
+
+
+def _bases(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Each task's metrics before training, means over the seeds, as the methods' are: seeds may draw other rows."""
+    found: dict[str, list[Mapping[str, float]]] = {}
+    for row in rows:
+        if row["base"]:
+            found.setdefault(row["task"], []).append(row["base"])
+    return {task: {name: fmean(one[name] for one in bases) for name in bases[0]} for task, bases in found.items()}
 
 
 def _searched(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -98,7 +108,7 @@ def check(comparison: Comparison) -> None:
             parts = ("search", "final") if len(tried) > 1 else ("final",)
             for part in parts:
                 cell = make_cell(comparison, task, entry, tried[0], comparison.seeds[0], 1.0, part)
-            check_files(cell.recipe.data)
+            check_files(cell.recipe.data, cell.recipe.evaluation.texts)
     folder = Path(comparison.output)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / CELLS).is_dir()):
         raise UserError(f"output {folder} holds something other than a comparison: give a new folder")

@@ -42,7 +42,8 @@ class Difference(NamedTuple):
 def paired(values: Mapping[int, float], others: Mapping[int, float]) -> Difference | None:
     """The difference of two methods over the seeds that both have; None where there is none.
 
-    Where all differences are the same, p is 1 for a difference of 0 and 0 for any other: the test's limit.
+    Where all differences are the same, p is 1 for a difference of 0, and NaN for any other: the test has no spread to
+    compare it with, and scores that count cases are often equal by chance.
     """
     seeds = sorted(values.keys() & others.keys())
     if not seeds:
@@ -50,8 +51,8 @@ def paired(values: Mapping[int, float], others: Mapping[int, float]) -> Differen
     found = spread([values[seed] - others[seed] for seed in seeds])
     if len(seeds) < 2:
         return Difference(found.mean, math.nan, math.nan, math.nan)
-    if found.deviation == 0:
-        return Difference(found.mean, found.low, found.high, 1.0 if found.mean == 0 else 0.0)
+    if found.deviation <= 1e-9 * abs(found.mean):
+        return Difference(found.mean, found.low, found.high, 1.0 if found.mean == 0 else math.nan)
     p = float(stats.ttest_rel([values[seed] for seed in seeds], [others[seed] for seed in seeds]).pvalue)
     return Difference(found.mean, found.low, found.high, p)
 

@@ -72,47 +72,35 @@ class BottleneckConfig(PeftConfig):
             raise UserError(f"BottleneckConfig(activation={self.activation!r}) is no activation of transformers")
 
 
-class Bottleneck(nn.Module):
-    """``U f(D h + d) + u``, zero at first."""
-
-    down: nn.Linear
-    up: nn.Linear
-
-    def __init__(self, width: int, size: int, activation: str, dropout: float) -> None:
-        super().__init__()
-        self.down, self.up = nn.Linear(width, size), nn.Linear(size, width)
-        self.activation, self.dropout = ACT2FN[activation], nn.Dropout(dropout)
-        nn.init.normal_(self.down.weight, std=START_DEVIATION)
-        for start in (self.down.bias, self.up.weight, self.up.bias):
-            nn.init.zeros_(start)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """What is added to the output of a module, (..., width)."""
-        added: Tensor = self.dropout(self.up(self.activation(self.down(hidden.to(self.down.weight.dtype)))))
-        return added
-
-
 class BottleneckLayer(nn.Module, BaseTunerLayer):
     """A module that is followed by bottlenecks, those of the active adapters one after the other."""
 
-    adapter_layer_names = ("bottleneck",)
+    # An adapter's name stands just before a parameter's own, where PEFT looks for it to load it by another name.
+    adapter_layer_names = ("bottleneck_down", "bottleneck_up")
     base_layer: nn.Module
-    bottleneck: Any  # a ModuleDict, which mypy takes for a tensor or a module
+    bottleneck_down: Any  # ModuleDicts, which mypy takes for tensors or modules
+    bottleneck_up: Any
 
     def __init__(self, base_layer: nn.Module, adapter: str, config: BottleneckConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.bottleneck = nn.ModuleDict()
+        self.bottleneck_down, self.bottleneck_up = nn.ModuleDict(), nn.ModuleDict()
+        self.configs: dict[str, BottleneckConfig] = {}
         self._disable_adapters, self._active_adapter = False, adapter
         self.merged_adapters: list[str] = []
         self.update_layer(adapter, config)
 
     def update_layer(self, adapter: str, config: BottleneckConfig) -> None:
-        """Add an adapter."""
+        """Add an adapter, zero at first."""
         base: Any = self.base_layer
         layer: Any = self  # with PEFT's own methods, which have no types
         width = int(base.nf if isinstance(base, Conv1D) else base.out_features)
-        self.bottleneck[adapter] = Bottleneck(width, config.size, config.activation, config.dropout)
+        down, up = nn.Linear(width, config.size), nn.Linear(config.size, width)
+        nn.init.normal_(down.weight, std=START_DEVIATION)
+        for start in (down.bias, up.weight, up.bias):
+            nn.init.zeros_(start)
+        self.bottleneck_down[adapter], self.bottleneck_up[adapter] = down, up
+        self.configs[adapter] = config
         layer._move_adapter_to_device_of_base_layer(adapter)
         layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
 
@@ -121,9 +109,14 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         hidden: Tensor = self.base_layer(x, *args, **kwargs)
         active: list[str] = [] if self.disable_adapters else list(self.active_adapters)  # type: ignore[arg-type]
         for adapter in active:
-            if adapter in self.bottleneck:
-                hidden = hidden + self.bottleneck[adapter](hidden).to(hidden.dtype)
+            if adapter in self.bottleneck_down:
+                hidden = hidden + self._added(hidden, adapter).to(hidden.dtype)
         return hidden
+
+    def _added(self, hidden: Tensor, adapter: str) -> Tensor:
+        down, up, config = self.bottleneck_down[adapter], self.bottleneck_up[adapter], self.configs[adapter]
+        inner = ACT2FN[config.activation](down(hidden.to(down.weight.dtype)))
+        return nn.functional.dropout(up(inner), config.dropout, self.training)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """PEFT's hook; there is nothing that the weight could take up.
@@ -137,7 +130,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 class BottleneckModel(BaseTuner):
     """PEFT's tuner for :class:`BottleneckConfig`."""
 
-    prefix = "bottleneck"
+    prefix = "bottleneck_"
     tuner_layer_cls = BottleneckLayer
     target_module_mapping: dict[str, Any] = {}  # noqa: RUF012 - PEFT's own form
 

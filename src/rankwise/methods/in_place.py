@@ -65,8 +65,8 @@ def base_of(model: PeftModel) -> Iterator[None]:
     kept: list[tuple[nn.Parameter, Tensor]] = getattr(model, KEPT, [])
     trained = [weight.detach().clone() for weight, _ in kept]
     with _without_adapter(model):
-        _put(kept)
         try:
+            _put(kept)
             yield
         finally:
             _put([(weight, now) for (weight, _), now in zip(kept, trained, strict=True)])
@@ -79,6 +79,8 @@ def _without_adapter(model: PeftModel) -> Iterator[None]:
     base = model.get_base_model()
     if not is_in_place(model) and not (virtual and not hasattr(base, "prepare_inputs_for_generation")):
         with model.disable_adapter():
+            if virtual:  # by the base's hooks, one of which counts positions
+                model.forward = base.__call__
             yield
         return
     heads = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]

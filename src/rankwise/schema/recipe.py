@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from rankwise.schema.adapters import (
     AdaloraSettings,
     Adapter,
+    BitfitSettings,
+    FullSettings,
     LoraSettings,
     MiloraSettings,
     PrefixSettings,
@@ -192,6 +194,16 @@ class Recipe(Section):
             raise ValueError(f"evaluation.noise is for classification and glue, not {self.data.kind}: leave it out")
         if self.evaluation.texts and isinstance(self.data, NO_ROWS):
             raise ValueError(f"evaluation.texts are for language models, not {self.data.kind}: leave them out")
+        return self
+
+    @model_validator(mode="after")
+    def _trained_in_float32(self) -> Recipe:
+        """Steps of AdamW are smaller than what bfloat16 can tell apart."""
+        if self.model.dtype != "float32" and isinstance(self.adapter, FullSettings | BitfitSettings):
+            raise ValueError(
+                f"model.dtype {self.model.dtype} would round away what adapter.kind {self.adapter.kind} learns: use "
+                "float32 (precision: bfloat16 computes faster all the same)"
+            )
         return self
 
     @model_validator(mode="after")
