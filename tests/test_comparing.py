@@ -109,6 +109,8 @@ def test_mistakes(changes: dict[str, Any], message: str) -> None:
         ),
         ({"tasks": {"a": TASK | {"adapter": "lora"}}}, "tasks.a.adapter 'lora': the comparison sets it"),
         ({"tasks": {"a": {"data": TASK["data"]}}}, "tasks.a with lora: stages are missing"),
+        ({"tasks": {"a": TASK | {"evaluation": "fast"}}}, "tasks.a.evaluation 'fast' is no mapping"),
+        ({"tasks": {"a": TASK | {"stages": [{"kind": "sft", "epochs": "lots"}]}}}, "epochs 'lots' of the last stage"),
         ({"tasks": {"a": {"stages": TASK["stages"]}}}, "tasks.a with lora: data are missing"),
         ({"methods": [{"kind": "lora", "x": 1}]}, "tasks.stories with lora: adapter.x is unknown"),
         ({}, "data.train a.txt does not exist"),
@@ -362,7 +364,7 @@ def test_the_command(values: dict[str, Any], in_this_process: list[str], tmp_pat
 def test_a_cell_that_another_command_runs_is_waited_for(values: dict[str, Any], tmp_path: Path) -> None:
     recipe = tmp_path / "cell.yaml"
     recipe.with_name("cell.yaml.claim").write_text(f"{socket.gethostname()} {os.getpid()}")  # alive
-    waiting = threading.Thread(target=running._finish, args=((str(recipe), False),))
+    waiting = threading.Thread(target=running._finish, args=((str(recipe), False, str(tmp_path)),))
     waiting.start()
     assert waiting.is_alive()
     (tmp_path / "cell.json").write_text("{}")
@@ -379,5 +381,29 @@ def test_the_claim_of_a_command_that_died_is_taken_over(
     if claim == "stale":
         os.utime(path, (1, 1))
     monkeypatch.setattr(running, "_in_a_process", lambda *_: (tmp_path / "cell.json").write_text("{}"))
-    running._finish((str(recipe), False))
+    running._finish((str(recipe), False, str(tmp_path)))
     assert not path.exists()
+
+
+def test_a_claim_names_the_process_that_runs_the_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the command is killed, its cell goes on, and the next command waits for it."""
+    recipe, claim = tmp_path / "cell.yaml", tmp_path / "cell.yaml.claim"
+    seen: list[str] = []
+
+    class Process:
+        pid = 4_000_000
+
+        def __init__(self, *_: Any, cwd: Path, **__: Any) -> None:
+            seen.append(str(cwd))
+
+        def wait(self, timeout: float | None = None) -> None:
+            seen.append(claim.read_text())
+            (tmp_path / "cell.json").write_text("{}")
+
+        def poll(self) -> int:
+            return 0
+
+    monkeypatch.setattr(running.subprocess, "Popen", Process)
+    running._finish((str(recipe), False, str(tmp_path)))
+    assert seen == [str(tmp_path), f"{socket.gethostname()} 4000000"]
+    assert not claim.exists()

@@ -24,6 +24,7 @@ from transformers import (
 
 import rankwise
 import tiny
+from rankwise.adapters import load_adapter_folder
 from rankwise.errors import UserError
 from rankwise.generation import generate_answers
 from rankwise.likelihood import answer_log_probabilities
@@ -295,3 +296,16 @@ def test_a_whole_model_that_is_not_this_one(tmp_path: Path) -> None:
     tiny.make("llama").save_pretrained(tmp_path)
     with pytest.raises(UserError, match="holds no weights of this model"):
         load_stage(with_adapter(tiny.make("gpt2"), recipe("full"), "CAUSAL_LM"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "changed"), [("houlsby", {"size": 2}), ("prompt", {"tokens": 2}), ("vera", {"r": 2})]
+)
+def test_a_classifiers_folder_has_the_classes_of_its_head(method: str, changed: dict[str, int], tmp_path: Path) -> None:
+    """Not the rows of the method's own matrices, which are fewer here."""
+    tiny.make("bert").save_pretrained(tmp_path / "base")
+    model = with_adapter(tiny.make("bert"), recipe(method, **changed), "SEQ_CLS")
+    train(model, "encoder", recipe(method))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = load_adapter_folder(tmp_path / "adapter", str(tmp_path / "base"))
+    torch.testing.assert_close(logits(loaded, "encoder"), logits(model, "encoder"), rtol=1e-4, atol=1e-4)

@@ -94,6 +94,7 @@ def test_a_recipe_cannot_be_changed():
         ("model", {"pth": "x"}, "model.pth is unknown: did you mean 'path'?"),
         ("export", {"ranks": 2}, "export.ranks is unknown: did you mean 'rank'?"),
         # unknown and missing kinds
+        ("adapter", {"kind": ["lora"]}, "adapter.kind ['lora'] is no text"),
         ("adapter", {"kind": "milra"}, "adapter.kind 'milra' is unknown: did you mean 'milora'?"),
         ("data.kind", "interaction", "data.kind 'interaction' is unknown: did you mean 'interactions'?"),
         ("stages.0.kind", "dpo", "stages.0.kind 'dpo' is unknown: "),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from rankwise.directions.checkpoint import SIDE_FILE
 from rankwise.directions.model_files import model_class
 from rankwise.errors import UserError
 from rankwise.models import quiet_libraries, resolve
+
+# What an adapter's own tensors have in their names; all others are of a trained head, or biases.
+OWN = re.compile(r"\.lora_|vera_|\.bottleneck_|prompt_embeddings")
 
 
 def load_adapter_folder(folder: Path, model: str | None = None) -> PeftModel:
@@ -89,7 +93,7 @@ def _labels(folder: Path) -> int:
     """Classes of a trained head: the fewest rows of its matrices, where it has several layers."""
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
-            shapes = [file.get_slice(key).get_shape() for key in file.keys() if ".lora_" not in key]
+            shapes = [file.get_slice(key).get_shape() for key in file.keys() if not OWN.search(key)]
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder / WEIGHTS} cannot be read ({error}): save the adapter again") from error
     rows = [shape[0] for shape in shapes if len(shape) == 2]

@@ -106,7 +106,9 @@ def make_cell(
     values["adapter"] = entry.adapter if setting.rank is None else {**entry.adapter, "r": setting.rank}
     values |= {"seed": seed, "output": "-", "name": f"{task}, {entry.name}"}
     values["stages"] = _stages(values.get("stages"), setting.learning_rate, share, where)
-    evaluation = dict(values.get("evaluation") or {})
+    evaluation = values.get("evaluation") or {}
+    if not isinstance(evaluation, dict):
+        raise UserError(f"tasks.{task}.evaluation {evaluation!r} is no mapping: give it keys of a recipe's evaluation")
     if part == "search":
         values["data"] = _held_out(values.get("data"), evaluation, where)
         evaluation |= {"split": "validation", "base": False, "baselines": [], "noise": [], "texts": {}, "updates": None}
@@ -130,7 +132,10 @@ def _stages(stages: Any, rate: float, share: float, where: str) -> list[Any]:
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
         raise UserError(f"{where}: stages are missing: give the task, or shared, a list of them")
     last = stages[-1]
-    return [*stages[:-1], last | {"learning_rate": rate, "epochs": share * float(last.get("epochs", 1.0))}]
+    epochs = last.get("epochs", 1.0)
+    if not isinstance(epochs, int | float):
+        raise UserError(f"{where}: epochs {epochs!r} of the last stage is no number")
+    return [*stages[:-1], last | {"learning_rate": rate, "epochs": share * float(epochs)}]
 
 
 def _held_out(data: Any, evaluation: dict[str, Any], where: str) -> dict[str, Any]:

@@ -42,7 +42,8 @@ def run_cells(cells: Sequence[Cell], processes: int, keep: bool, told: Told, clu
             waiting.append(cell)
         else:
             told(cell)
-    jobs = [(str(_written(cell)), keep and cell.part == "final") for cell in waiting]
+    here = str(Path.cwd())
+    jobs = [(str(_written(cell).resolve()), keep and cell.part == "final", here) for cell in waiting]
     threads = max(1, (os.cpu_count() or 1) // processes)
     if cluster:
         from rankwise.recommend.cluster import over_cluster
@@ -69,27 +70,34 @@ def _written(cell: Cell) -> Path:
     return path
 
 
-def _finish(job: tuple[str, bool], threads: int | None = None) -> None:
-    """Run a cell in a process of its own, unless it is finished; waits where another command is at it."""
-    recipe, keep = Path(job[0]), job[1]
+def _finish(job: tuple[str, bool, str], threads: int | None = None) -> None:
+    """Run a cell in a process of its own, unless it is finished; waits where another command is at it.
+
+    Args:
+        job: the cell's recipe, whether its adapters are kept, and the folder from which the recipe's paths are taken.
+        threads: of the process; as they are where None.
+    """
+    recipe, keep, folder = Path(job[0]), job[1], Path(job[2])
     result = recipe.with_suffix("").with_name(recipe.name.removesuffix(".yaml") + ".json")
     while not result.is_file():
         with _claimed(recipe.with_name(recipe.name + ".claim")) as claim:
             if claim is None:
                 time.sleep(1.0)
             elif not result.is_file():
-                _in_a_process(recipe, keep, threads, claim)
+                _in_a_process(recipe, keep, threads, claim, folder)
                 if not result.is_file():
                     log = _log(recipe)
                     last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] or ["it says nothing"]
                     raise UserError(f"the run of {recipe} ended without a result: {last[0][:300]} (all of it: {log})")
 
 
-def _in_a_process(recipe: Path, keep: bool, threads: int | None, claim: Path) -> None:
+def _in_a_process(recipe: Path, keep: bool, threads: int | None, claim: Path, folder: Path) -> None:
+    """Run it, and let the claim name the process that does: it outlives this one, where this one is killed."""
     words = [sys.executable, "-m", "rankwise.comparing.cell_run", str(recipe), *(["--keep"] if keep else [])]
     environment = dict(os.environ) | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     with _log(recipe).open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=folder)
+        claim.write_text(_owner(process.pid), encoding="utf-8")
         try:
             while True:
                 try:
@@ -110,10 +118,9 @@ def _log(recipe: Path) -> Path:
 @contextmanager
 def _claimed(path: Path) -> Iterator[Path | None]:
     """A file that says who runs a cell; None where another one that is alive does."""
-    me = f"{socket.gethostname()} {os.getpid()}"
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(me)
+            file.write(_owner(os.getpid()))
     except FileExistsError:
         if _is_alive(path):
             yield None
@@ -125,6 +132,10 @@ def _claimed(path: Path) -> Iterator[Path | None]:
         yield path
     finally:
         path.unlink(missing_ok=True)
+
+
+def _owner(process: int) -> str:
+    return f"{socket.gethostname()} {process}"
 
 
 def _is_alive(path: Path) -> bool:

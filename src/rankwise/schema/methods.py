@@ -61,6 +61,8 @@ def written_out(adapter: Any) -> Any:
     if not isinstance(adapter, dict):
         return adapter
     name = adapter.get("kind", DEFAULT)
+    if not isinstance(name, str):
+        raise ValueError(f"adapter.kind {name!r} is no text: give a method's name")
     if name not in METHODS:
         kinds = {str(method.settings["kind"]) for method in METHODS.values()}
         if name not in kinds:
