@@ -1,32 +1,22 @@
-"""Comparisons: plans, choices by halving, runs that are never repeated, and what the tables say."""
+"""Comparisons: plans, choices by halving, and what the tables say."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import socket
-import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pytest
 from scipy import stats
 
 import small_runs
-from rankwise.cli import main
-from rankwise.comparing import running
-from rankwise.comparing.cell_run import run_cell
 from rankwise.comparing.cells import Cell, Setting, make_cell, settings
 from rankwise.comparing.choosing import choose, is_lower_better
 from rankwise.comparing.compare import compare, final_cells
 from rankwise.comparing.statistics import holm, paired, spread
 from rankwise.comparing.summary import latex, markdown, run_rows, summarise
 from rankwise.errors import UserError
-from rankwise.recipes import load_comparison, load_recipe, make_comparison
-from rankwise.run import Run
 from rankwise.schema import Comparison
 from small_comparisons import TASK, fake, made, summary_of
 
@@ -226,184 +216,3 @@ def test_text_is_escaped_in_latex(tmp_path: Path) -> None:
     comparison = made(tasks={"a_b": TASK}, output=str(tmp_path), learning_rates=[1])
     text = latex(comparison, summary_of(comparison, lambda _: 1.0))
     assert r"a\_b: loss" in text
-
-
-# Whole comparisons
-
-
-@pytest.fixture
-def values(tmp_path: Path, model_folder: Path) -> dict[str, Any]:
-    """Two methods on text, with two rates and two seeds."""
-    data = small_runs.text(tmp_path)
-    texts = {"questions": str(tmp_path / "other.txt")}
-    Path(texts["questions"]).write_text("Question: which is the red fox?\n" * 9, encoding="utf-8")
-    held_out = tmp_path / "held_out.txt"
-    held_out.write_text("The red river had a model.\nThe blue dog had a film.\n", encoding="utf-8")
-    return {
-        "methods": [{"kind": "lora", "r": 2}, {"kind": "prompt", "tokens": 2}],
-        "shared": {"model": {"path": str(model_folder), "context": 64}},
-        "tasks": {
-            "text": {
-                "data": data | {"validation": str(held_out)},
-                "stages": [small_runs.SFT],
-                "evaluation": {"texts": texts},
-            }
-        },
-        "learning_rates": [1e-3, 1e-2],
-        "seeds": [0, 1],
-        "output": str(tmp_path / "out"),
-    }
-
-
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Cells run without a process of their own; their names as they do."""
-    ran: list[str] = []
-
-    def run(recipe: Path, keep: bool, *_: Any) -> None:
-        ran.append(recipe.stem)
-        run_cell(recipe, keep)
-
-    monkeypatch.setattr(running, "_in_a_process", run)
-    return ran
-
-
-def test_a_comparison(values: dict[str, Any], in_this_process: list[str]) -> None:
-    results = compare(make_comparison(values), small_runs.silent())
-    assert len(in_this_process) == 2 * 2 + 2 * 2
-    lora, prompt = results["rows"]
-    assert (lora["metric"], set(lora["metrics"])) == ("loss", {"loss", "perplexity", "questions loss"})
-    assert lora["parameters"] > prompt["parameters"] > 0
-    assert lora["step_seconds"] > 0
-    assert lora["peak_memory"] > 2**20
-    runs = pl.read_parquet(Path(values["output"]) / "runs.parquet")
-    assert runs["part"].value_counts(sort=True).rows() == [("search", 4), ("final", 4)] or len(runs) == 8
-    assert "metric: questions loss" in runs.columns
-
-    # again: nothing is run, all is as it was
-    assert compare(make_comparison(values), small_runs.silent()) == results
-    assert len(in_this_process) == 8
-    # one seed more, of two methods
-    compare(make_comparison(values | {"seeds": [0, 1, 2]}), small_runs.silent())
-    assert len(in_this_process) == 10
-    # no models are kept
-    folders = [path for path in (Path(values["output"]) / "cells").iterdir() if path.is_dir()]
-    assert not any((folder / name).exists() for folder in folders for name in ("stages", "adapter"))
-
-
-def test_a_cell_runs_again_by_one_command_to_the_same_number(
-    values: dict[str, Any], in_this_process: list[str], tmp_path: Path
-) -> None:
-    comparison = make_comparison(values | {"learning_rates": [1e-2], "keep": "adapters"})
-    compare(comparison, small_runs.silent())
-    cells = Path(values["output"]) / "cells"
-    recipe = sorted(cells.glob("text-lora-*-seed1-*.yaml"))[0]
-    kept = json.loads(recipe.with_suffix(".json").read_text())
-    assert (recipe.with_suffix("") / "adapter" / "adapter_config.json").is_file()
-    assert main(["train", str(recipe), f"output={tmp_path / 'again'}"]) == 0
-    again = json.loads((tmp_path / "again" / "results.json").read_text())
-    assert again["rows"][-1]["metrics"] == kept["rows"][-1]["metrics"]
-
-
-def test_processes_of_their_own_give_the_same(values: dict[str, Any], tmp_path: Path) -> None:
-    values = values | {"learning_rates": [1e-2], "seeds": [0], "processes": 2}
-    comparison = make_comparison(values)
-    results = compare(comparison, small_runs.silent())
-    [one] = [row for row in results["rows"] if row["method"] == "lora"]
-    recipe = load_recipe(
-        next((Path(values["output"]) / "cells").glob("text-lora-*.yaml")), [f"output={tmp_path / 'b'}"]
-    )
-    assert Run(recipe, small_runs.silent())()["rows"][-1]["metrics"] == pytest.approx(one["metrics"], rel=1e-5)
-
-
-def test_a_method_that_a_model_cannot_carry_is_told(values: dict[str, Any], in_this_process: list[str]) -> None:
-    values = values | {"methods": ["lora", "bitfit"], "learning_rates": [1e-2], "seeds": [0]}
-    console = small_runs.silent()
-    bitfit = compare(make_comparison(values), console)["rows"][1]
-    assert bitfit["mean"] is None
-    assert "bitfit trains biases" in bitfit["failed"]
-    assert "text, bitfit: adapter.kind bitfit trains biases" in small_runs.printed(console)
-
-
-def test_a_process_that_dies_is_told_with_its_log(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "_in_a_process", lambda recipe, *_: running._log(recipe).write_text("Killed\n"))
-    with pytest.raises(UserError, match=r"ended without a result: Killed \(all of it: .*\.log\)"):
-        compare(make_comparison(values), small_runs.silent())
-
-
-def test_results_of_another_version(values: dict[str, Any], in_this_process: list[str]) -> None:
-    comparison = make_comparison(values | {"learning_rates": [1e-2], "seeds": [0]})
-    compare(comparison, small_runs.silent())
-    path = next((Path(values["output"]) / "cells").glob("*lora*.json"))
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
-    with pytest.raises(UserError, match="is of version 99, and this is 1"):
-        compare(comparison, small_runs.silent())
-    path.write_text("{")
-    with pytest.raises(UserError, match="is no result of a run"):
-        compare(comparison, small_runs.silent())
-
-
-def test_an_output_that_is_something_else(values: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds something other than a comparison"):
-        compare(make_comparison(values | {"output": str(tmp_path)}), small_runs.silent())
-
-
-def test_the_command(values: dict[str, Any], in_this_process: list[str], tmp_path: Path, capsys: Any) -> None:
-    file = tmp_path / "c.yaml"
-    file.write_text(json.dumps(values), encoding="utf-8")
-    assert load_comparison(file).methods[1].name == "prompt"
-    assert main(["compare", str(file), "seeds=[0]", "learning_rates=[0.01]", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["runs"] == 2
-    assert main(["compare", str(file), "against=dora"]) == 2
-    assert "against 'dora' is none of the methods" in capsys.readouterr().err
-
-
-# Two commands at a time
-
-
-def test_a_cell_that_another_command_runs_is_waited_for(values: dict[str, Any], tmp_path: Path) -> None:
-    recipe = tmp_path / "cell.yaml"
-    recipe.with_name("cell.yaml.claim").write_text(f"{socket.gethostname()} {os.getpid()}")  # alive
-    waiting = threading.Thread(target=running._finish, args=((str(recipe), False, str(tmp_path)),))
-    waiting.start()
-    assert waiting.is_alive()
-    (tmp_path / "cell.json").write_text("{}")
-    waiting.join(timeout=10)
-    assert not waiting.is_alive()
-
-
-@pytest.mark.parametrize("claim", ["dead", "stale"])
-def test_the_claim_of_a_command_that_died_is_taken_over(
-    claim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe, path = tmp_path / "cell.yaml", tmp_path / "cell.yaml.claim"
-    path.write_text(f"{socket.gethostname()} 4194305" if claim == "dead" else "elsewhere 1")
-    if claim == "stale":
-        os.utime(path, (1, 1))
-    monkeypatch.setattr(running, "_in_a_process", lambda *_: (tmp_path / "cell.json").write_text("{}"))
-    running._finish((str(recipe), False, str(tmp_path)))
-    assert not path.exists()
-
-
-def test_a_claim_names_the_process_that_runs_the_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the command is killed, its cell goes on, and the next command waits for it."""
-    recipe, claim = tmp_path / "cell.yaml", tmp_path / "cell.yaml.claim"
-    seen: list[str] = []
-
-    class Process:
-        pid = 4_000_000
-
-        def __init__(self, *_: Any, cwd: Path, **__: Any) -> None:
-            seen.append(str(cwd))
-
-        def wait(self, timeout: float | None = None) -> None:
-            seen.append(claim.read_text())
-            (tmp_path / "cell.json").write_text("{}")
-
-        def poll(self) -> int:
-            return 0
-
-    monkeypatch.setattr(running.subprocess, "Popen", Process)
-    running._finish((str(recipe), False, str(tmp_path)))
-    assert seen == [str(tmp_path), f"{socket.gethostname()} 4000000"]
-    assert not claim.exists()
