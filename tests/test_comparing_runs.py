@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import threading
 from pathlib import Path
@@ -80,6 +81,56 @@ def test_a_comparison(values: dict[str, Any], in_this_process: list[str]) -> Non
     # no models are kept
     folders = [path for path in (Path(values["output"]) / "cells").iterdir() if path.is_dir()]
     assert not any((folder / name).exists() for folder in folders for name in ("stages", "adapter"))
+
+
+def test_runs_of_the_parquet_file_are_not_repeated(
+    values: dict[str, Any], in_this_process: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    results = compare(make_comparison(values | {"learning_rates": [1e-2]}), small_runs.silent())
+    assert len(in_this_process) == 4
+    folder, kept = Path(values["output"]), tmp_path / "kept.parquet"
+    before = sorted(path.name for path in (folder / "cells").iterdir() if path.suffix in (".yaml", ".json"))
+    (folder / "runs.parquet").rename(kept)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    shutil.copy(kept, folder / "runs.parquet")
+    assert compare(make_comparison(values | {"learning_rates": [1e-2]}), small_runs.silent()) == results
+    assert sorted(path.name for path in (folder / "cells").iterdir()) == before
+    assert len(in_this_process) == 4
+    # a cell that is removed runs again, though the file still has it
+    (folder / "cells" / before[0]).unlink()
+    compare(make_comparison(values | {"learning_rates": [1e-2]}), small_runs.silent())
+    assert len(in_this_process) == 5
+
+
+def test_what_is_finished_is_kept_where_a_comparison_is_broken_off(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(recipe: Path, keep: bool, *_: Any) -> None:
+        if "seed1" in recipe.stem:
+            raise KeyboardInterrupt
+        run_cell(recipe, keep)
+
+    monkeypatch.setattr(running, "_in_a_process", run)
+    with pytest.raises(KeyboardInterrupt):
+        compare(make_comparison(values | {"learning_rates": [1e-2]}), small_runs.silent())
+    assert pl.read_parquet(Path(values["output"]) / "runs.parquet")["seed"].to_list() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"a": [1]}, "holds no runs of a comparison"),
+        ({"run": ["../a"], "recipe": [""], "result": [""]}, r"run '\.\./a' is no file name"),
+    ],
+)
+def test_a_parquet_file_of_something_else(
+    rows: dict[str, Any], message: str, values: dict[str, Any], tmp_path: Path
+) -> None:
+    Path(values["output"]).mkdir()
+    pl.DataFrame(rows).write_parquet(Path(values["output"]) / "runs.parquet")
+    with pytest.raises(UserError, match=message):
+        compare(make_comparison(values), small_runs.silent())
 
 
 def test_a_cell_runs_again_by_one_command_to_the_same_number(

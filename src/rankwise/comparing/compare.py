@@ -15,7 +15,16 @@ from rankwise.comparing.cells import CELLS, Cell, Setting, make_cell, settings
 from rankwise.comparing.choosing import Key, choose
 from rankwise.comparing.report import SUMMARY, write_comparison_report
 from rankwise.comparing.running import run_cells
-from rankwise.comparing.summary import latex, markdown, run_rows, summarise, terminal_tables, write_runs
+from rankwise.comparing.summary import (
+    RUNS,
+    latex,
+    markdown,
+    restore,
+    run_rows,
+    summarise,
+    terminal_tables,
+    write_runs,
+)
 from rankwise.errors import UserError
 from rankwise.files import write_json, write_text
 from rankwise.run import versions
@@ -31,6 +40,8 @@ def compare(comparison: Comparison, console: Console, cluster: bool = False) -> 
         console: shows progress and the tables.
         cluster: see :func:`rankwise.comparing.running.run_cells`.
 
+    Where the folder has no cells but a ``runs.parquet``, those of that file are taken as finished.
+
     Returns:
         What ``summary.json`` holds: ``name``, ``rows`` (see :func:`rankwise.comparing.summary.summarise`) and ``runs``,
         how many there were.
@@ -40,6 +51,8 @@ def compare(comparison: Comparison, console: Console, cluster: bool = False) -> 
     """
     check(comparison)
     folder = Path(comparison.output)
+    if restored := restore(folder):
+        console.print(f"{restored} runs are finished in {folder / RUNS}", highlight=False)
     (folder / CELLS).mkdir(parents=True, exist_ok=True)
     cells: list[Cell] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -51,10 +64,12 @@ def compare(comparison: Comparison, console: Console, cluster: bool = False) -> 
             keep = comparison.keep == "adapters"
             run_cells(wanted, comparison.processes, keep, lambda _: progress.advance(bar), cluster)
 
-        chosen = choose(comparison, run)
-        run(final_cells(comparison, chosen), "seeds")
-    rows = run_rows(comparison, cells)
-    write_runs(folder, rows)
+        try:
+            chosen = choose(comparison, run)
+            run(final_cells(comparison, chosen), "seeds")
+        finally:  # also of a comparison that is broken off
+            rows = run_rows(comparison, cells)
+            write_runs(folder, rows)
     found = summarise(comparison, rows, chosen)
     results = {
         "name": comparison.name,
@@ -110,7 +125,8 @@ def check(comparison: Comparison) -> None:
                 cell = make_cell(comparison, task, entry, tried[0], comparison.seeds[0], 1.0, part)
             check_files(cell.recipe.data, cell.recipe.evaluation.texts)
     folder = Path(comparison.output)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / CELLS).is_dir()):
+    own = (folder / CELLS).is_dir() or (folder / RUNS).is_file()
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not own):
         raise UserError(f"output {folder} holds something other than a comparison: give a new folder")
 
 

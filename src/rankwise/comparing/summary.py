@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import math
+import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,10 +14,12 @@ from typing import Any
 import polars as pl
 from rich.table import Table
 
-from rankwise.comparing.cells import Cell, Setting
+from rankwise.comparing.cells import CELLS, Cell, Setting
 from rankwise.comparing.choosing import Key, deciding_metric, final_row, is_lower_better
 from rankwise.comparing.statistics import holm, paired, spread
+from rankwise.errors import UserError
 from rankwise.files import write_bytes
+from rankwise.recipes import dump_recipe
 from rankwise.schema import METHODS, Comparison
 
 RUNS = "runs.parquet"
@@ -50,6 +54,8 @@ def run_rows(comparison: Comparison, cells: Iterable[Cell]) -> list[dict[str, An
                 "peak_memory": result.get("peak_memory"),
                 "failed": result.get("failed"),
                 "run": cell.folder.name,
+                "recipe": dump_recipe(cell.recipe),
+                "result": json.dumps(result, ensure_ascii=False),
             }
         )
     return rows
@@ -62,7 +68,10 @@ def _base(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def write_runs(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """All runs as Parquet, a row each; metrics as columns ``metric: <name>``."""
+    """All runs as Parquet, a row each; metrics as columns ``metric: <name>``.
+
+    ``recipe`` (YAML) and ``result`` (JSON) are all that a cell consists of: see :func:`restore`.
+    """
     names = sorted({name for row in rows for name in row["metrics"]})
     flat = [
         {key: value for key, value in row.items() if key not in ("metrics", "base")}
@@ -73,6 +82,34 @@ def write_runs(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     pl.DataFrame(flat, infer_schema_length=None).write_parquet(buffer)
     write_bytes(folder / RUNS, buffer.getvalue())
     return folder / RUNS
+
+
+def restore(folder: Path) -> int:
+    """Write out the cells of ``runs.parquet`` where the comparison's folder has none: they are not run again.
+
+    Returns:
+        How many there were.
+
+    Raises:
+        UserError: the file is none that a comparison wrote.
+    """
+    path = folder / RUNS
+    if (folder / CELLS).is_dir() or not path.is_file():
+        return 0
+    try:
+        kept = pl.read_parquet(path, columns=["run", "recipe", "result"])
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise UserError(f"{path} holds no runs of a comparison: remove it, or give another output") from error
+    if stray := [name for name in kept["run"] if Path(name).name != name]:
+        raise UserError(f"{path}: run {stray[0]!r} is no file name: remove it, or give another output")
+    made = folder / f"{CELLS}.part"
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir()
+    for name, recipe, result in kept.iter_rows():
+        (made / f"{name}.yaml").write_text(recipe, encoding="utf-8")
+        (made / f"{name}.json").write_text(result, encoding="utf-8")
+    made.rename(folder / CELLS)
+    return len(kept)
 
 
 def summarise(
