@@ -59,6 +59,12 @@ def test_a_search_does_not_see_what_is_reported() -> None:
     assert cell(made(tasks={"films": films}), part="final").recipe.evaluation.split == "test"
 
 
+def test_updates_are_looked_at_where_a_method_has_them() -> None:
+    comparison = made(methods=["sora", "full"], tasks={"a": TASK | {"evaluation": {"updates": 4}}})
+    found = [cell(comparison, number, part="final").recipe.evaluation.updates for number in (0, 1)]
+    assert found == [4, None]
+
+
 def test_the_base_is_measured_beside_the_first_method_alone() -> None:
     assert [cell(made(), number, "final").recipe.evaluation.base for number in (0, 1)] == [True, False]
 

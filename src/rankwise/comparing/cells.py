@@ -87,7 +87,12 @@ def settings(comparison: Comparison, entry: MethodEntry) -> list[Setting]:
 
 def _has_rank(entry: MethodEntry) -> bool:
     """Whether the method's rank is to be tried: where it has one of LoRA's kind, and the entry does not set it."""
-    return METHODS[entry.kind].settings["kind"] in RANKED and "r" not in entry.adapter
+    return _is_lora(entry) and "r" not in entry.adapter
+
+
+def _is_lora(entry: MethodEntry) -> bool:
+    """Whether the method is of LoRA's kin."""
+    return METHODS[entry.kind].settings["kind"] in RANKED
 
 
 def make_cell(
@@ -115,6 +120,8 @@ def make_cell(
         values["data"].pop("others", None)
     elif entry.name != comparison.methods[0].name:
         evaluation |= {"base": False, "baselines": []}  # the same for all: measured beside the first
+    if not _is_lora(entry):
+        evaluation |= {"updates": None}  # these are looked at where they are products of two matrices
     values["evaluation"] = evaluation
     recipe = make_recipe(values, source=where)
     name = "-".join(
