@@ -86,6 +86,8 @@ def test_a_cells_place_follows_from_all_that_it_depends_on() -> None:
         ({"methods": []}, "methods"),
         ({"against": "mlora"}, "against 'mlora' is none of the methods"),
         ({"metrics": {"stries": "loss"}}, "metrics.stries is of no task: did you mean 'stories'"),
+        ({"tasks": {"a/b": TASK}}, "tasks 'a/b' becomes a part of file names"),
+        ({"methods": [{"kind": "lora", "r": 4, "ranks": [2]}]}, r"methods.lora has r 4 and ranks \[2\]"),
         ({"seeds": [0, 0]}, r"seeds \[0, 0\] has one of them twice"),
         ({"learning_rates": [-1]}, "learning_rates.0"),
         ({"lerning_rates": [1]}, "lerning_rates is unknown: did you mean 'learning_rates'"),

@@ -94,7 +94,7 @@ def test_preference_training(name: str, tmp_path: Path, model_folder: Path) -> N
 
 def test_full_fine_tuning_has_no_base_for_a_reference(tmp_path: Path, model_folder: Path) -> None:
     stages = [small_runs.SFT, small_runs.DPO | {"reference": "base"}]
-    with pytest.raises(UserError, match="is trained and belongs to no adapter"):
+    with pytest.raises(UserError, match="reference base of softmax_dpo needs an adapter that can be left out"):
         run("preferences", tmp_path, model_folder, "full", stages=stages)
 
 

@@ -44,7 +44,7 @@ def run_cells(cells: Sequence[Cell], processes: int, keep: bool, told: Told, clu
             told(cell)
     here = str(Path.cwd())
     jobs = [(str(_written(cell).resolve()), keep and cell.part == "final", here) for cell in waiting]
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    threads = None if "OMP_NUM_THREADS" in os.environ else max(1, _processors() // processes)
     if cluster:
         from rankwise.recommend.cluster import over_cluster
 
@@ -60,6 +60,13 @@ def run_cells(cells: Sequence[Cell], processes: int, keep: bool, told: Told, clu
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _processors() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _written(cell: Cell) -> Path:

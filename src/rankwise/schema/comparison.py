@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -78,6 +79,14 @@ class Comparison(Section):
             written_out(entry.adapter)
         if self.against is not None and self.against not in names:
             raise ValueError(f"against {self.against!r} is none of the methods: {nearest(self.against, names)}")
+        for task in self.tasks:
+            if not re.match(NAME, task):
+                raise ValueError(f"tasks {task!r} becomes a part of file names: take letters, digits, '.', '_' and '-'")
+        for entry in self.methods:
+            if entry.ranks and "r" in entry.adapter:
+                raise ValueError(
+                    f"methods.{entry.name} has r {entry.adapter['r']} and ranks {entry.ranks}: leave one out"
+                )
         for task in self.metrics:
             if task not in self.tasks:
                 raise ValueError(f"metrics.{task} is of no task: {nearest(task, self.tasks)}")

@@ -207,6 +207,17 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _base_is_there(self) -> Recipe:
+        """What trains the model's own weights leaves no base to refer to."""
+        referring = [stage.kind for stage in self.stages if getattr(stage, "reference", None) == "base"]
+        if referring and isinstance(self.adapter, FullSettings | BitfitSettings):
+            raise ValueError(
+                f"stages: reference base of {referring[0]} needs an adapter that can be left out, and adapter.kind is "
+                f"{self.adapter.kind}: take reference start"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _updates_fit(self) -> Recipe:
         """Updates are looked at as products of two small matrices."""
         if self.evaluation.updates is not None and not isinstance(self.adapter, LoraSettings):

@@ -1,7 +1,8 @@
 "use strict";
-// A heading of a sortable table is a button: it sorts the rows by its column, and back.
+// A heading of a sortable table is a button: it sorts the rows by its column, and back; what is missing stays last.
 const value = (row, at) => {
-  const text = row.cells[at].textContent;
+  const text = row.cells[at].textContent.trim();
+  if (text === "-") return undefined;
   const number = parseFloat(text.replaceAll(",", ""));
   return Number.isNaN(number) ? text : number;
 };
@@ -21,8 +22,9 @@ for (const table of document.querySelectorAll(".sortable table")) {
       heads.forEach((other) => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", falling ? "descending" : "ascending");
       const rows = [...table.tBodies[0].rows];
-      rows.sort((one, other) => before(value(one, at), value(other, at)) * (falling ? -1 : 1));
-      table.tBodies[0].append(...rows);
+      const known = rows.filter((row) => value(row, at) !== undefined);
+      known.sort((one, other) => before(value(one, at), value(other, at)) * (falling ? -1 : 1));
+      table.tBodies[0].append(...known, ...rows.filter((row) => value(row, at) === undefined));
     });
   });
 }
