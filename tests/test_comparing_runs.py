@@ -15,6 +15,7 @@ import pytest
 
 import small_runs
 from rankwise.cli import main
+from rankwise.comparing import compare as comparing
 from rankwise.comparing import running
 from rankwise.comparing.cell_run import run_cell
 from rankwise.comparing.compare import compare
@@ -115,6 +116,18 @@ def test_what_is_finished_is_kept_where_a_comparison_is_broken_off(
     with pytest.raises(KeyboardInterrupt):
         compare(make_comparison(values | {"learning_rates": [1e-2]}), small_runs.silent())
     assert pl.read_parquet(Path(values["output"]) / "runs.parquet")["seed"].to_list() == [0, 0]
+
+
+def test_what_is_finished_is_kept_as_it_goes_on(
+    values: dict[str, Any], in_this_process: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = []
+    monkeypatch.setattr(comparing, "EVERY", 0.0)
+    monkeypatch.setattr(comparing, "write_runs", lambda _, rows: counts.append(len(rows)))
+    compare(make_comparison(values | {"learning_rates": [1e-2]}), small_runs.silent())
+    assert counts[-1] == 4
+    assert counts[:-1] == sorted(counts[:-1])
+    assert len(counts) == 5
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -31,6 +32,8 @@ from rankwise.run import versions
 from rankwise.schema import Comparison
 from rankwise.tasks.load import check_files
 
+EVERY = 60.0  # seconds, at least, between two writings of the runs while they go on
+
 
 def compare(comparison: Comparison, console: Console, cluster: bool = False) -> dict[str, Any]:
     """Run what is not finished of a comparison, and write ``runs.parquet``, ``summary.json``, tables and the report.
@@ -55,6 +58,7 @@ def compare(comparison: Comparison, console: Console, cluster: bool = False) -> 
         console.print(f"{restored} runs are finished in {folder / RUNS}", highlight=False)
     (folder / CELLS).mkdir(parents=True, exist_ok=True)
     cells: list[Cell] = []
+    written = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
 
@@ -62,7 +66,15 @@ def compare(comparison: Comparison, console: Console, cluster: bool = False) -> 
             cells.extend(wanted)
             bar = progress.add_task(what, total=len(wanted))
             keep = comparison.keep == "adapters"
-            run_cells(wanted, comparison.processes, keep, lambda _: progress.advance(bar), cluster)
+
+            def told(_: Cell) -> None:
+                nonlocal written
+                progress.advance(bar)
+                if time.monotonic() - written > EVERY:  # a process may be ended without notice
+                    write_runs(folder, run_rows(comparison, cells))
+                    written = time.monotonic()
+
+            run_cells(wanted, comparison.processes, keep, told, cluster)
 
         try:
             chosen = choose(comparison, run)
