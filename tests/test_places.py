@@ -12,7 +12,7 @@ import torch
 
 import small_runs
 import tiny
-from rankwise.analysis.places import places_by_kind, update_place, update_places
+from rankwise.analysis.places import places_by_kind, sampled, spectra_by_kind, update_place, update_places
 from rankwise.analysis.spectra import effective_rank, update_overlap
 from rankwise.analysis.updates import intruder_dimensions, projections
 from rankwise.cli import main
@@ -52,6 +52,29 @@ def test_an_update_in_one_part_lies_there_alone(part: str, places: tuple[int, in
     }
 
 
+def test_spectra_are_those_of_the_matrices() -> None:
+    weight, b, a = random(12, 9), random(12, 3, seed=1), random(3, 9, seed=2)
+    found = update_place(weight, (b, a), 3)["spectra"]
+    for side, matrix in (("weight", weight), ("update", b @ a)):
+        values = torch.linalg.svdvals(matrix)
+        assert [value for _, value in found[side]] == pytest.approx(
+            [float(values[at - 1]) for at, _ in found[side]], rel=1e-3
+        )
+    assert [place for place, _ in found["weight"]] == list(range(1, 10))
+    assert [place for place, _ in found["update"]] == [1, 2, 3]
+    places = [place for place, _ in sampled(torch.arange(5000.0, 0.0, -1.0))]
+    assert (places[0], places[-1]) == (1, 5000)
+    assert len(places) <= 33
+
+
+def test_spectra_of_a_kind_are_means_over_its_layers() -> None:
+    rows = [
+        {"module": f"layers.{layer}.q", "spectra": {"weight": [[1, top], [2, 1.0]], "update": [[1, 0.5]]}}
+        for layer, top in ((0, 2.0), (1, 4.0))
+    ]
+    assert spectra_by_kind(rows) == {"q": {"weight": [(1, 3.0), (2, 1.0)], "update": [(1, 0.5)]}}
+
+
 def test_an_update_where_the_weight_has_nothing() -> None:
     weight = torch.zeros(6, 6)
     weight[0, 0] = 1.0
@@ -81,7 +104,9 @@ def test_the_command_and_the_report(tmp_path: Path, model_folder: Path, capsys: 
     Run(recipe, small_runs.silent())()
     rows = json.loads((tmp_path / "run" / "updates.json").read_text())
     assert {row["rank"] for row in rows} == {4}
-    assert "Where the updates lie" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Where the updates lie" in page
+    assert "Spectra of the weights and of the updates" in page
     assert main(["inspect", str(tmp_path / "run" / "adapter"), "--model", str(model_folder), "--directions", "4"]) == 0
     shown = capsys.readouterr().out
     assert "middle" in shown

@@ -10,9 +10,9 @@ from typing import Any
 import plotly.graph_objects as go
 from rich.table import Table
 
-from rankwise.analysis.drawing import COLORS, axes
+from rankwise.analysis.drawing import COLORS, LINES, axes, short
 from rankwise.analysis.markup import Cell, muted, plot, section, table
-from rankwise.analysis.places import SHARES, places_by_kind
+from rankwise.analysis.places import SHARES, places_by_kind, spectra_by_kind
 from rankwise.analysis.runfolder import Run
 from rankwise.errors import UserError
 
@@ -61,15 +61,15 @@ def place_section(run: Run) -> str:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         texts = place_texts(rows)
-        figure, words = place_figure(rows)
+        figures = plot(place_figure(rows)[0], "places", place_figure(rows)[1])
+        if all("spectra" in row for row in rows):  # not where an earlier version looked
+            figures += plot(spectrum_figure(rows)[0], "spectra", spectrum_figure(rows)[1])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no list of updates ({error!r}): remove it, or run again") from error
     cells: list[list[Cell]] = [[(text, "") for text in row] for row in texts]
     note = muted(MEANING.format(rank=max(row["rank"] for row in rows)))
     caption = f"{len(rows):,} modules. A heading sorts."
-    return section(
-        TITLE, note + plot(figure, "places", words) + table(caption, ["kind", *HEAD], cells, kind=" sortable")
-    )
+    return section(TITLE, note + figures + table(caption, ["kind", *HEAD], cells, kind=" sortable"))
 
 
 def place_figure(rows: Sequence[Mapping[str, Any]]) -> tuple[go.Figure, str]:
@@ -94,3 +94,30 @@ def place_figure(rows: Sequence[Mapping[str, Any]]) -> tuple[go.Figure, str]:
     whole = kinds[-1]
     words = ", ".join(f"{name} {whole[name] / whole['chance']:.3g} times" for name in SHARES)
     return figure, f"over all modules, of what chance would have: {words}"
+
+
+def spectrum_figure(rows: Sequence[Mapping[str, Any]]) -> tuple[go.Figure, str]:
+    """Singular values of the weights (lines) and of their updates (dashes), by kind; and the largest in a sentence."""
+    figure = go.Figure(layout=axes("Spectra of the weights and of the updates", "direction (log scale)", "log scale"))
+    found = spectra_by_kind(rows)
+    for number, (kind, spectra) in enumerate(found.items()):
+        color = LINES[number % len(LINES)]
+        for side, dash in (("weight", "solid"), ("update", "dash")):
+            places, values = zip(*spectra[side], strict=True)
+            figure.add_trace(
+                go.Scatter(
+                    x=places,
+                    y=values,
+                    name=kind if side == "weight" else f"{kind}, update",
+                    legendgroup=kind,
+                    showlegend=side == "weight",
+                    mode="lines" if len(places) > 1 else "markers",
+                    line={"color": color, "dash": dash, "width": 2},
+                    hovertemplate="%{y:.3~g}",
+                )
+            )
+    figure.update_xaxes(type="log", dtick=1)
+    figure.update_yaxes(type="log", dtick=1)
+    figure.update_layout(height=400)
+    largest = (f"{kind} {short(both['weight'][0][1])}, {short(both['update'][0][1])}" for kind, both in found.items())
+    return figure, f"lines are weights, dashes updates; the largest of each, means over layers: {'; '.join(largest)}"

@@ -20,6 +20,7 @@ from rankwise.peft_bridge import active_adapter, adapted_layers, matrix_factors
 from rankwise.peft_bridge.matrices import as_matrix
 
 EXAMINED, LEAST = 10, 0.5  # of intruders: the largest directions that are looked at, and the cosine of an old one
+POINTS = 33  # of a spectrum that are kept, at most
 SHARES = ("top", "middle", "bottom")
 
 
@@ -39,7 +40,8 @@ def update_place(weight: Float[Tensor, "m n"], factors: Factors, rank: int) -> d
         ``norm`` of D and ``relative``, over that of W; ``effective_rank`` of D; ``top``, ``middle`` and ``bottom``, the
         shares of D's squared norm within ``rank`` directions of W's spectrum each, and ``chance``, that of a random D,
         rank^2 / (m n); ``amplification``, ``||D|| / ||U^T W V||`` with D's own main directions (inf where W has nothing
-        there); ``intruders`` among the 10 largest left directions of W + D; ``rank``, as cut.
+        there); ``intruders`` among the 10 largest left directions of W + D; ``rank``, as cut;
+        ``spectra``, some singular values of W (``weight``) and of D (``update``) with their places, from 1.
 
     Raises:
         UserError: D is zero or not finite.
@@ -53,7 +55,7 @@ def update_place(weight: Float[Tensor, "m n"], factors: Factors, rank: int) -> d
     if not math.isfinite(norm) or norm == 0:
         raise UserError("the update is zero or not finite: there is nothing to look at")
     rank = max(1, min(rank, min(base.shape) // 3))
-    left, _, right = torch.linalg.svd(base, full_matrices=False)
+    left, values, right = torch.linalg.svd(base, full_matrices=False)
     inside = (left.T @ b) @ (a @ right.T)  # D in W's own directions
     middle = (len(inside) - rank) // 2
     parts = {"top": slice(rank), "middle": slice(middle, middle + rank), "bottom": slice(-rank, None)}
@@ -71,7 +73,14 @@ def update_place(weight: Float[Tensor, "m n"], factors: Factors, rank: int) -> d
         "amplification": norm / in_its_directions if in_its_directions else math.inf,
         "intruders": intruders,
         "rank": rank,
+        "spectra": {"weight": sampled(values), "update": sampled(s)},
     }
+
+
+def sampled(values: Float[Tensor, " k"]) -> list[tuple[int, float]]:
+    """Some of a falling spectrum's values with their places, from 1: the first, the last, and evenly on a log scale."""
+    places = sorted({round(len(values) ** (point / (POINTS - 1))) for point in range(POINTS)})
+    return [(place, float(values[place - 1])) for place in places]
 
 
 def update_places(model: PeftModel, rank: int = 16) -> tuple[list[dict[str, Any]], dict[str, int]]:
@@ -112,6 +121,21 @@ def places_by_kind(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         "all": list(rows)
     }
     return [{"kind": name, "modules": len(found), **dict(_means(found))} for name, found in groups.items()]
+
+
+def spectra_by_kind(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """For each kind, means over the layers of the spectra of ``weight`` and ``update``, at places that all have."""
+    found = {}
+    for kind, name in kind_names(rows).items():
+        own = [row["spectra"] for row in rows if split_module(row["module"])[1] == kind]
+        found[name] = {side: _mean_spectrum([one[side] for one in own]) for side in ("weight", "update")}
+    return found
+
+
+def _mean_spectrum(spectra: Sequence[Sequence[Sequence[int | float]]]) -> list[tuple[int, float]]:
+    values = [{int(place): value for place, value in spectrum} for spectrum in spectra]
+    shared = sorted(set.intersection(*map(set, values)))
+    return [(place, fmean(one[place] for one in values)) for place in shared]
 
 
 def _means(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, float]]:

@@ -8,11 +8,10 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from rankwise.analysis.drawing import COLORS, axes, is_finite
+from rankwise.analysis.drawing import COLORS, LINES, axes, is_finite
 from rankwise.comparing.choosing import is_lower_better
 
 Rows = Sequence[Mapping[str, Any]]
-LINES = ("#2f81d6", "#d9601a", "#8f6bd1", "#2a9d6f", "#c2417c", "#9a7b1c", "#5b7f95", "#b4553b")
 DASHES = ("solid", "dash", "dot")
 
 
