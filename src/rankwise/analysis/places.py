@@ -14,10 +14,9 @@ from torch import Tensor
 
 from rankwise.analysis.ranks import kind_names, split_module
 from rankwise.analysis.spectra import effective_rank
+from rankwise.analysis.weight_updates import Update, weight_updates
 from rankwise.errors import UserError
-from rankwise.low_rank import Factors, balanced_svd, product_norm
-from rankwise.peft_bridge import active_adapter, adapted_layers, matrix_factors
-from rankwise.peft_bridge.matrices import as_matrix
+from rankwise.low_rank import balanced_svd, product_norm
 
 EXAMINED, LEAST = 10, 0.5  # of intruders: the largest directions that are looked at, and the cosine of an old one
 POINTS = 33  # of a spectrum that are kept, at most
@@ -25,15 +24,15 @@ SHARES = ("top", "middle", "bottom")
 
 
 @torch.no_grad()
-def update_place(weight: Float[Tensor, "m n"], factors: Factors, rank: int) -> dict[str, Any]:
-    """Where an update D = B A lies in a weight W, by the singular vectors of both.
+def update_place(weight: Float[Tensor, "m n"], update: Update, rank: int) -> dict[str, Any]:
+    """Where an update D lies in a weight W, by the singular vectors of both.
 
-    Computed in float32 (float64 for a float64 weight, and the update's own) on the weight's device; W and W + D are
-    decomposed once each.
+    Computed in float32 (float64 for a float64 weight, and for an update that is a product) on the weight's device; W
+    and W + D are decomposed once each, and D where it is one matrix.
 
     Args:
         weight: W, before training.
-        factors: B (m, r) and A (r, n), the scaling in B.
+        update: D (m, n), or B (m, r) and A (r, n) with D = B A, the scaling in B.
         rank: directions of each part of W's spectrum; cut to a third of W's smaller side.
 
     Returns:
@@ -49,7 +48,10 @@ def update_place(weight: Float[Tensor, "m n"], factors: Factors, rank: int) -> d
     Source: see :mod:`rankwise.analysis.spectra` and :mod:`rankwise.analysis.updates`, which have each measure alone.
     """
     base = weight if weight.dtype == torch.float64 else weight.float()
-    u, s, vh = balanced_svd(*(factor.to(base.device, torch.float64) for factor in factors))
+    if isinstance(update, Tensor):
+        u, s, vh = torch.linalg.svd(update.to(base), full_matrices=False)
+    else:
+        u, s, vh = balanced_svd(*(factor.to(base.device, torch.float64) for factor in update))
     b, a = (u * s).to(base), vh.to(base)  # rounded after MiLoRA's two products were subtracted, not before
     norm = float(torch.linalg.norm(s))
     if not math.isfinite(norm) or norm == 0:
@@ -84,34 +86,35 @@ def sampled(values: Float[Tensor, " k"]) -> list[tuple[int, float]]:
 
 
 def update_places(model: PeftModel, rank: int = 16) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """:func:`update_place` of each module that the active LoRA-like adapter changes, and what was passed over.
+    """:func:`update_place` of each module that LoRA's kin or full fine-tuning changed, and what was passed over.
 
     Args:
         model: with its adapter.
         rank: directions of each part of a weight's spectrum.
 
     Returns:
-        A row for each module, with its name as ``module``, and counts of modules whose update is zero, or no product
-        of two small matrices (DoRA's).
+        A row for each module, with its name as ``module``, and counts of modules whose update is zero, or is read
+        neither as a product of two small matrices nor as one matrix.
 
     Raises:
         UserError: no module has an update to look at.
     """
-    adapter, rows, counts = active_adapter(model), [], {"modules without an update": 0, "modules of another form": 0}
-    for name, layer in adapted_layers(model, adapter):
-        try:
-            b, a = matrix_factors(layer, adapter, name)
-        except UserError:
+    rows, counts = [], {"modules without an update": 0, "modules of another form": 0}
+    for name, weight, update in weight_updates(model):
+        if update is None:
             counts["modules of another form"] += 1
-            continue
-        if product_norm(b, a) == 0:
+        elif is_zero(update):
             counts["modules without an update"] += 1
-            continue
-        weight = as_matrix(layer, layer.get_base_layer().weight)
-        rows.append({"module": name, **update_place(weight, (b * layer.scaling[adapter], a), rank)})
+        else:
+            rows.append({"module": name, **update_place(weight, update, rank)})
     if not rows:
-        raise UserError("no module of the model has an update of low rank: train one of LoRA's kind first")
+        raise UserError("no module of the model has an update to look at: train one of LoRA's kind, or all weights")
     return rows, {name: count for name, count in counts.items() if count}
+
+
+def is_zero(update: Update) -> bool:
+    """Whether nothing was changed."""
+    return not (update.any() if isinstance(update, Tensor) else product_norm(*update))
 
 
 def places_by_kind(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from rankwise.low_rank import Loss
 from rankwise.methods.bottleneck import BottleneckLayer
 from rankwise.peft_bridge import tuner_layers
 from rankwise.peft_bridge.matrices import refusal
+from rankwise.peft_bridge.merging import merged_in_float64
 
 
 def check_mergeable(model: PeftModel, adapter: str) -> None:
@@ -116,24 +117,20 @@ def _untie(base: nn.Module, layer: BaseTunerLayer) -> None:
 
 
 def _merge(layer: BaseTunerLayer, adapter: str, file: Path) -> Loss:
-    """Merge in float64 by PEFT's own way for the layer; keep the rounded weights on disk."""
-    before = {weight: weight.data for weight in layer.parameters()}
-    for weight in before:
-        weight.data = weight.data.double()
-    layer.merge(safe_merge=True, adapter_names=[adapter])  # into copies: the model shares the old numbers
+    """Merge in float64; keep the rounded weights on disk."""
     norm = lost = 0.0
-    for number, weight in enumerate(layer.get_base_layer().parameters()):
-        update = weight.data - before[weight].double()
-        if update.any():
-            rounded = _on_disk(weight.data.to(before[weight].dtype), file.with_name(f"{file.name}.{number}"))
-            if not torch.isfinite(rounded).all():
-                raise OverflowError(f"it is too large for {rounded.dtype}; load the base in torch.bfloat16 or float32")
-            error = rounded.to(update) - before[weight].double() - update
-            norm, lost = norm + float(update.square().sum()), lost + float(error.square().sum())
-            before[weight] = rounded
-    for weight, data in before.items():
-        weight.data = data
-    getattr(layer, "_caches", {}).clear()
+    with merged_in_float64(layer, adapter) as weights:
+        for number, weight in enumerate(layer.get_base_layer().parameters()):
+            update = weight.data - weights[weight].double()
+            if update.any():
+                rounded = _on_disk(weight.data.to(weights[weight].dtype), file.with_name(f"{file.name}.{number}"))
+                if not torch.isfinite(rounded).all():
+                    raise OverflowError(
+                        f"it is too large for {rounded.dtype}; load the base in torch.bfloat16 or float32"
+                    )
+                error = rounded.to(update) - weights[weight].double() - update
+                norm, lost = norm + float(update.square().sum()), lost + float(error.square().sum())
+                weights[weight] = rounded
     return Loss(norm**0.5, lost**0.5)
 
 

@@ -59,6 +59,11 @@ def trains_all(model: PeftModel) -> bool:
     return is_in_place(model) and model.active_peft_config.bias == "none"
 
 
+def weights_before(model: PeftModel) -> dict[nn.Parameter, Tensor]:
+    """The weights that are trained in place, and what they were before, on the CPU."""
+    return dict(getattr(model, KEPT, []))
+
+
 @contextlib.contextmanager
 def base_of(model: PeftModel) -> Iterator[None]:
     """The model is its base meanwhile: without its adapter, and with the weights that it had before training."""

@@ -66,8 +66,8 @@ class EvaluationSettings(Section):
     text_rows: Count = Field(256, description="Most rows of each text, as long as the context, drawn by the seed.")
     updates: Count | None = Field(
         None,
-        description="For LoRA's kin, also where the finished updates lie: in this many directions at the top, middle "
-        "and bottom of each weight's spectrum; not looked at if not given.",
+        description="For LoRA's kin and full, also where the finished updates lie: in this many directions at the top, "
+        "middle and bottom of each weight's spectrum; not looked at if not given.",
     )
     noise: list[Literal["characters", "dropped-words", "swapped-words"]] = Field(
         [], description="In classification and GLUE, also measure on held-out sentences with these mistakes."
@@ -219,9 +219,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _updates_fit(self) -> Recipe:
-        """Updates are looked at as products of two small matrices."""
-        if self.evaluation.updates is not None and not isinstance(self.adapter, LoraSettings):
-            raise ValueError(f"evaluation.updates is for LoRA's kin, not {self.adapter.kind}: leave it out")
+        """Updates are looked at where they are changes of matrices."""
+        if self.evaluation.updates is not None and not isinstance(self.adapter, LoraSettings | FullSettings):
+            raise ValueError(
+                f"evaluation.updates is for LoRA's kin and full fine-tuning, not {self.adapter.kind}: leave it out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,0 +1,70 @@
+"""Each weight of a trained model with its update: two small matrices where it is a product of such, else one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, _ConvNd
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from rankwise.directions.dequantise import dense_weight
+from rankwise.errors import UserError
+from rankwise.low_rank import Factors
+from rankwise.methods.in_place import trains_all, weights_before
+from rankwise.peft_bridge import active_adapter, adapted_layers, matrix_factors
+from rankwise.peft_bridge.matrices import as_matrix
+from rankwise.peft_bridge.merging import merged_in_float64
+
+Update = Factors | Float[Tensor, "out in"]
+
+
+def weight_updates(model: PeftModel) -> Iterator[tuple[str, Float[Tensor, "out in"], Update | None]]:
+    """Name, weight W before training and update D of each module that was adapted or, in full fine-tuning, each linear.
+
+    D is B (out, rank) and A (rank, in), the scaling in B, or where it is no such product (DoRA's, that of a weight
+    which was trained itself) one matrix, formed for that module alone; None where its form is not known. The output
+    layer and a classifier's head, which LoRA does not adapt, are left out of full fine-tuning too.
+    """
+    if trains_all(model):
+        yield from _trained(model)
+        return
+    adapter = active_adapter(model)
+    for name, layer in adapted_layers(model, adapter):
+        weight = as_matrix(layer, dense_weight(layer.get_base_layer()))
+        yield name, weight, _update(layer, adapter, name)
+
+
+def _trained(model: PeftModel) -> Iterator[tuple[str, Tensor, Tensor]]:
+    base, before = model.get_base_model(), weights_before(model)
+    body = getattr(base, base.base_model_prefix, base)
+    inside = {id(module) for module in body.modules()} - {id(base.get_output_embeddings())}
+    for name, module in base.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and id(module) in inside and module.weight in before:
+            weight = before[module.weight].to(module.weight.device)
+            update = module.weight.detach().to(_exact(weight)) - weight.to(_exact(weight))
+            yield name, *((weight.T, update.T) if isinstance(module, Conv1D) else (weight, update))
+
+
+def _exact(weight: Tensor) -> torch.dtype:
+    """In which the difference of two neighbouring numbers of the weight's dtype is exact."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _update(layer: LoraLayer, adapter: str, name: str) -> Update | None:
+    try:
+        b, a = matrix_factors(layer, adapter, name)
+    except UserError:
+        return _merged(layer, adapter) if isinstance(layer, Linear | Embedding | _ConvNd) else None
+    return b * layer.scaling[adapter], a
+
+
+def _merged(layer: LoraLayer, adapter: str) -> Float[Tensor, "out in"]:
+    weight = layer.get_base_layer().weight
+    with merged_in_float64(layer, adapter) as before:
+        update = weight.data - before[weight].double()
+    layer.merged_adapters.remove(adapter)
+    return as_matrix(layer, update)
