@@ -59,9 +59,10 @@ def trains_all(model: PeftModel) -> bool:
     return is_in_place(model) and model.active_peft_config.bias == "none"
 
 
-def weights_before(model: PeftModel) -> dict[nn.Parameter, Tensor]:
+def weights_before(model: PeftModel) -> dict[Tensor, Tensor]:
     """The weights that are trained in place, and what they were before, on the CPU."""
-    return dict(getattr(model, KEPT, []))
+    kept: list[tuple[nn.Parameter, Tensor]] = getattr(model, KEPT, [])
+    return dict(kept)
 
 
 @contextlib.contextmanager
