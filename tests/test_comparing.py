@@ -73,6 +73,8 @@ def test_a_cells_place_follows_from_all_that_it_depends_on() -> None:
     first = cell(made()).folder
     assert cell(made(output="elsewhere")).folder.name == first.name
     assert cell(made(shared={"model": {"context": 64}})).folder.name != first.name
+    stages = [TASK["stages"][0] | {"batch_size": 16}]  # as by default: what is not said does not count
+    assert cell(made(tasks={"stories": TASK | {"stages": stages}})).folder.name == first.name
     assert first.name.startswith("stories-lora-0.001-seed0-search0.5-")
 
 

@@ -137,7 +137,9 @@ def train_stage(
         make = trainer or (lambda **kwargs: AnswerTrainer(data_collator=AnswerCollator.of(tokenizer), **kwargs))
         made = make(
             model=model,
-            args=TrainingArguments(**settings),
+            args=TrainingArguments(
+                **settings, train_sampling_strategy="group_by_length" if stage.group_by_length else "random"
+            ),
             train_dataset=rows,
             eval_dataset=held or None,
             callbacks=callbacks,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rankwise.errors import UserError
-from rankwise.recipes import dump_recipe, make_recipe
+from rankwise.recipes import make_recipe
 from rankwise.schema import METHODS, Comparison, MethodEntry, Recipe
 
 VERSION = 1  # of what a finished cell keeps
@@ -128,10 +128,15 @@ def make_cell(
         [task, entry.name, f"{setting.learning_rate:g}", *([f"r{setting.rank}"] if setting.rank else []), f"seed{seed}"]
         + ([f"search{share:g}"] if part == "search" else [])
     )
-    digest = hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(_identity(recipe).encode()).hexdigest()[:8]
     output = str(Path(comparison.output) / CELLS / f"{name}-{digest}")
     placed = make_recipe({**values, "output": output}, source=where)
     return Cell(task, entry.name, setting, seed, share, "search" if part == "search" else "final", placed)
+
+
+def _identity(recipe: Recipe) -> str:
+    """What a cell depends on: all that is not as by default, so that settings which come later leave it finished."""
+    return json.dumps(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
 
 
 def _stages(stages: Any, rate: float, share: float, where: str) -> list[Any]:
