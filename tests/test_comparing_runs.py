@@ -39,7 +39,7 @@ def values(tmp_path: Path, model_folder: Path) -> dict[str, Any]:
             "text": {
                 "data": data | {"validation": str(held_out)},
                 "stages": [small_runs.SFT],
-                "evaluation": {"texts": texts},
+                "evaluation": {"texts": texts, "updates": 2},
             }
         },
         "learning_rates": [1e-3, 1e-2],
@@ -72,6 +72,11 @@ def test_a_comparison(values: dict[str, Any], in_this_process: list[str]) -> Non
     runs = pl.read_parquet(Path(values["output"]) / "runs.parquet")
     assert sorted(runs["part"]) == ["final"] * 4 + ["search"] * 4
     assert "metric: questions loss" in runs.columns
+    assert 0 < lora["updates"]["top"] < 1
+    assert lora["updates"]["rank"] == 2
+    assert prompt["updates"] == {}
+    assert runs["updates: top"].drop_nulls().mean() == pytest.approx(lora["updates"]["top"])
+    assert "Where the updates lie" in (Path(values["output"]) / "report.html").read_text(encoding="utf-8")
 
     # again: nothing is run, all is as it was
     assert compare(make_comparison(values), small_runs.silent()) == results

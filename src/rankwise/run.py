@@ -18,7 +18,7 @@ from transformers import set_seed
 
 import rankwise
 from rankwise.analysis.place_tables import PLACES
-from rankwise.analysis.places import update_places
+from rankwise.analysis.places import places_over_all, update_places
 from rankwise.analysis.ranks import read_ranks
 from rankwise.analysis.report import write_report
 from rankwise.analysis.runfolder import CASES, read_entry
@@ -188,6 +188,7 @@ class Run:
             with self._timed("updates"):
                 places, passed = update_places(model, wanted_directions)
             write_json(self.folder / PLACES, places)
+            self.results["updates"] = places_over_all(places)
             self.results["counts"] |= passed
         write_json(self.folder / "results.json", self.results)
         self.console.print(result_table(self.results))

@@ -27,20 +27,22 @@ MEANING = (
 )
 
 
-def place_texts(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """For each kind of module, its name and the cells under :data:`HEAD`."""
+def place_texts(name: str, means: Mapping[str, Any]) -> list[str]:
+    """What the means are of, and the cells under :data:`HEAD`."""
+    amplification = means["amplification"]
     return [
-        [
-            kind["kind"],
-            str(kind["modules"]),
-            f"{kind['relative']:.4f}",
-            f"{kind['effective_rank']:.1f}",
-            *(f"{100 * kind[name]:.3g} %" for name in (*SHARES, "chance")),
-            "-" if math.isinf(kind["amplification"]) else f"{kind['amplification']:.3g}",
-            f"{kind['intruders']:.1f}",
-        ]
-        for kind in places_by_kind(rows)
+        name,
+        str(means["modules"]),
+        f"{means['relative']:.4f}",
+        f"{means['effective_rank']:.1f}",
+        *(f"{100 * means[part]:.3g} %" for part in (*SHARES, "chance")),
+        "-" if amplification is None or math.isinf(amplification) else f"{amplification:.3g}",
+        f"{means['intruders']:.1f}",
     ]
+
+
+def _texts_by_kind(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    return [place_texts(kind["kind"], kind) for kind in places_by_kind(rows)]
 
 
 def place_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -48,7 +50,7 @@ def place_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     made = Table("kind", title=TITLE, caption=MEANING.format(rank=max(row["rank"] for row in rows)))
     for heading in HEAD:
         made.add_column(heading, justify="right")
-    for texts in place_texts(rows):
+    for texts in _texts_by_kind(rows):
         made.add_row(*texts)
     return made
 
@@ -60,8 +62,9 @@ def place_section(run: Run) -> str:
         return ""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        texts = place_texts(rows)
-        figures = plot(place_figure(rows)[0], "places", place_figure(rows)[1])
+        texts, kinds = _texts_by_kind(rows), places_by_kind(rows)
+        words = f"over all modules, of what chance would have: {times_chance(kinds[-1])}"
+        figures = plot(place_figure({kind["kind"]: kind for kind in kinds}), "places", words)
         if all("spectra" in row for row in rows):  # not where an earlier version looked
             figures += plot(spectrum_figure(rows)[0], "spectra", spectrum_figure(rows)[1])
     except (ValueError, KeyError, TypeError) as error:
@@ -72,28 +75,30 @@ def place_section(run: Run) -> str:
     return section(TITLE, note + figures + table(caption, ["kind", *HEAD], cells, kind=" sortable"))
 
 
-def place_figure(rows: Sequence[Mapping[str, Any]]) -> tuple[go.Figure, str]:
-    """How much more of the update lies in each part than chance would have it, by kind; and that in a sentence."""
-    kinds = places_by_kind(rows)
+def place_figure(means: Mapping[str, Mapping[str, Any]]) -> go.Figure:
+    """How much more of the updates lies in each part than chance would have it, by what the means are of."""
     figure = go.Figure(layout=axes("Share of the update over that of a random one", "", "times chance (log scale)"))
     colors = dict(zip(SHARES, (COLORS["training"], COLORS["gates"], COLORS["evaluation"]), strict=True))
-    for name in SHARES:
+    for part in SHARES:
         figure.add_trace(
             go.Scatter(
-                x=[kind["kind"] for kind in kinds],
-                y=[max(kind[name] / kind["chance"], 1e-6) for kind in kinds],
-                name=name,
+                x=list(means),
+                y=[max(one[part] / one["chance"], 1e-6) for one in means.values()],
+                name=part,
                 mode="markers",
-                marker={"color": colors[name], "size": 10},
+                marker={"color": colors[part], "size": 10},
                 hovertemplate="%{y:.3~g} times chance",
             )
         )
     figure.add_hline(y=1, line={"color": COLORS["text"], "dash": "dot", "width": 1})
     figure.update_yaxes(type="log", dtick=1)
     figure.update_xaxes(type="category")
-    whole = kinds[-1]
-    words = ", ".join(f"{name} {whole[name] / whole['chance']:.3g} times" for name in SHARES)
-    return figure, f"over all modules, of what chance would have: {words}"
+    return figure
+
+
+def times_chance(means: Mapping[str, Any]) -> str:
+    """The share in each part as a multiple of chance."""
+    return ", ".join(f"{part} {means[part] / means['chance']:.3g} times" for part in SHARES)
 
 
 def spectrum_figure(rows: Sequence[Mapping[str, Any]]) -> tuple[go.Figure, str]:

@@ -126,6 +126,14 @@ def places_by_kind(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"kind": name, "modules": len(found), **dict(_means(found))} for name, found in groups.items()]
 
 
+def places_over_all(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | int | None]:
+    """Means over all modules, with their number and the directions of a part; None for an amplification without end."""
+    whole = places_by_kind(rows)[-1]
+    amplification = whole["amplification"] if math.isfinite(whole["amplification"]) else None
+    means = {name: whole[name] for name in ("modules", "relative", "effective_rank", *SHARES, "chance", "intruders")}
+    return means | {"amplification": amplification, "rank": max(row["rank"] for row in rows)}
+
+
 def spectra_by_kind(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """For each kind, means over the layers of the spectra of ``weight`` and ``update``, at places that all have."""
     found = {}

@@ -10,6 +10,8 @@ from typing import Any
 
 from rankwise.analysis.drawing import is_finite
 from rankwise.analysis.markup import Cell, muted, pairs_table, plot, section, table
+from rankwise.analysis.place_tables import HEAD as PLACES_HEAD
+from rankwise.analysis.place_tables import MEANING, TITLE, place_figure, place_texts, times_chance
 from rankwise.analysis.report import page
 from rankwise.comparing.choosing import is_lower_better
 from rankwise.comparing.figures import cost_figure, forgetting_figure, score_figure, search_figure
@@ -123,6 +125,10 @@ def _task_section(results: Mapping[str, Any], task: str) -> str:
             figure = forgetting_figure(rows, metric, name, base[name])
             figures.append(plot(figure, f"{task}-{name.replace(' ', '-')}", _forgetting_words(rows, name, base[name])))
             parts.append(_forgetting_table(rows, name, base[name]))
+    if changed := {row["method"]: row["updates"] for row in rows if row.get("updates")}:
+        parts.append(_updates_table(changed))
+        words = "; ".join(f"{name}: {times_chance(means)}" for name, means in changed.items())
+        figures.append(plot(place_figure(changed), f"{task}-updates", f"of what chance would have, {words}"))
     found = search_figure([row for row in results["search"] if row["task"] == task], metric)
     if found is not None:
         figures.append(plot(found, f"{task}-search", "the first round of the search; settings were chosen by it alone"))
@@ -153,6 +159,16 @@ def _forgetting_table(rows: Rows, name: str, base: float) -> str:
         for row in sorted(rows, key=lambda row: row["metrics"][name])
     ]
     return table(caption, ["method", name, "rise"], cells, kind=" narrow sortable")
+
+
+def _updates_table(changed: Mapping[str, Mapping[str, Any]]) -> str:
+    caption = f"{TITLE}: means over modules and seeds. A heading sorts."
+    cells: list[list[Cell]] = [
+        [(text, "") for text in place_texts(name, {**means, "modules": round(means["modules"])})]
+        for name, means in changed.items()
+    ]
+    note = muted(MEANING.format(rank=round(max(means["rank"] for means in changed.values()))))
+    return table(caption, ["method", *PLACES_HEAD], cells, kind=" sortable") + note
 
 
 def _settings(results: Mapping[str, Any]) -> str:

@@ -47,6 +47,7 @@ def run_rows(comparison: Comparison, cells: Iterable[Cell]) -> list[dict[str, An
                 "value": row["metrics"].get(metric) if row else None,
                 "metrics": row["metrics"] if row else {},
                 "base": _base(result),
+                "updates": result.get("updates") or {},
                 "parameters": result.get("parameters"),
                 "parameters_left": ((row or {}).get("adapter") or {}).get("parameters_left"),
                 "step_seconds": result.get("step_seconds"),
@@ -68,16 +69,15 @@ def _base(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def write_runs(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """All runs as Parquet, a row each; metrics as columns ``metric: <name>``.
+    """All runs as Parquet, a row each; metrics as columns ``metric: <name>``, where updates lie as ``updates: <name>``.
 
     ``recipe`` (YAML) and ``result`` (JSON) are all that a cell consists of: see :func:`restore`.
     """
-    names = sorted({name for row in rows for name in row["metrics"]})
-    flat = [
-        {key: value for key, value in row.items() if key not in ("metrics", "base")}
-        | {f"metric: {name}": row["metrics"].get(name) for name in names}
-        for row in rows
-    ]
+    flat = [{key: value for key, value in row.items() if key not in ("metrics", "updates", "base")} for row in rows]
+    for field, column in (("metrics", "metric"), ("updates", "updates")):
+        names = sorted({name for row in rows for name in row[field]})
+        for values, row in zip(flat, rows, strict=True):
+            values |= {f"{column}: {name}": row[field].get(name) for name in names}
     buffer = io.BytesIO()
     pl.DataFrame(flat, infer_schema_length=None).write_parquet(buffer)
     write_bytes(folder / RUNS, buffer.getvalue())
@@ -121,8 +121,8 @@ def summarise(
         ``task``, ``method``, ``title``, ``paper``, the chosen ``learning_rate`` and ``rank``; ``metric`` with ``mean``,
         ``deviation``, ``low``, ``high`` and ``values`` by seed; ``difference`` from the baseline with its interval, the
         paired t-test's ``p`` and ``p_holm`` over the task's methods (None with one seed); ``parameters``,
-        ``step_seconds`` (median), ``peak_memory`` (largest); means of all ``metrics``; and ``failed``, the first
-        mistake of a run.
+        ``step_seconds`` (median), ``peak_memory`` (largest); means of all ``metrics`` and of ``updates``, where these
+        lie; and ``failed``, the first mistake of a run.
     """
     found = []
     for task in comparison.tasks:
@@ -142,6 +142,7 @@ def summarise(
                     **_scores(own),
                     **_difference(own, baseline, entry.name == comparison.baseline),
                     **_cost(own),
+                    "updates": _means(row["updates"] for row in own),
                     "failed": next((row["failed"] for row in own if row["failed"]), None),
                 }
             )
@@ -169,8 +170,7 @@ def _scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not values:
         return {"metric": None, "values": {}, "metrics": {}} | dict.fromkeys(("mean", "deviation", "low", "high"))
     metric = next(row["metric"] for row in rows if row["metric"])
-    names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
-    means = {name: _mean(row["metrics"].get(name) for row in rows) for name in names}
+    means = _means(row["metrics"] for row in rows)
     return {"metric": metric, "values": values, "metrics": means, **spread(list(values.values()))._asdict()}
 
 
@@ -193,7 +193,13 @@ def _cost(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def _means(found: Iterable[Mapping[str, float | int | None]]) -> dict[str, float | None]:
+    """Of each name, over those that have it."""
+    rows = list(found)
+    return {name: _mean(row.get(name) for row in rows) for name in dict.fromkeys(name for row in rows for name in row)}
+
+
+def _mean(values: Iterable[float | int | None]) -> float | None:
     known = [value for value in values if value is not None]
     return math.fsum(known) / len(known) if known else None
 
