@@ -39,7 +39,7 @@ def values(tmp_path: Path, model_folder: Path) -> dict[str, Any]:
             "text": {
                 "data": data | {"validation": str(held_out)},
                 "stages": [small_runs.SFT],
-                "evaluation": {"texts": texts, "updates": 2},
+                "evaluation": {"texts": texts, "updates": 2, "drift": 4},
             }
         },
         "learning_rates": [1e-3, 1e-2],
@@ -75,8 +75,13 @@ def test_a_comparison(values: dict[str, Any], in_this_process: list[str]) -> Non
     assert 0 < lora["updates"]["top"] < 1
     assert lora["updates"]["rank"] == 2
     assert prompt["updates"] == {}
+    assert set(prompt["drift"]) == {"training rows", "questions"}
+    assert 0 < prompt["drift"]["questions"]["2"] <= 1
+    assert runs["drift: questions"].drop_nulls().len() == 4
     assert runs["updates: top"].drop_nulls().mean() == pytest.approx(lora["updates"]["top"])
-    assert "Where the updates lie" in (Path(values["output"]) / "report.html").read_text(encoding="utf-8")
+    page = (Path(values["output"]) / "report.html").read_text(encoding="utf-8")
+    assert "Where the updates lie" in page
+    assert "Hidden states of questions, before and after training" in page
 
     # again: nothing is run, all is as it was
     assert compare(make_comparison(values), small_runs.silent()) == results

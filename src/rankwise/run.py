@@ -17,6 +17,7 @@ from rich.console import Console
 from transformers import set_seed
 
 import rankwise
+from rankwise.analysis.drift import drift
 from rankwise.analysis.place_tables import PLACES
 from rankwise.analysis.places import places_over_all, update_places
 from rankwise.analysis.ranks import read_ranks
@@ -35,9 +36,11 @@ from rankwise.progress import logs_shown
 from rankwise.ranks import AllGatesClosed, gate_counts, prune
 from rankwise.recipes import dump_recipe
 from rankwise.recommend.store import STORE, write_store
+from rankwise.sampling import sample
 from rankwise.schema import AdaloraSettings, AnyStage, LoraSettings, Recipe, SoraSettings
 from rankwise.tasks.load import check_files, held_out_texts, load_task
 from rankwise.tasks.task import Task
+from rankwise.tokenise import padding_token
 from rankwise.training import Rows, check_trackers, train_stage
 
 BASE = "base model"
@@ -97,6 +100,8 @@ class Run:
         self.results.pop("stopped", None)
         self._stages(task, model, done)
         self._finish(model)
+        self._look_inside(task, model)
+        self._report()
         if "stopped" in self.results:
             raise UserError(f"{self.results['stopped']}; {self.folder} holds what the stage before it left")
         return self.results
@@ -162,7 +167,7 @@ class Run:
         )
 
     def _finish(self, model: PeftModel) -> None:
-        """Prune, export, and write the ranks and the report."""
+        """Prune, export, and write the ranks."""
         with self._timed("export"):
             if isinstance(self.recipe.adapter, SoraSettings):
                 first = model.peft_config[active_adapter(model)].initial_parameters
@@ -184,12 +189,24 @@ class Run:
         if isinstance(adapter, LoraSettings) and wanted.layout in ("uniform", "compact"):
             initial = adapter.first_rank if isinstance(adapter, AdaloraSettings) else adapter.r
             write_json(self.folder / "ranks.json", _ranks(self.folder / "adapter", self._adapted, initial))
-        if wanted_directions := self.recipe.evaluation.updates:
+
+    def _look_inside(self, task: Task, model: PeftModel) -> None:
+        """Where the updates lie, and how far hidden states have drifted, where the recipe asks."""
+        wanted = self.recipe.evaluation
+        if wanted.updates:
             with self._timed("updates"):
-                places, passed = update_places(model, wanted_directions)
+                places, passed = update_places(model, wanted.updates)
             write_json(self.folder / PLACES, places)
             self.results["updates"] = places_over_all(places)
             self.results["counts"] |= passed
+        if wanted.drift:
+            with self._timed("drift"):
+                self.results["drift"] = {
+                    name: drift(model, sample(rows, wanted.drift, self.recipe.seed)[0], padding_token(self.tokenizer))
+                    for name, rows in {"training rows": task.sft_rows(), **self._texts.rows}.items()
+                }
+
+    def _report(self) -> None:
         write_json(self.folder / "results.json", self.results)
         self.console.print(result_table(self.results))
         self.console.print(f"report: {write_report(self.folder)}", highlight=False)

@@ -85,7 +85,7 @@ def apart(values: Sequence[tuple[Number, Number]]) -> tuple[list[Number], list[N
     return [step for step, _ in last], [value for _, value in last]
 
 
-def scatter(x: list[Number], y: list[Number], name: str, **style: Any) -> go.Scatter:
+def scatter(x: Sequence[Number | str], y: Sequence[Number], name: str, **style: Any) -> go.Scatter:
     """A trace that tells its value to four digits."""
     return go.Scatter(x=x, y=y, name=name, **{"hovertemplate": "%{y:.4~g}"} | style)
 

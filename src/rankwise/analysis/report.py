@@ -13,6 +13,7 @@ from plotly.offline import get_plotlyjs
 from rankwise import __version__
 from rankwise.analysis import sections
 from rankwise.analysis.comparison import comparison_section
+from rankwise.analysis.drift_figure import drift_section
 from rankwise.analysis.place_tables import place_section
 from rankwise.analysis.retention import retention_section
 from rankwise.analysis.runfolder import Run, read_run
@@ -42,6 +43,7 @@ def render(run: Run) -> str:
         sections.ranks_section(run),
         sections.history_section(run),
         place_section(run),
+        drift_section(run),
         f'<div class="pair">\n{sections.counts_section(run)}\n{sections.cost_section(run)}\n</div>',
         sections.settings_section(run),
         sections.versions_section(run),

@@ -43,7 +43,7 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
     try:
         results = Run(recipe, Console(width=120))()
         found |= {name: results[name] for name in ("rows", "columns", "counts", "parameters")}
-        found |= {"export": results["export"], "updates": results.get("updates")}
+        found |= {"export": results["export"]} | {name: results.get(name) for name in ("updates", "drift")}
         found["step_seconds"] = step_seconds(folder / "metrics.jsonl")
     except (UserError, torch.OutOfMemoryError) as mistake:
         found["failed"] = str(mistake)

@@ -116,7 +116,8 @@ def make_cell(
         raise UserError(f"tasks.{task}.evaluation {evaluation!r} is no mapping: give it keys of a recipe's evaluation")
     if part == "search":
         values["data"] = _held_out(values.get("data"), evaluation, where)
-        evaluation |= {"split": "validation", "base": False, "baselines": [], "noise": [], "texts": {}, "updates": None}
+        evaluation |= {"split": "validation", "base": False, "baselines": [], "noise": [], "texts": {}}
+        evaluation |= {"updates": None, "drift": None}
         values["data"].pop("others", None)
     elif entry.name != comparison.methods[0].name:
         evaluation |= {"base": False, "baselines": []}  # the same for all: measured beside the first

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.analysis.drawing import is_finite
+from rankwise.analysis.drift_figure import drift_figure, drift_words
 from rankwise.analysis.markup import Cell, muted, pairs_table, plot, section, table
 from rankwise.analysis.place_tables import HEAD as PLACES_HEAD
 from rankwise.analysis.place_tables import MEANING, TITLE, place_figure, place_texts, times_chance
@@ -129,6 +130,10 @@ def _task_section(results: Mapping[str, Any], task: str) -> str:
         parts.append(_updates_table(changed))
         words = "; ".join(f"{name}: {times_chance(means)}" for name, means in changed.items())
         figures.append(plot(place_figure(changed), f"{task}-updates", f"of what chance would have, {words}"))
+    for name in dict.fromkeys(name for row in rows for name in row.get("drift") or {}):
+        layers = {row["method"]: row["drift"][name] for row in rows if name in row["drift"]}
+        drawn = drift_figure(layers, f"Hidden states of {name}, before and after training")
+        figures.append(plot(drawn, f"{task}-drift-{name.replace(' ', '-')}", drift_words(layers)))
     found = search_figure([row for row in results["search"] if row["task"] == task], metric)
     if found is not None:
         figures.append(plot(found, f"{task}-search", "the first round of the search; settings were chosen by it alone"))

@@ -48,6 +48,7 @@ def run_rows(comparison: Comparison, cells: Iterable[Cell]) -> list[dict[str, An
                 "metrics": row["metrics"] if row else {},
                 "base": _base(result),
                 "updates": result.get("updates") or {},
+                "drift": result.get("drift") or {},
                 "parameters": result.get("parameters"),
                 "parameters_left": ((row or {}).get("adapter") or {}).get("parameters_left"),
                 "step_seconds": result.get("step_seconds"),
@@ -71,13 +72,19 @@ def _base(result: Mapping[str, Any]) -> dict[str, float]:
 def write_runs(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """All runs as Parquet, a row each; metrics as columns ``metric: <name>``, where updates lie as ``updates: <name>``.
 
+    CKA of the last layer's hidden states with those of the base is in ``drift: <rows>``.
+
     ``recipe`` (YAML) and ``result`` (JSON) are all that a cell consists of: see :func:`restore`.
     """
-    flat = [{key: value for key, value in row.items() if key not in ("metrics", "updates", "base")} for row in rows]
-    for field, column in (("metrics", "metric"), ("updates", "updates")):
-        names = sorted({name for row in rows for name in row[field]})
-        for values, row in zip(flat, rows, strict=True):
-            values |= {f"{column}: {name}": row[field].get(name) for name in names}
+    flat = [
+        {key: value for key, value in row.items() if key not in ("metrics", "updates", "drift", "base")} for row in rows
+    ]
+    last = [{name: [*layers.values()][-1] for name, layers in row["drift"].items()} for row in rows]
+    wide = {"metric": [row["metrics"] for row in rows], "updates": [row["updates"] for row in rows], "drift": last}
+    for column, found in wide.items():
+        names = sorted({name for one in found for name in one})
+        for values, one in zip(flat, found, strict=True):
+            values |= {f"{column}: {name}": one.get(name) for name in names}
     buffer = io.BytesIO()
     pl.DataFrame(flat, infer_schema_length=None).write_parquet(buffer)
     write_bytes(folder / RUNS, buffer.getvalue())
@@ -121,8 +128,8 @@ def summarise(
         ``task``, ``method``, ``title``, ``paper``, the chosen ``learning_rate`` and ``rank``; ``metric`` with ``mean``,
         ``deviation``, ``low``, ``high`` and ``values`` by seed; ``difference`` from the baseline with its interval, the
         paired t-test's ``p`` and ``p_holm`` over the task's methods (None with one seed); ``parameters``,
-        ``step_seconds`` (median), ``peak_memory`` (largest); means of all ``metrics`` and of ``updates``, where these
-        lie; and ``failed``, the first mistake of a run.
+        ``step_seconds`` (median), ``peak_memory`` (largest); means of all ``metrics``, of ``updates``, where these
+        lie, and of ``drift``, by rows and layer; and ``failed``, the first mistake of a run.
     """
     found = []
     for task in comparison.tasks:
@@ -143,6 +150,7 @@ def summarise(
                     **_difference(own, baseline, entry.name == comparison.baseline),
                     **_cost(own),
                     "updates": _means(row["updates"] for row in own),
+                    "drift": _drift([row["drift"] for row in own]),
                     "failed": next((row["failed"] for row in own if row["failed"]), None),
                 }
             )
@@ -191,6 +199,11 @@ def _cost(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "step_seconds": statistics.median(steps) if steps else None,
         "peak_memory": max(memory) if memory else None,
     }
+
+
+def _drift(found: Sequence[Mapping[str, Mapping[str, float | None]]]) -> dict[str, dict[str, float | None]]:
+    names = dict.fromkeys(name for one in found for name in one)
+    return {name: _means(one[name] for one in found if name in one) for name in names}
 
 
 def _means(found: Iterable[Mapping[str, float | int | None]]) -> dict[str, float | None]:

@@ -69,6 +69,11 @@ class EvaluationSettings(Section):
         description="For LoRA's kin and full, also where the finished updates lie: in this many directions at the top, "
         "middle and bottom of each weight's spectrum; not looked at if not given.",
     )
+    drift: Count | None = Field(
+        None,
+        description="Also how far the hidden states of this many training rows, and of as many rows of each text, have "
+        "drifted in each layer (linear CKA); not looked at if not given.",
+    )
     noise: list[Literal["characters", "dropped-words", "swapped-words"]] = Field(
         [], description="In classification and GLUE, also measure on held-out sentences with these mistakes."
     )

@@ -19,6 +19,10 @@ class HeldOutTexts:
 
     The base model's row of the results has what it was before; the difference is what was forgotten.
 
+    Attributes:
+        rows: of each text, encoded.
+        counts: of rows that were left out.
+
     Args:
         files: a ``.txt`` file or a table with a column ``text``, by name.
         tokenizer: the model's.
@@ -36,18 +40,18 @@ class HeldOutTexts:
         self, files: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, context: int, rows: int | None, seed: int
     ) -> None:
         self.counts: dict[str, int] = {}
-        self._rows = {}
+        self.rows = {}
         for name, path in files.items():
             packed = pack(read_documents(Path(path))[0], tokenizer, context)
-            self._rows[name], left_out = sample(as_features(packed), rows, seed)
+            self.rows[name], left_out = sample(as_features(packed), rows, seed)
             if left_out:
                 self.counts[f"{name}: rows left out"] = left_out
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of the metrics."""
-        return tuple(f"{name} loss" for name in self._rows)
+        return tuple(f"{name} loss" for name in self.rows)
 
     def measure(self, model: nn.Module) -> Metrics:
         """The loss on each text."""
-        return {f"{name} loss": answer_loss(model, rows)["loss"] for name, rows in self._rows.items()}
+        return {f"{name} loss": answer_loss(model, rows)["loss"] for name, rows in self.rows.items()}
