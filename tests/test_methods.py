@@ -7,10 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import (
+    AlbertConfig,
+    AutoModel,
+    BloomConfig,
+    FalconConfig,
+    GPTJConfig,
     LlamaConfig,
     LlamaForSequenceClassification,
+    PreTrainedConfig,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -91,6 +97,23 @@ def test_bottlenecks_of_bert(placement: str, ends: set[str]) -> None:
     found = {name for name, module in model.named_modules() if isinstance(module, BottleneckLayer)}
     layers = {f"base_model.model.bert.encoder.layer.{n}.{end.removeprefix('layer.')}" for n in (0, 1) for end in ends}
     assert found == layers
+
+
+@pytest.mark.parametrize(
+    ("config", "places"),
+    [
+        (BloomConfig(n_layer=2, hidden_size=16, n_head=2, vocab_size=48), 4),
+        (FalconConfig(num_hidden_layers=2, hidden_size=16, num_attention_heads=2, vocab_size=48), 4),
+        (GPTJConfig(n_layer=2, n_embd=16, n_head=2, rotary_dim=4, vocab_size=48), 4),
+        (AlbertConfig(hidden_size=16, intermediate_size=24, num_attention_heads=2, vocab_size=48), 2),  # of one layer
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer"])
+def test_both_places_are_found_in_other_families(config: PreTrainedConfig, places: int, placement: str) -> None:
+    model = get_peft_model(AutoModel.from_config(config), BottleneckConfig(placement=placement))
+    found = [name for name, module in model.named_modules() if isinstance(module, BottleneckLayer)]
+    assert len(found) == (places if placement == "houlsby" else places / 2)
 
 
 def test_bottlenecks_of_t5_follow_attention_across_too() -> None:

@@ -19,11 +19,11 @@ from rankwise.peft_bridge import Kind, base_modules, register
 # Ends of the names of the modules that close a block before its residual sum, in the families of transformers.
 ATTENTION = (
     *("attention.output.dense", "o_proj", "out_proj", "attn.c_proj", "SelfAttention.o", "EncDecAttention.o"),
-    *("attention.out_lin", "self_attn.dense", "attention.dense"),
+    *("attention.out_lin", "self_attn.dense", "self_attention.dense", "attention.dense"),
 )
 FEED_FORWARD = (
     *("output.dense", "down_proj", "fc2", "mlp.c_proj", "DenseReluDense.wo", "ffn.lin2", "dense_4h_to_h"),
-    "ffn.wo",
+    *("ffn.wo", "mlp.fc_out", "ffn_output"),
 )
 START_DEVIATION = 1e-3
 
