@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import ndcg_score
@@ -89,7 +90,7 @@ def test_the_means_of_the_cases_are_the_metrics(seed: int) -> None:
 
 
 def recommendation(
-    folder: Path, tokenizer: PreTrainedTokenizerFast, template: str = "films", **options: Any
+    folder: Path, tokenizer: PreTrainedTokenizerFast, template: str = "films", context: int = 256, **options: Any
 ) -> RecommendationTask:
     data = small_runs.recipe("interactions", folder, folder).data
     return RecommendationTask(
@@ -97,7 +98,7 @@ def recommendation(
         load_template(template),
         tokenizer,
         ModelSettings(),
-        256,
+        context,
         **options,
     )
 
@@ -118,6 +119,51 @@ def test_a_task_ranks_the_catalogue_in_some_of_its_cases(
     known = found.cases.filter(pl.col("MRR full").is_not_null())
     same = every.cases.filter(pl.col("user").is_in(known["user"].to_list()))
     assert same["MRR full"].to_list() == pytest.approx(known["MRR full"].to_list())
+
+
+def test_titles_too_long_for_the_context_are_left_out(
+    tmp_path: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tiny_llama: LlamaForCausalLM,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With all cases that have one of them: the catalogue, the candidates and the baselines go without."""
+    monkeypatch.setattr(sequential, "EPOCHS", 1)
+    before = recommendation(tmp_path, tiny_tokenizer)
+    ratings, lengths = small_runs.recipe("interactions", tmp_path, tmp_path).data.interactions, before._answers
+    longest = max(map(len, lengths))
+    short = [title for title, answer in zip(before._titles, lengths, strict=True) if len(answer) < longest]
+    assert Path(ratings).is_file() and len(short) < len(before._titles)
+    task = recommendation(
+        tmp_path,
+        tiny_tokenizer,
+        context=2 * longest - 1,
+        catalogue_cases=3,
+        baselines=["popularity", "item-knn", "gru4rec"],
+    )
+    assert task._titles == short
+    assert task.counts["titles left out as too long"] == len(before._titles) - len(short)
+    assert task.counts["evaluation cases left out for such titles"] == before.cases - task.cases > 0
+    for measure in (*task.baselines().values(), lambda: task.evaluate(tiny_llama)):
+        assert measure().metrics["MRR full"] > 0
+
+
+def test_scores_that_are_no_numbers_are_told(
+    tmp_path: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tiny_llama: LlamaForCausalLM,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task = recommendation(tmp_path, tiny_tokenizer, catalogue_cases=3)
+    monkeypatch.setattr(
+        "rankwise.tasks.recommendation.catalogue_scores", lambda *_: [([0], torch.tensor([[math.nan]]))]
+    )
+    with pytest.raises(UserError, match="the model's scores are NaN"):
+        task.evaluate(tiny_llama)
+    with torch.no_grad():
+        next(tiny_llama.parameters()).fill_(math.nan)
+    with pytest.raises(UserError, match="the model's scores are NaN"):
+        task.evaluate(tiny_llama)
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])

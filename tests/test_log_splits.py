@@ -41,6 +41,10 @@ def test_nothing_is_learnt_from_what_came_later(small: InteractionSettings) -> N
     first = min(at["validation"])
     trained = log.filter(pl.col("time") < first)["title"].value_counts()
     assert prepared.popularity == dict(trained.iter_rows())
+    later = set(prepared.catalogue) - set(prepared.popularity)
+    assert later  # titles that nobody had met by then are no wrong answers either
+    assert not later & {title.strip() for row in prepared.train for title in row["rejected"]}
+    assert set(prepared.pool) == set(prepared.popularity)
     assert prepared.leaks["training interactions at or after the first test target"] == 0
     assert prepared.leaks["training interactions at or after the first validation target"] == 0
 

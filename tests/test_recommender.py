@@ -97,6 +97,11 @@ def test_candidates_need_not_be_in_the_catalogue(
 ) -> None:
     candidates = ["river", "a new film", "grey"]
     ranking = recommender.rank(["fox"], candidates, top=2)
+    by_mean = recommender.rank(["fox"], candidates, top=10, length_normalised=True)
+    lengths = {one: len(encode_completion(recommender._tokenizer, f" {one}")) for one in candidates}
+    expected = {one.title: one.score / lengths[one.title] for one in recommender.rank(["fox"], candidates).best}
+    assert {one.title: one.score for one in by_mean.best} == pytest.approx(expected)
+    assert [one.score for one in by_mean.best] == sorted(expected.values(), reverse=True)
     expected = scores(model, tiny_tokenizer, ["fox"], candidates)
     assert [one.title for one in ranking.best] == sorted(candidates, key=lambda title: -expected[title])[:2]
     assert {one.title: one.items for one in recommender.rank(["fox"], candidates).best}["a new film"] == []

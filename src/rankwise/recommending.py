@@ -38,7 +38,7 @@ def load_recommender(run: str | Path, stage: str | None = None) -> Recommender:
     store = read_store(run / STORE)
     tokenizer = load_tokenizer(recipe.model.path)
     model = trained_stage(run, recipe, stage)
-    return Recommender(model, tokenizer, store, context_limit(recipe.model, tokenizer))
+    return Recommender(model, tokenizer, store, context_limit(recipe.model, tokenizer, recipe.virtual_tokens))
 
 
 def recommend_once(
@@ -58,7 +58,8 @@ def recommend_once(
     if candidates is None:
         [ranking] = recommender.recommend([titles], top, ratings=[ratings], **options)
     else:
-        ranking = recommender.rank(titles, candidates, top, ratings)
+        normalised = bool(options.get("length_normalised"))
+        ranking = recommender.rank(titles, candidates, top, ratings, length_normalised=normalised)
     _say(recommender.counts, console)
     console.print(ranking_table(ranking))
     if not ranking.exact:

@@ -109,7 +109,7 @@ def _write_part(
     chosen, counts = picked(log, part, settings)
     if part != "train":
         counts[UNWINNABLE.format(part)] = 0
-    share = partial(_write_share, part=part, catalogue=log.catalogue, about=log.attributes, settings=settings)
+    share = partial(_write_share, part=part, pool=log.pool(part), about=log.attributes, settings=settings)
     work = [(shards / f"{part}-{at:05d}.jsonl", *one) for at, one in enumerate(log.shares(part, chosen)) if one[1]]
     with path.open("xb") as whole:
         for shard, more in spread(share, work):
@@ -123,14 +123,14 @@ def _write_part(
 def _write_share(
     share: tuple[Path, Part, Sequence[int]],
     part: str,
-    catalogue: Sequence[str],
+    pool: Sequence[str],
     about: About,
     settings: InteractionSettings,
 ) -> tuple[Path, dict[str, int]]:
     path, table, chosen = share
     counts: dict[str, int] = {}
     cases = cases_of(load(table), part, settings.history, chosen)
-    rows = make_rows(cases, part, catalogue, settings, counts, about)
+    rows = make_rows(cases, part, pool, settings, counts, about)
     write_jsonl(path, (written(row, settings.messages) for row in rows))
     return path, counts
 

@@ -73,6 +73,9 @@ class _Lists:
     parts: Mapping[str, Sequence[Case]]
     catalogue: Sequence[str]
 
+    def pool(self, part: str) -> Sequence[str]:
+        return self.catalogue
+
     def size(self, part: str) -> int:
         return len(self.parts[part])
 

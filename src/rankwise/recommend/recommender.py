@@ -145,8 +145,12 @@ class Recommender:
         candidates: Sequence[str],
         top: int = 10,
         ratings: Sequence[float | None] = (),
+        *,
+        length_normalised: bool = False,
     ) -> Ranking:
         """The ``top`` of some titles, which may be new to the catalogue; the prompt lists them where its template does.
+
+        By their log-probabilities, or with ``length_normalised`` by the means over each title's tokens.
 
         Raises:
             UserError: the history is empty, there are fewer than 2 candidates, one is there twice or does not fit, or a
@@ -161,6 +165,8 @@ class Recommender:
         [scores] = score_candidates(self.model, cases, self._padding)
         if np.isnan(scores).any():
             raise UserError(NOT_A_NUMBER)
+        if length_normalised:
+            scores = scores / np.array([len(answer) for answer in cases[0].answers])
         order = (-scores).argsort(kind="stable")[:top]
         best = self._named([candidates[place] for place in order], scores[order].tolist())
         return Ranking(best, True, sum(map(len, cases[0].answers)))

@@ -62,6 +62,10 @@ class Source(Protocol):
         """The sorted titles to rank."""
         ...
 
+    def pool(self, part: str) -> Sequence[str]:
+        """The sorted titles that wrong answers of a part's cases are drawn from."""
+        ...
+
     def size(self, part: str) -> int:
         """How many cases a part has."""
         ...
@@ -82,7 +86,7 @@ def picked(source: Source, part: str, settings: RowSettings) -> tuple[Sequence[i
 def make_rows(
     cases: Iterable[Case],
     part: str,
-    catalogue: Sequence[str],
+    pool: Sequence[str],
     settings: RowSettings,
     counts: dict[str, int],
     about: About | None = None,
@@ -92,14 +96,14 @@ def make_rows(
     Cases of which the papers' protocol can win none are counted in ``counts``.
 
     Raises:
-        UserError: the catalogue is too small for the candidates, or these for the rejected answers.
+        UserError: the pool of titles is too small for the candidates, or these for the rejected answers.
     """
     template = load_template(settings.template)
     unwinnable = UNWINNABLE.format(part)
     if part != "train":
         counts[unwinnable] = 0
     for bare in cases:
-        case = with_candidates(bare, catalogue, settings.candidates, settings.seed)
+        case = with_candidates(bare, pool, settings.candidates, settings.seed)
         if part != "train":
             counts[unwinnable] += cannot_be_won(case.candidates, case.target)
         yield row_of(case, template, settings.negatives, settings.seed, part != "train", about)
@@ -162,6 +166,7 @@ class Prepared:
     popularity: dict[str, int]
     counts: dict[str, int]
     most_history: int  # titles in a prompt
+    pool: list[str]  # titles that wrong answers of training rows are drawn from
     histories: pl.DataFrame = field(default_factory=lambda: _NOBODY)
     items: pl.DataFrame = field(default_factory=lambda: _NOTHING)
     broken: pl.DataFrame = field(default_factory=pl.DataFrame)
@@ -186,10 +191,11 @@ def build(
         chosen, sampled = picked(source, part, settings)
         found.update(sampled)
         cases = source.cases(part, chosen)
-        return list(make_rows(cases, part, source.catalogue, settings, found, attributes))
+        return list(make_rows(cases, part, source.pool(part), settings, found, attributes))
 
     train, validation, test = (made(part) for part in PARTS)
-    return Prepared(train, validation, test, list(source.catalogue), counts=found, **about)
+    pool = list(source.pool("train"))
+    return Prepared(train, validation, test, list(source.catalogue), counts=found, pool=pool, **about)
 
 
 def write_rows(folder: Path, prepared: Prepared, messages: bool = False) -> Path:

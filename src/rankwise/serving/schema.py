@@ -39,9 +39,12 @@ class Asked(BaseModel):
     )
     top: int = Field(10, ge=1, le=MOST_TOP, strict=True, description="How many titles.")
     exclude_seen: bool = Field(True, description="Leave the history's titles out (of a whole catalogue).")
-    length_normalised: bool = Field(False, description="Rank a whole catalogue by the score per token.")
+    length_normalised: bool = Field(False, description="Rank by the score per token.")
     most_nodes: int | None = Field(
-        None, ge=1, strict=True, description="Tokens of titles to read at most; the ranking may then not be exact."
+        None,
+        ge=1,
+        strict=True,
+        description="Tokens of a whole catalogue's titles to read at most; the ranking may then not be exact.",
     )
 
     @model_validator(mode="after")

@@ -110,7 +110,8 @@ def load_stages(run: str | Path, names: Sequence[str] | None = None) -> Stages:
         if stage != BASE:
             model = _with_stage(model, recipe, run / "stages" / stage)
             adapters[stage] = active_adapter(model)
-    recommender = Recommender(model, tokenizer, store, context_limit(recipe.model, tokenizer))
+    context = context_limit(recipe.model, tokenizer, recipe.virtual_tokens)
+    recommender = Recommender(model, tokenizer, store, context)
     return Stages(recommender, chosen, adapters)
 
 

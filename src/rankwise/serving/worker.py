@@ -41,7 +41,8 @@ def answer_together(stages: Stages, questions: Sequence[Question]) -> list[Ranki
     first = questions[0]
     with stages.use(first.stage) as recommender:
         if first.candidates is not None:
-            return [recommender.rank(first.history, first.candidates, first.top, first.ratings)]
+            options = {"length_normalised": first.length_normalised}
+            return [recommender.rank(first.history, first.candidates, first.top, first.ratings, **options)]
         return recommender.recommend(
             [one.history for one in questions],
             first.top,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import polars as pl
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -32,6 +33,7 @@ from rankwise.tasks.splits import hold_out
 from rankwise.tasks.task import Measurement, Metrics
 from rankwise.tokenise import IGNORED, answer_ids, encode_answers, padding_token
 from rankwise.trees.catalogue import catalogue_scores
+from rankwise.trees.search import NOT_A_NUMBER
 from rankwise.trees.trie import CatalogueTrie
 
 COUNTED = ("random", "popularity")  # baselines that are the same in every case
@@ -76,10 +78,14 @@ class RecommendationTask:
         self._seen: dict[frozenset[str], frozenset[str]] = {}
         store = make_store(prepared, template)
         self.store: Store | None = store
-        self._evaluation, left_out = sample(getattr(prepared, split), cases, seed)
+        self._titles, too_long = _fitting(store.titles["title"].to_list(), template, tokenizer, context)
+        self._too_long = too_long
+        held_out = getattr(prepared, split)
+        possible = [row for row in held_out if not too_long.intersection(row["candidates"])] if too_long else held_out
+        self._evaluation, left_out = sample(possible, cases, seed)
         if not self._evaluation:
-            raise UserError(f"the {split} part has no case to evaluate on")
-        self._titles: list[str] = store.titles["title"].to_list()
+            why = f" without a title that takes more than half of {context} tokens" if held_out else ""
+            raise UserError(f"the {split} part has no case to evaluate on{why}")
         every = range(len(self._evaluation))
         self._full = sample(every, catalogue_cases, seed)[0] if catalogue_cases else []
         self.columns: tuple[str, ...] = (
@@ -100,6 +106,8 @@ class RecommendationTask:
         room = self._trie.longest if self._full else 0
         self._cases, prompts_cut = encode_cases(tokenizer, prompts, answers, context, room)
         self.counts |= {"evaluation cases left out": left_out, "evaluation prompts cut to the context": prompts_cut}
+        self.counts["titles left out as too long"] = len(too_long)
+        self.counts["evaluation cases left out for such titles"] = len(held_out) - len(possible)
         self.counts |= _lengths(self._rows, self._answers) | count_alike(self._answers)
 
     @cached_property
@@ -121,12 +129,12 @@ class RecommendationTask:
         return self._rows
 
     def preference_rows(self, limit: int | None) -> tuple[Sequence[Mapping[str, Any]], Catalogue]:
-        """Training rows with their rejected items, which are their candidates too, and all titles by popularity."""
+        """Training rows with their rejected items, which are their candidates too, and the titles to draw more from."""
         rows = [
             {**row, "candidates": row["rejected"], "seen": self._rendered(row["seen"])}
             for row in sample(self._prepared.train, limit, self._seed)[0]
         ]
-        titles = self._prepared.catalogue
+        titles = self._prepared.pool
         answers = [self._template.render_answer(title) for title in titles]
         return rows, Catalogue(answers, [self._prepared.popularity.get(title, 0) for title in titles])
 
@@ -154,7 +162,7 @@ class RecommendationTask:
             [scores] = popularity_scores([self._titles], counts)
             return lambda cases: ((case, scores) for case in cases)
         rows = self._prepared.train, self._prepared.validation
-        train, held_out = ([Window(row["user"], row["history"], row["target"]) for row in part] for part in rows)
+        train, held_out = ([self._window(row) for row in part if row["target"] not in self._too_long] for part in rows)
         if self._split != "test":  # what is measured must not say when to stop
             train, held_out = hold_out(train, 0.1, self._seed)
         baseline = TrainedBaseline(name, self._titles, self._seed).fit(train, held_out)
@@ -162,14 +170,21 @@ class RecommendationTask:
         def scored(cases: Sequence[int]) -> Iterator[tuple[int, Scores]]:
             for start in range(0, len(cases), SCORED):
                 part = cases[start : start + SCORED]
-                yield from zip(part, baseline.scores([self._evaluation[case]["history"] for case in part]), strict=True)
+                yield from zip(
+                    part, baseline.scores([self._window(self._evaluation[case]).history for case in part]), strict=True
+                )
 
         return scored
+
+    def _window(self, row: Mapping[str, Any]) -> Window:
+        return Window(row["user"], [title for title in row["history"] if title not in self._too_long], row["target"])
 
     def evaluate(self, model: nn.Module) -> Measurement:
         """Rank every case's candidates, and the catalogue and the papers' protocol where they are wanted."""
         with evaluating(model):
             scores = score_candidates(model, self._cases, self._padding)
+            if any(np.isnan(one).any() for one in scores):
+                raise UserError(NOT_A_NUMBER)
             found = self._measured(scores, self._full_scores(model))
             return self._with_protocol(model, found) if self._generate else found
 
@@ -195,6 +210,8 @@ class RecommendationTask:
             return
         prompts = [self._cases[at].prompt for at in self._full]
         for picked, rows in catalogue_scores(model, prompts, self._trie, self._padding):
+            if rows.isnan().any():
+                raise UserError(NOT_A_NUMBER)
             yield from zip(picked, rows.double().cpu().numpy(), strict=True)
 
     def _with_protocol(self, model: nn.Module, found: Measurement) -> Measurement:
@@ -213,6 +230,21 @@ class RecommendationTask:
 
     def _candidates(self) -> tuple[list[list[str]], list[str]]:
         return [row["candidates"] for row in self._evaluation], [row["target"] for row in self._evaluation]
+
+
+def _fitting(
+    titles: Sequence[str], template: Template, tokenizer: PreTrainedTokenizerBase, context: int
+) -> tuple[list[str], set[str]]:
+    """The titles that can be ranked, and those that take more than half of the context, as in a ``Recommender``.
+
+    Raises:
+        UserError: none can.
+    """
+    answers = answer_ids(tokenizer, [template.render_answer(title) for title in titles])
+    too_long = {title for title, answer in zip(titles, answers, strict=True) if 2 * len(answer) > context}
+    if len(too_long) == len(titles):
+        raise UserError(f"none of {len(titles)} titles fits half of {context} tokens: raise model.context")
+    return [title for title in titles if title not in too_long], too_long
 
 
 def _lengths(rows: Sequence[Mapping[str, Sequence[int]]], answers: Sequence[Sequence[int]]) -> dict[str, int]:

@@ -88,6 +88,14 @@ class Log:
         names = {"titles": "title"} | ({"ratings": "rating"} if self.settings.ratings_shown else {})
         return pl.concat(_histories(load(part), names) for part in self.parts)
 
+    def pool(self, part: str) -> Sequence[str]:
+        """The titles that wrong answers of a part's cases are drawn from.
+
+        In a split by time these are, for training, those that were there by then: what comes later is not known, and a
+        model would learn that it is never right.
+        """
+        return list(self.popularity) if part == "train" and self.settings.kind == "time" else self.catalogue
+
     def size(self, part: str) -> int:
         """How many cases a part of the split has."""
         return sum(sizes.get(part, 0) for sizes in self._sizes)
