@@ -7,7 +7,8 @@ seconds and says little of the search: its catalogue is small, and its model har
     python benchmarks/bench_catalogue.py --run RUN
 
 The walk and the batches of 64 titles after the prompt's cache score every title; so do whole sequences, of which only
-some batches are measured, and scaled up. The search gives the ten best; how far their scores are from the best of the walk is in the table.
+some batches are measured, and scaled up. The search gives the ten best; how far their scores are from the best of the
+walk is in the table.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import small_runs
 from rankwise.cli import main
 from rankwise.comparing import compare as comparing
 from rankwise.comparing import running
+from rankwise.comparing.again import run_again
 from rankwise.comparing.cell_run import run_cell
 from rankwise.comparing.compare import compare
 from rankwise.errors import UserError
@@ -57,7 +58,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ran.append(recipe.stem)
         run_cell(recipe, keep)
 
-    monkeypatch.setattr(running, "_in_a_process", run)
+    monkeypatch.setattr(running, "in_a_process", run)
     return ran
 
 
@@ -122,7 +123,7 @@ def test_what_is_finished_is_kept_where_a_comparison_is_broken_off(
             raise KeyboardInterrupt
         run_cell(recipe, keep)
 
-    monkeypatch.setattr(running, "_in_a_process", run)
+    monkeypatch.setattr(running, "in_a_process", run)
     with pytest.raises(KeyboardInterrupt):
         compare(make_comparison(values | {"learning_rates": [1e-2]}), small_runs.silent())
     assert pl.read_parquet(Path(values["output"]) / "runs.parquet")["seed"].to_list() == [0, 0]
@@ -170,7 +171,7 @@ def test_a_cell_runs_again_by_one_command_to_the_same_number(
     assert again["rows"][-1]["metrics"] == kept["rows"][-1]["metrics"]
 
 
-def test_processes_of_their_own_give_the_same(values: dict[str, Any], tmp_path: Path) -> None:
+def test_processes_of_their_own_give_the_same(values: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
     values = values | {"learning_rates": [1e-2], "seeds": [0], "processes": 2}
     comparison = make_comparison(values)
     results = compare(comparison, small_runs.silent())
@@ -179,6 +180,31 @@ def test_processes_of_their_own_give_the_same(values: dict[str, Any], tmp_path: 
         next((Path(values["output"]) / "cells").glob("text-lora-*.yaml")), [f"output={tmp_path / 'b'}"]
     )
     assert Run(recipe, small_runs.silent())()["rows"][-1]["metrics"] == pytest.approx(one["metrics"], rel=1e-5)
+
+    # one command, from the file of runs alone, to the same number
+    shutil.rmtree(Path(values["output"]) / "cells")
+    file = tmp_path / "comparison.yaml"
+    file.write_text(json.dumps(values), encoding="utf-8")
+    capsys.readouterr()
+    assert main(["compare", str(file), "--again", "text-lora", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["same"]
+    assert again["now"] == one["metrics"]
+    assert not list((Path(values["output"]) / "cells").glob("*lora*/"))
+    for name, message in (
+        ("text-lara", "has no finished run 'text-lara'"),
+        ("text-", "2 runs of .* begin with 'text-'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_again(comparison, name, small_runs.silent())
+
+
+def test_a_metric_that_no_task_has_is_told_before_anything_is_run(
+    values: dict[str, Any], in_this_process: list[str]
+) -> None:
+    with pytest.raises(UserError, match=r"metrics\.text 'Loss' is not measured there: did you mean 'loss'\?"):
+        compare(make_comparison(values | {"metrics": {"text": "Loss"}}), small_runs.silent())
+    assert in_this_process == []
 
 
 def test_a_method_that_a_model_cannot_carry_is_told(values: dict[str, Any], in_this_process: list[str]) -> None:
@@ -191,7 +217,7 @@ def test_a_method_that_a_model_cannot_carry_is_told(values: dict[str, Any], in_t
 
 
 def test_a_process_that_dies_is_told_with_its_log(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "_in_a_process", lambda recipe, *_: running._log(recipe).write_text("Killed\n"))
+    monkeypatch.setattr(running, "in_a_process", lambda recipe, *_: running._log(recipe).write_text("Killed\n"))
     with pytest.raises(UserError, match=r"ended without a result: Killed \(all of it: .*\.log\)"):
         compare(make_comparison(values), small_runs.silent())
 
@@ -245,7 +271,7 @@ def test_the_claim_of_a_command_that_died_is_taken_over(
     path.write_text(f"{socket.gethostname()} 4194305" if claim == "dead" else "elsewhere 1")
     if claim == "stale":
         os.utime(path, (1, 1))
-    monkeypatch.setattr(running, "_in_a_process", lambda *_: (tmp_path / "cell.json").write_text("{}"))
+    monkeypatch.setattr(running, "in_a_process", lambda *_: (tmp_path / "cell.json").write_text("{}"))
     running._finish((str(recipe), False, str(tmp_path)))
     assert not path.exists()
 

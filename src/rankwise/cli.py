@@ -80,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("comparison", metavar="COMPARISON", help="YAML with methods, tasks, learning_rates and seeds")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
     made.add_argument("--cluster", action="store_true", help="run on the Ray cluster of RAY_ADDRESS")
+    made.add_argument("--again", metavar="RUN", help="run this one again, beside what it gave before, and nothing else")
 
     made = _add(table, commands.methods, "rankwise methods --model models/llama --json")
     made.add_argument("--model", default="embedded", help="a folder, a hub id, or 'embedded' (%(default)s)")

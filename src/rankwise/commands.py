@@ -210,6 +210,10 @@ def compare(arguments: Arguments, console: Console) -> Any:
     from rankwise.recipes import load_comparison
 
     comparison = load_comparison(arguments.comparison, arguments.overrides)  # before torch is imported
+    if arguments.again is not None:
+        from rankwise.comparing.again import run_again
+
+        return run_again(comparison, arguments.again, console)
     from rankwise.comparing.compare import compare as run
     from rankwise.recommend.cluster import check_cluster
 

@@ -18,6 +18,7 @@ from rankwise.analysis.columns import Number
 # Each has a contrast of 3:1 or more against a white and against a near-black page.
 COLORS = {"training": "#2f81d6", "evaluation": "#d9601a", "gates": "#8f6bd1", "text": "#7a828c"}
 LINES = ("#2f81d6", "#d9601a", "#8f6bd1", "#2a9d6f", "#c2417c", "#9a7b1c", "#5b7f95", "#b4553b")
+DASHES = ("solid", "dash", "dot")  # for more lines than colours
 # Opacity, not lightness, tells the rank: little ink is little rank on either page, and the text of the page
 # keeps a contrast of 4.5:1 on every cell.
 RANK_SCALE = [[0.0, "rgba(47, 129, 214, 0.08)"], [1.0, "rgba(47, 129, 214, 0.75)"]]

@@ -60,7 +60,11 @@ def pairs_table(caption: str, head: Sequence[str], pairs: Mapping[str, str], foo
 
 
 def plot(figure: go.Figure, name: str, description: str) -> str:
-    """A figure: title and description as text, its data in an element that the page's script reads."""
+    """A figure: title and description as text, its data in an element that the page's script reads.
+
+    What of the name cannot stand in an attribute becomes ``-``.
+    """
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
     title = escape(figure.layout.title.text)
     bare = go.Figure(figure).update_layout(title=None, margin={"t": 30})
     # "<" could end the script element; in JSON it occurs in strings only, where this is the same character.

@@ -28,7 +28,8 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
 
     Returns:
         What was written: ``rows`` and ``columns`` of the results, ``parameters`` that were trained, ``step_seconds``,
-        ``seconds``, ``peak_memory`` in bytes, ``failed`` with the mistake or None, and ``version``.
+        ``seconds``, ``peak_memory`` in bytes, ``threads``, ``failed`` with the mistake or None, and
+        ``version``.
     """
     import torch
 
@@ -47,6 +48,7 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
         found["step_seconds"] = step_seconds(folder / "metrics.jsonl")
     except (UserError, torch.OutOfMemoryError) as mistake:
         found["failed"] = str(mistake)
+    found["threads"] = torch.get_num_threads()
     found |= {"seconds": round(time.perf_counter() - started, 2), "peak_memory": peak_memory()}
     if not keep_adapter:
         for name in ("stages", "adapter"):

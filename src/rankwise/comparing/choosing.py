@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rankwise.comparing.cells import Cell, Setting, make_cell, settings
-from rankwise.errors import UserError
+from rankwise.errors import UserError, nearest
 from rankwise.schema import Comparison
 
 LOWER = ("loss", "perplexity", "log-loss", "cross-entropy")  # ends of the metrics of which less is better
@@ -22,7 +22,7 @@ def deciding_metric(comparison: Comparison, task: str, columns: Sequence[str]) -
     """
     wanted = comparison.metrics.get(task, columns[0])
     if wanted not in columns:
-        raise UserError(f"metrics.{task} {wanted!r} is not measured there: use one of {', '.join(columns)}")
+        raise UserError(f"metrics.{task} {wanted!r} is not measured there: {nearest(wanted, columns)}")
     return wanted
 
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rankwise.analysis.drawing import is_finite
 from rankwise.comparing.cells import CELLS, Cell, Setting, make_cell, settings
-from rankwise.comparing.choosing import Key, choose
+from rankwise.comparing.choosing import Key, choose, deciding_metric
 from rankwise.comparing.report import SUMMARY, write_comparison_report
 from rankwise.comparing.running import run_cells
 from rankwise.comparing.summary import (
@@ -28,9 +28,10 @@ from rankwise.comparing.summary import (
 )
 from rankwise.errors import UserError
 from rankwise.files import write_json, write_text
+from rankwise.models import context_limit, load_tokenizer
 from rankwise.run import versions
 from rankwise.schema import Comparison
-from rankwise.tasks.load import check_files
+from rankwise.tasks.load import check_files, load_task
 
 EVERY = 60.0  # seconds, at least, between two writings of the runs while they go on
 
@@ -53,6 +54,7 @@ def compare(comparison: Comparison, console: Console, cluster: bool = False) -> 
         UserError: a task is not possible with a method, a file is missing, or a run ended without a result.
     """
     check(comparison)
+    check_metrics(comparison)
     folder = Path(comparison.output)
     if restored := restore(folder):
         console.print(f"{restored} runs are finished in {folder / RUNS}", highlight=False)
@@ -140,6 +142,21 @@ def check(comparison: Comparison) -> None:
     own = (folder / CELLS).is_dir() or (folder / RUNS).is_file()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not own):
         raise UserError(f"output {folder} holds something other than a comparison: give a new folder")
+
+
+def check_metrics(comparison: Comparison) -> None:
+    """See that the metrics that are to decide are measured; the data of their tasks are read for it.
+
+    Raises:
+        UserError: one is not.
+    """
+    for task in comparison.metrics:
+        entry = comparison.methods[0]
+        setting = settings(comparison, entry)[0]
+        recipe = make_cell(comparison, task, entry, setting, comparison.seeds[0], 1.0, "final").recipe
+        tokenizer = load_tokenizer(recipe.model.path)
+        context = context_limit(recipe.model, tokenizer, recipe.virtual_tokens)
+        deciding_metric(comparison, task, load_task(recipe, tokenizer, context).columns)
 
 
 def final_cells(comparison: Comparison, chosen: dict[Key, Setting]) -> list[Cell]:

@@ -8,11 +8,10 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from rankwise.analysis.drawing import COLORS, LINES, axes, is_finite
+from rankwise.analysis.drawing import COLORS, DASHES, LINES, axes, is_finite
 from rankwise.comparing.choosing import is_lower_better
 
 Rows = Sequence[Mapping[str, Any]]
-DASHES = ("solid", "dash", "dot")
 
 
 def score_figure(rows: Rows, metric: str) -> go.Figure:

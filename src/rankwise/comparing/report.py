@@ -124,7 +124,7 @@ def _task_section(results: Mapping[str, Any], task: str) -> str:
     for name in rows[0]["metrics"]:
         if name.endswith(" loss") and is_finite(base.get(name)):
             figure = forgetting_figure(rows, metric, name, base[name])
-            figures.append(plot(figure, f"{task}-{name.replace(' ', '-')}", _forgetting_words(rows, name, base[name])))
+            figures.append(plot(figure, f"{task}-{name}", _forgetting_words(rows, name, base[name])))
             parts.append(_forgetting_table(rows, name, base[name]))
     if changed := {row["method"]: row["updates"] for row in rows if row.get("updates")}:
         parts.append(_updates_table(changed))
@@ -133,7 +133,7 @@ def _task_section(results: Mapping[str, Any], task: str) -> str:
     for name in dict.fromkeys(name for row in rows for name in row.get("drift") or {}):
         layers = {row["method"]: row["drift"][name] for row in rows if name in row["drift"]}
         drawn = drift_figure(layers, f"Hidden states of {name}, before and after training")
-        figures.append(plot(drawn, f"{task}-drift-{name.replace(' ', '-')}", drift_words(layers)))
+        figures.append(plot(drawn, f"{task}-drift-{name}", drift_words(layers)))
     found = search_figure([row for row in results["search"] if row["task"] == task], metric)
     if found is not None:
         figures.append(plot(found, f"{task}-search", "the first round of the search; settings were chosen by it alone"))
@@ -179,8 +179,9 @@ def _updates_table(changed: Mapping[str, Mapping[str, Any]]) -> str:
 def _settings(results: Mapping[str, Any]) -> str:
     text = json.dumps(results["comparison"], indent=2, ensure_ascii=False)
     words = (
-        "The comparison as it was run. <code>rankwise compare</code> goes on with it; <code>rankwise train "
-        "cells/NAME.yaml output=FOLDER</code> runs any single cell again, to the same number on the same machine."
+        "The comparison as it was run. <code>rankwise compare COMPARISON</code> goes on with it; "
+        "<code>rankwise compare COMPARISON --again NAME</code> runs any single cell again, to the same number on the "
+        "same machine."
     )
     body = f'<p class="muted">{words}</p><pre tabindex="0" aria-label="comparison">{escape(text)}</pre>'
     return section("Settings", body)

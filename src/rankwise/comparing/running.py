@@ -44,7 +44,7 @@ def run_cells(cells: Sequence[Cell], processes: int, keep: bool, told: Told, clu
             told(cell)
     here = str(Path.cwd())
     jobs = [(str(_written(cell).resolve()), keep and cell.part == "final", here) for cell in waiting]
-    threads = None if "OMP_NUM_THREADS" in os.environ else max(1, _processors() // processes)
+    threads = threads_of(processes)
     if cluster:
         from rankwise.recommend.cluster import over_cluster
 
@@ -60,6 +60,11 @@ def run_cells(cells: Sequence[Cell], processes: int, keep: bool, told: Told, clu
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def threads_of(processes: int) -> int | None:
+    """Threads of a run where so many go on at a time; None where the environment says it."""
+    return None if "OMP_NUM_THREADS" in os.environ else max(1, _processors() // processes)
 
 
 def _processors() -> int:
@@ -91,14 +96,14 @@ def _finish(job: tuple[str, bool, str], threads: int | None = None) -> None:
             if claim is None:
                 time.sleep(1.0)
             elif not result.is_file():
-                _in_a_process(recipe, keep, threads, claim, folder)
+                in_a_process(recipe, keep, threads, claim, folder)
                 if not result.is_file():
                     log = _log(recipe)
                     last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] or ["it says nothing"]
                     raise UserError(f"the run of {recipe} ended without a result: {last[0][:300]} (all of it: {log})")
 
 
-def _in_a_process(recipe: Path, keep: bool, threads: int | None, claim: Path, folder: Path) -> None:
+def in_a_process(recipe: Path, keep: bool, threads: int | None, claim: Path, folder: Path) -> None:
     """Run it, and let the claim name the process that does: it outlives this one, where this one is killed."""
     words = [sys.executable, "-m", "rankwise.comparing.cell_run", str(recipe), *(["--keep"] if keep else [])]
     environment = dict(os.environ) | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})

@@ -1,0 +1,88 @@
+"""A single run of a comparison once more, beside the figures that it gave before."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rankwise.comparing.cells import CELLS
+from rankwise.comparing.choosing import final_row
+from rankwise.comparing.running import in_a_process, threads_of
+from rankwise.comparing.summary import restore
+from rankwise.errors import UserError, nearest
+from rankwise.files import write_text
+from rankwise.recipes import dump_recipe, load_recipe
+from rankwise.schema import Comparison
+
+
+def run_again(comparison: Comparison, name: str, console: Console) -> dict[str, Any]:
+    """Run one cell again, with as many threads as before, and show its metrics then and now.
+
+    What the comparison holds is left as it is.
+
+    Args:
+        comparison: that it is of.
+        name: the cell's, or the beginning of it.
+        console: shows the table.
+
+    Returns:
+        The cell's name as ``run``, its metrics ``then`` and ``now``, and whether they are the ``same``.
+
+    Raises:
+        UserError: no finished cell has the name, or several do, or the run ended without a result.
+    """
+    folder = Path(comparison.output)
+    restore(folder)
+    cell = _named(folder / CELLS, name)
+    before = json.loads(cell.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / f"{cell.stem}.yaml"
+        recipe = load_recipe(cell.with_suffix(".yaml"))
+        write_text(file, dump_recipe(recipe.model_copy(update={"output": str(file.with_suffix(""))})))
+        threads = before.get("threads") or threads_of(comparison.processes)
+        in_a_process(file, False, threads, file.with_suffix(".claim"), Path.cwd())
+        after = json.loads(_result(file).read_text(encoding="utf-8"))
+    then, now = ((final_row(one) or {"metrics": {}})["metrics"] for one in (before, after))
+    console.print(_table(cell.stem, then, now))
+    for one in (before, after):
+        if one["failed"]:
+            console.print(f"  {one['failed']}", style="dim", highlight=False)
+    return {"run": cell.stem, "then": then, "now": now, "same": then == now}
+
+
+def _named(cells: Path, name: str) -> Path:
+    known = {path.stem: path for path in sorted(cells.glob("*.json"))}
+    found = [path for stem, path in known.items() if stem.startswith(name)]
+    if name in known:
+        return known[name]
+    if not found:
+        raise UserError(f"{cells} has no finished run {name!r}: {nearest(name, known)}")
+    if len(found) > 1:
+        several = ", ".join(path.stem for path in found[:4])
+        raise UserError(f"{len(found)} runs of {cells} begin with {name!r}: {several}; give more of the name")
+    return found[0]
+
+
+def _result(recipe: Path) -> Path:
+    result = recipe.with_suffix(".json")
+    if not result.is_file():
+        log = recipe.with_suffix(".log").read_text(encoding="utf-8").strip().splitlines()[-1:]
+        raise UserError(f"the run ended without a result: {''.join(log)[:300] or 'it says nothing'}")
+    return result
+
+
+def _table(name: str, then: dict[str, float], now: dict[str, float]) -> Table:
+    table = Table(title=name, title_justify="left", box=None)
+    for heading in ("metric", "then", "now", "difference"):
+        table.add_column(heading, justify="left" if heading == "metric" else "right")
+    for metric in dict.fromkeys([*then, *now]):
+        pair = [values.get(metric) for values in (then, now)]
+        written = ["-" if value is None else f"{value:.10g}" for value in pair]
+        known = [value for value in pair if value is not None]
+        table.add_row(metric, *written, f"{known[1] - known[0]:.3g}" if len(known) == 2 else "-")
+    return table
