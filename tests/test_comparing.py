@@ -75,6 +75,8 @@ def test_a_cells_place_follows_from_all_that_it_depends_on() -> None:
     assert cell(made(shared={"model": {"context": 64}})).folder.name != first.name
     stages = [TASK["stages"][0] | {"batch_size": 16}]  # as by default: what is not said does not count
     assert cell(made(tasks={"stories": TASK | {"stages": stages}})).folder.name == first.name
+    kinds = [{"kind": kind, "name": "mine"} for kind in ("lora", "sora", "adalora", "milora", "full", "prompt", "vera")]
+    assert len({cell(made(methods=[kind])).folder.name for kind in kinds}) == len(kinds)
     assert first.name.startswith("stories-lora-0.001-seed0-search0.5-")
 
 
@@ -217,9 +219,9 @@ def test_tables(tmp_path: Path) -> None:
     assert (vera["mean"], vera["failed"]) == (None, "no")
     text = markdown(comparison, summary)
     assert [line.split(" | ")[0] for line in text.splitlines()[4:]] == ["| dora", "| lora", "| vera"]  # less is better
-    assert "| 0.9333 ± 0.1528 | -0.1667 |" in text
+    assert "| 0.9333 ± 0.1528 | 0.5539 to 1.3128 | -0.1667 |" in text
     assert "not possible" in text
-    assert r"dora & 0.9333 $\pm$ 0.1528 & -0.1667" in latex(comparison, summary)
+    assert r"dora & 0.9333 $\pm$ 0.1528 & 0.5539 to 1.3128 & -0.1667" in latex(comparison, summary)
 
 
 def test_text_is_escaped_in_latex(tmp_path: Path) -> None:

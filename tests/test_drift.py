@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification
 
 import small_runs
 from rankwise.analysis.drift import VECTORS, drift
 from rankwise.analysis.drift_figure import drift_figure, drift_words
 from rankwise.analysis.representations import linear_cka
+from rankwise.errors import UserError
 from rankwise.methods import base_of, with_adapter
 from rankwise.run import Run
 from tiny_methods import KINDS, base, recipe, train
@@ -81,9 +83,42 @@ def test_of_many_tokens_some_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("rankwise.analysis.drift.linear_cka", noted)
     model = with_adapter(base("decoder"), recipe("lora"), KINDS["decoder"])
-    drift(model, [{"input_ids": [1, 2, 3, 4] * 8}] * 150, 0)
-    assert len(set(taken)) == 1
-    assert VECTORS / 2 < taken[0] <= 150 * 32 / 2 + 150
+    for count in (127, 128, 150):  # rows of 32 tokens: one more than fit are thinned
+        drift(model, [{"input_ids": [1, 2, 3, 4] * 8}] * count, 0)
+    assert all(VECTORS / 2 < number <= VECTORS for number in taken)
+
+
+def test_of_rows_of_one_length_no_place_is_taken_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rankwise.analysis.drift.VECTORS", 40)
+    monkeypatch.setattr("rankwise.analysis.drift.BATCH_TOKENS", 14)
+    model = with_adapter(base("decoder"), recipe("lora"), KINDS["decoder"])
+    rows = [{"input_ids": list(range(1 + at % 5, 8 + at % 5))} for at in range(20)]
+    assert drift(model, rows, 0) == {name: pytest.approx(1.0) for name in "012"}
+
+
+def test_an_encoder_decoder_that_classifies() -> None:
+    config = base("encoder-decoder").config
+    config.num_labels = 3
+    model = with_adapter(AutoModelForSequenceClassification.from_config(config), recipe("lora"), "SEQ_CLS")
+    end = config.eos_token_id
+    found = drift(model, [{"input_ids": [5, 6, 7, end], "labels": 1}, {"input_ids": [8, 9, end], "labels": 0}], 1)
+    assert list(found) == ["encoder 0", "encoder 1", "encoder 2"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), UserError("nothing to look at")])
+def test_a_look_that_fails_leaves_the_results(
+    error: Exception, tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("rankwise.run.drift", failing)
+    console = small_runs.silent()
+    results = Run(small_runs.recipe("text", tmp_path, model_folder, evaluation={"drift": 8}), console)()
+    assert results["not_looked_at"] == {"drift": str(error)}
+    assert f"evaluation.drift failed: {error}" in small_runs.printed(console)
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert (tmp_path / "run" / "adapter").is_dir()
 
 
 def test_the_figure_and_its_words() -> None:

@@ -144,7 +144,11 @@ def test_the_reference_answers_of_gsm8k_are_right_in_several_forms(real_data: Pa
     lines = (real_data / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines()
     references = [json.loads(line)["answer"] for line in lines]
     assert len(references) == 1319
-    assert all(is_right(text, text) for text in references)
+    numbers = [float(text.rpartition("#### ")[2].replace(",", "")) for text in references]
+    for text, number in zip(references, numbers, strict=True):
+        assert is_right(text, text)
+        assert is_right(f"The answer is {number:.2f}", text)  # read as a number, not as letters
+        assert not is_right(f"The answer is {number + 1:.2f}", text)
     for text in references[::10]:
         answer = text.rpartition("#### ")[2]
         for form in ("So the answer is {}.", r"\boxed{{{}}}", "That makes {} of them", "It costs ${}", "{}.00 dollars"):

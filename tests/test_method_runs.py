@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassi
 
 import small_runs
 import tiny
+import tiny_methods
 from rankwise import MiloraConfig
 from rankwise.cli import main
 from rankwise.errors import UserError
@@ -208,10 +209,18 @@ def test_the_list_for_a_classifier(tmp_path: Path) -> None:
         method_rows(str(tmp_path), classes=1)
 
 
+def test_the_list_for_an_encoder_decoder(tmp_path: Path) -> None:
+    tiny_methods.base("encoder-decoder").save_pretrained(tmp_path)
+    rows = {row["name"]: row for row in method_rows(str(tmp_path))}
+    assert all(row["parameters"] for row in rows.values())
+    assert rows["full"]["parameters"] == tiny_methods.base("encoder-decoder").num_parameters()
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str], model_folder: Path) -> None:
     assert main(["methods", "--model", str(model_folder)]) == 0
     shown = capsys.readouterr().out
     assert "MiLoRA with SoRA" in shown
     assert "2406.09044, 2311.11696" in shown
+    assert "bitfit: adapter.kind bitfit trains biases" in shown
     assert main(["methods", "--model", str(model_folder), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["methods"]) == len(METHODS)

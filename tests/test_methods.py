@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,9 @@ def test_both_places_are_found_in_other_families(config: PreTrainedConfig, place
     model = get_peft_model(AutoModel.from_config(config), BottleneckConfig(placement=placement))
     found = [name for name, module in model.named_modules() if isinstance(module, BottleneckLayer)]
     assert len(found) == (places if placement == "houlsby" else places / 2)
+    closing = [name for name in found if name.endswith(("mlp.dense_4h_to_h", "mlp.fc_out", "ffn_output"))]
+    assert len(closing) == places / 2
+    assert all(re.search(r"attention\.dense$|attn\.out_proj$", name) for name in set(found) - set(closing))
 
 
 def test_bottlenecks_of_t5_follow_attention_across_too() -> None:

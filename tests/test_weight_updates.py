@@ -15,7 +15,9 @@ import tiny
 from rankwise import MiloraConfig, SoraConfig
 from rankwise.analysis.places import update_place, update_places
 from rankwise.analysis.weight_updates import Update, weight_updates
+from rankwise.errors import UserError
 from rankwise.methods.in_place import train_all
+from rankwise.peft_bridge.merging import merged_in_float64
 from rankwise.run import Run
 
 
@@ -42,6 +44,24 @@ def test_an_update_is_what_the_layer_adds(family: str, made: dict[str, Any]) -> 
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(tiny.logits(model), logits)
     assert not any(layer.merged for layer in tiny.layers(model).values())
+
+
+def test_a_merge_that_fails_leaves_the_layer_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.adapted("llama", use_dora=True)
+    before, logits = {name: value.clone() for name, value in model.state_dict().items()}, tiny.logits(model)
+    layer = next(iter(tiny.layers(model).values()))
+    with pytest.raises(MemoryError), merged_in_float64(layer, "default"):
+        raise MemoryError
+    monkeypatch.setattr(type(layer), "merge", lambda *_, **__: (_ for _ in ()).throw(NotImplementedError))
+    assert {update for _, _, update in weight_updates(model)} == {None}
+    assert all(
+        torch.equal(value, before[name]) and value.dtype == before[name].dtype
+        for name, value in model.state_dict().items()
+    )
+    assert not any(one.merged for one in tiny.layers(model).values())
+    assert torch.equal(tiny.logits(model), logits)
+    with pytest.raises(UserError, match="no module of the model has an update to look at"):
+        update_places(model, 2)
 
 
 def full(family: str) -> PeftModel:

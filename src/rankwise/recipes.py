@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -132,6 +133,9 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> str:
         return f"{place}.kind is missing: it says what {place} is"
     if first["type"] == "missing":
         return f"{place} is missing"
+    if first["type"] == "literal_error" and isinstance(first["input"], str):
+        known = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+        return f"{place} {first['input']!r} is unknown: {nearest(first['input'], known)}"
     message = first["msg"].removeprefix("Value error, ")
     return f"{place} {first['input']!r}: {message}" if place else message
 

@@ -7,6 +7,7 @@ import json
 import platform
 import time
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,14 @@ from rankwise.errors import UserError
 from rankwise.exporting import export
 from rankwise.files import write_json, write_jsonl, write_text
 from rankwise.measuring import measured, measured_row, row_line
+from rankwise.memory import peak_memory
 from rankwise.methods import base_of, load_stage, save_stage, with_adapter
 from rankwise.models import context_limit, load_tokenizer, quiet_libraries
 from rankwise.optimisation import ALLOCATIONS
 from rankwise.peft_bridge import active_adapter, adapted_layers
 from rankwise.progress import logs_shown
 from rankwise.ranks import AllGatesClosed, gate_counts, prune
-from rankwise.recipes import dump_recipe
+from rankwise.recipes import dump_recipe, load_recipe
 from rankwise.recommend.store import STORE, write_store
 from rankwise.sampling import sample
 from rankwise.schema import AdaloraSettings, AnyStage, LoraSettings, Recipe, SoraSettings
@@ -100,6 +102,7 @@ class Run:
         self.results.pop("stopped", None)
         self._stages(task, model, done)
         self._finish(model)
+        self.results["peak_memory"] = peak_memory()
         self._look_inside(task, model)
         self._report()
         if "stopped" in self.results:
@@ -191,20 +194,34 @@ class Run:
             write_json(self.folder / "ranks.json", _ranks(self.folder / "adapter", self._adapted, initial))
 
     def _look_inside(self, task: Task, model: PeftModel) -> None:
-        """Where the updates lie, and how far hidden states have drifted, where the recipe asks."""
+        """Where the updates lie, and how far hidden states have drifted, where the recipe asks.
+
+        A look that fails is told, and changes nothing of what was trained and measured.
+        """
         wanted = self.recipe.evaluation
-        if wanted.updates:
-            with self._timed("updates"):
-                places, passed = update_places(model, wanted.updates)
-            write_json(self.folder / PLACES, places)
-            self.results["updates"] = places_over_all(places)
-            self.results["counts"] |= passed
-        if wanted.drift:
-            with self._timed("drift"):
-                self.results["drift"] = {
-                    name: drift(model, sample(rows, wanted.drift, self.recipe.seed)[0], padding_token(self.tokenizer))
-                    for name, rows in {"training rows": task.sft_rows(), **self._texts.rows}.items()
-                }
+        write_json(self.folder / "results.json", self.results)
+        looks = {"updates": partial(self._updates, model), "drift": partial(self._drift, task, model)}
+        for name, look in looks.items():
+            if number := getattr(wanted, name):
+                try:
+                    with self._timed(name):
+                        look(number)
+                except (UserError, RuntimeError, ValueError) as error:
+                    reason = " ".join(str(error).split())[:300]
+                    self.results.setdefault("not_looked_at", {})[name] = reason
+                    self.console.print(f"  evaluation.{name} failed: {reason}", style="dim", highlight=False)
+
+    def _updates(self, model: PeftModel, directions: int) -> None:
+        places, passed = update_places(model, directions)
+        write_json(self.folder / PLACES, places)
+        self.results["updates"] = places_over_all(places)
+        self.results["counts"] |= passed
+
+    def _drift(self, task: Task, model: PeftModel, number: int) -> None:
+        texts = {"training rows": task.sft_rows(), **self._texts.rows}
+        some = {name: sample(rows, number, self.recipe.seed)[0] for name, rows in texts.items()}
+        padding = padding_token(self.tokenizer)
+        self.results["drift"] = {name: drift(model, rows, padding) for name, rows in some.items()}
 
     def _report(self) -> None:
         write_json(self.folder / "results.json", self.results)
@@ -291,7 +308,7 @@ def _check_folder(folder: Path) -> None:
 
 def _earlier_results(folder: Path, recipe: Recipe) -> dict[str, Any]:
     """Results of an unfinished run, whose recipe must be the same."""
-    if (folder / "recipe.yaml").read_text(encoding="utf-8") != dump_recipe(recipe):
+    if load_recipe(folder / "recipe.yaml") != recipe:
         raise UserError(
             f"output {folder} holds a run of another recipe: resume with its own recipe.yaml and no changes"
         )

@@ -38,8 +38,8 @@ def update_place(weight: Float[Tensor, "m n"], update: Update, rank: int) -> dic
     Returns:
         ``norm`` of D and ``relative``, over that of W; ``effective_rank`` of D; ``top``, ``middle`` and ``bottom``, the
         shares of D's squared norm within ``rank`` directions of W's spectrum each, and ``chance``, that of a random D,
-        rank^2 / (m n); ``amplification``, ``||D|| / ||U^T W V||`` with D's own main directions (inf where W has nothing
-        there); ``intruders`` among the 10 largest left directions of W + D; ``rank``, as cut;
+        rank^2 / (m n); ``amplification``, ``||D'|| / ||U^T W V||`` with D's own main directions, D' being D in
+        them (inf where W has nothing there); ``intruders`` among the 10 largest left directions of W + D; ``rank``, as cut;
         ``spectra``, some singular values of W (``weight``) and of D (``update``) with their places, from 1.
 
     Raises:
@@ -72,7 +72,7 @@ def update_place(weight: Float[Tensor, "m n"], update: Update, rank: int) -> dic
         "effective_rank": effective_rank(s),
         **shares,
         "chance": rank**2 / base.numel(),
-        "amplification": norm / in_its_directions if in_its_directions else math.inf,
+        "amplification": float(torch.linalg.norm(s[:own])) / in_its_directions if in_its_directions else math.inf,
         "intruders": intruders,
         "rank": rank,
         "spectra": {"weight": sampled(values), "update": sampled(s)},
@@ -101,7 +101,7 @@ def update_places(model: PeftModel, rank: int = 16) -> tuple[list[dict[str, Any]
     """
     rows, counts = [], {"modules without an update": 0, "modules of another form": 0}
     for name, weight, update in weight_updates(model):
-        if update is None:
+        if update is None or weight is None:
             counts["modules of another form"] += 1
         elif is_zero(update):
             counts["modules without an update"] += 1

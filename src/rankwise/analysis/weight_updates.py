@@ -22,20 +22,24 @@ from rankwise.peft_bridge.merging import merged_in_float64
 Update = Factors | Float[Tensor, "out in"]
 
 
-def weight_updates(model: PeftModel) -> Iterator[tuple[str, Float[Tensor, "out in"], Update | None]]:
+def weight_updates(model: PeftModel) -> Iterator[tuple[str, Float[Tensor, "out in"] | None, Update | None]]:
     """Name, weight W before training and update D of each module that was adapted or, in full fine-tuning, each linear.
 
     D is B (out, rank) and A (rank, in), the scaling in B, or where it is no such product (DoRA's, that of a weight
-    which was trained itself) one matrix, formed for that module alone; None where its form is not known. The output
-    layer and a classifier's head, which LoRA does not adapt, are left out of full fine-tuning too.
+    which was trained itself) one matrix, formed for that module alone; both are None where its form is not known. The
+    output layer and a classifier's head, which LoRA does not adapt, are left out of full fine-tuning too, and experts
+    that share one tensor.
     """
     if trains_all(model):
         yield from _trained(model)
         return
     adapter = active_adapter(model)
     for name, layer in adapted_layers(model, adapter):
-        weight = as_matrix(layer, dense_weight(layer.get_base_layer()))
-        yield name, weight, _update(layer, adapter, name)
+        update = _update(layer, adapter, name)
+        if update is None:
+            yield name, None, None
+        else:
+            yield name, as_matrix(layer, dense_weight(layer.get_base_layer())), update
 
 
 def _trained(model: PeftModel) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -58,7 +62,10 @@ def _update(layer: LoraLayer, adapter: str, name: str) -> Update | None:
     try:
         b, a = matrix_factors(layer, adapter, name)
     except UserError:
-        return _merged(layer, adapter) if isinstance(layer, Linear | Embedding | _ConvNd) else None
+        try:
+            return _merged(layer, adapter) if isinstance(layer, Linear | Embedding | _ConvNd) else None
+        except NotImplementedError:  # a variant that PEFT does not merge
+            return None
     return b * layer.scaling[adapter], a
 
 
@@ -66,5 +73,4 @@ def _merged(layer: LoraLayer, adapter: str) -> Float[Tensor, "out in"]:
     weight = layer.get_base_layer().weight
     with merged_in_float64(layer, adapter) as before:
         update = weight.data - before[weight].double()
-    layer.merged_adapters.remove(adapter)
     return as_matrix(layer, update)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rankwise.comparing.cells import VERSION
 from rankwise.errors import UserError
 from rankwise.files import write_json
+from rankwise.memory import peak_memory
 
 
 def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
@@ -28,8 +29,8 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
 
     Returns:
         What was written: ``rows`` and ``columns`` of the results, ``parameters`` that were trained, ``step_seconds``,
-        ``seconds``, ``peak_memory`` in bytes, ``threads``, ``failed`` with the mistake or None, and
-        ``version``.
+        ``seconds``, ``peak_memory`` in bytes (before the updates are looked at), ``threads``, ``failed`` with the
+        mistake or None, and ``version``.
     """
     import torch
 
@@ -43,13 +44,16 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
     found: dict[str, Any] = {"version": VERSION, "failed": None}
     try:
         results = Run(recipe, Console(width=120))()
-        found |= {name: results[name] for name in ("rows", "columns", "counts", "parameters")}
-        found |= {"export": results["export"]} | {name: results.get(name) for name in ("updates", "drift")}
+        found |= {name: results[name] for name in ("rows", "columns", "counts", "parameters", "peak_memory")}
+        found |= {"export": results["export"]} | {
+            name: results.get(name) for name in ("updates", "drift", "not_looked_at")
+        }
         found["step_seconds"] = step_seconds(folder / "metrics.jsonl")
     except (UserError, torch.OutOfMemoryError) as mistake:
         found["failed"] = str(mistake)
     found["threads"] = torch.get_num_threads()
-    found |= {"seconds": round(time.perf_counter() - started, 2), "peak_memory": peak_memory()}
+    found |= {"seconds": round(time.perf_counter() - started, 2)}
+    found.setdefault("peak_memory", peak_memory())
     if not keep_adapter:
         for name in ("stages", "adapter"):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -62,21 +66,6 @@ def step_seconds(metrics: Path) -> float | None:
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     ends = [line for line in lines if line.get("train_runtime") and line.get("step")]
     return ends[-1]["train_runtime"] / ends[-1]["step"] if ends else None
-
-
-def peak_memory() -> int:
-    """Most bytes that this process held so far: on the accelerator where there is one, else in main memory."""
-    import torch
-
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would begin with the peak of the process that started this one
-        [line] = [line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")]
-        return int(line.split()[1]) * 1024
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

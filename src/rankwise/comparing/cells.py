@@ -136,8 +136,13 @@ def make_cell(
 
 
 def _identity(recipe: Recipe) -> str:
-    """What a cell depends on: all that is not as by default, so that settings which come later leave it finished."""
-    return json.dumps(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+    """What a cell depends on: all that is not as by default, so that settings which come later leave it finished.
+
+    A default that changes makes other cells of the same name: raise ``VERSION`` then.
+    """
+    found = recipe.model_dump(mode="json", exclude_defaults=True)
+    found["adapter"] = {"kind": recipe.adapter.kind, **found.get("adapter", {})}  # by default its own
+    return json.dumps(found, sort_keys=True)
 
 
 def _stages(stages: Any, rate: float, share: float, where: str) -> list[Any]:

@@ -121,6 +121,8 @@ def _task_section(results: Mapping[str, Any], task: str) -> str:
     )
     figures = [plot(score_figure(rows, metric), f"{task}-scores", lead)]
     figures.append(plot(cost_figure(rows, metric), f"{task}-cost", _cost_words(rows)))
+    if len(rows[0]["metrics"]) > 1:
+        parts.append(_metrics_table(rows))
     for name in rows[0]["metrics"]:
         if name.endswith(" loss") and is_finite(base.get(name)):
             figure = forgetting_figure(rows, metric, name, base[name])
@@ -138,6 +140,20 @@ def _task_section(results: Mapping[str, Any], task: str) -> str:
     if found is not None:
         figures.append(plot(found, f"{task}-search", "the first round of the search; settings were chosen by it alone"))
     return section(task, "\n".join(parts) + f'\n<div class="plots">{"".join(figures)}</div>')
+
+
+def _metrics_table(rows: Rows) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+    cells: list[list[Cell]] = [
+        [(row["method"], "")] + [(_number(row["metrics"].get(name)), "") for name in names] for row in rows
+    ]
+    return table(
+        "All that was measured, means over the seeds. A heading sorts.", ["method", *names], cells, kind=" sortable"
+    )
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if is_finite(value) else "-"
 
 
 def _cost_words(rows: Rows) -> str:

@@ -220,7 +220,7 @@ def _mean(values: Iterable[float | int | None]) -> float | None:
 # The table
 
 
-HEAD = ("method", "score", "difference", "p", "parameters", "ms a step", "peak MiB", "rate", "rank")
+HEAD = ("method", "score", "95 % interval", "difference", "p", "parameters", "ms a step", "peak MiB", "rate", "rank")
 
 
 def grid(summary: Sequence[Mapping[str, Any]], task: str) -> list[list[str]]:
@@ -243,7 +243,8 @@ def _texts(row: Mapping[str, Any]) -> list[str]:
     step = "-" if row["step_seconds"] is None else f"{1000 * row['step_seconds']:.1f}"
     memory = "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:,.0f}"
     rank = "-" if row["rank"] is None else str(row["rank"])
-    return [row["method"], score, difference, p, parameters, step, memory, f"{row['learning_rate']:g}", rank]
+    interval = "-" if row["low"] is None else f"{row['low']:.4f} to {row['high']:.4f}"
+    return [row["method"], score, interval, difference, p, parameters, step, memory, f"{row['learning_rate']:g}", rank]
 
 
 def caption(comparison: Comparison, summary: Sequence[Mapping[str, Any]], task: str) -> str:

@@ -131,6 +131,7 @@ def _merge(layer: BaseTunerLayer, adapter: str, file: Path) -> Loss:
                 error = rounded.to(update) - weights[weight].double() - update
                 norm, lost = norm + float(update.square().sum()), lost + float(error.square().sum())
                 weights[weight] = rounded
+    layer.merged_adapters.append(adapter)  # what lies there is merged
     return Loss(norm**0.5, lost**0.5)
 
 

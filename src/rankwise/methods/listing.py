@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from rankwise.errors import UserError
 from rankwise.methods.models import with_adapter
@@ -23,6 +29,11 @@ WITHOUT_START: dict[str, dict[str, Any]] = {
     "prompt": {"start": "random"},
 }
 
+MODELS: dict[str, Any] = {
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+}
 DECODERS = ("ForCausalLM", "LMHeadModel")  # ends of their classes' names
 
 
@@ -50,7 +61,7 @@ def method_rows(path: str, classes: int | None = None) -> list[dict[str, Any]]:
         model = _shapes(config, classes)
         total = model.num_parameters()
         try:
-            trained = _trained(model, name, "CAUSAL_LM" if classes is None else "SEQ_CLS")
+            trained = _trained(model, name, _task_type(config, classes))
             row |= {"parameters": trained, "share": trained / total}
         except UserError as error:
             row |= {"parameters": None, "share": None, "reason": str(error)}
@@ -69,6 +80,9 @@ def method_table(rows: list[dict[str, Any]]) -> Table:
         share = "-" if row["share"] is None else f"{100 * row['share']:.2f} %"
         merges = "yes" if row["merges"] else "no"
         table.add_row(row["name"], row["title"], row["paper"] or "-", count, share, merges)
+    reasons = [f"{row['name']}: {row['reason']}" for row in rows if "reason" in row]
+    table.caption = "\n".join(reasons) or None
+    table.caption_justify = "left"
     return table
 
 
@@ -78,13 +92,22 @@ def _config(path: str, classes: int | None) -> Any:
         config = AutoConfig.from_pretrained(resolve(path), **options)
     except (OSError, ValueError) as error:
         raise UserError(f"model {path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    if classes is None and not any(name.endswith(DECODERS) for name in config.architectures or ["ForCausalLM"]):
+    language = config.is_encoder_decoder or any(
+        name.endswith(DECODERS) for name in config.architectures or ["ForCausalLM"]
+    )
+    if classes is None and not language:
         raise UserError(f"model {path} ({config.model_type}) is no decoder: say --classes to count for a classifier")
     return config
 
 
+def _task_type(config: Any, classes: int | None) -> str:
+    if classes is not None:
+        return "SEQ_CLS"
+    return "SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM"
+
+
 def _shapes(config: Any, classes: int | None) -> PreTrainedModel:
-    kind = AutoModelForCausalLM if classes is None else AutoModelForSequenceClassification
+    kind = MODELS[_task_type(config, classes)]
     with torch.device("meta"):
         model: PreTrainedModel = kind.from_config(config)
     return model

@@ -73,7 +73,9 @@ class SftStage(Stage):
     kind: Literal["sft"]
     loss: Literal["answer", "row"] = Field("answer", description="Tokens with loss: the answer's, or the prompt's too.")
     group_by_length: bool = Field(
-        False, description="Draw batches of rows of about the same length, so that less is padded."
+        False,
+        description="Draw batches of rows of about the same length, so that less is padded: of at most 50 batches "
+        "at a time, the longest first.",
     )
     threshold: Threshold | None = Field(None, description="Of SoRA, in this stage; the adapter's where not given.")
     thresholds: Thresholds | None = Field(
