@@ -13,8 +13,8 @@ from rankwise.analysis.runfolder import Run
 TITLE = "How far hidden states have drifted"
 MEANING = (
     "Linear CKA of each layer's hidden states before and after training, over tokens of the same rows: 1 where one is "
-    "the other turned and scaled. n tokens whose states of width k have nothing in common still give about k / (n + k); "
-    "n is 2,048 at most. Layer 0 is the embeddings."
+    "the other turned and scaled. n tokens (2,048 at most) whose states of width k have nothing in common still give "
+    "about k / (n + k). Layer 0 is the embeddings."
 )
 Layers = Mapping[str, float | None]
 

@@ -38,8 +38,8 @@ def update_place(weight: Float[Tensor, "m n"], update: Update, rank: int) -> dic
     Returns:
         ``norm`` of D and ``relative``, over that of W; ``effective_rank`` of D; ``top``, ``middle`` and ``bottom``, the
         shares of D's squared norm within ``rank`` directions of W's spectrum each, and ``chance``, that of a random D,
-        rank^2 / (m n); ``amplification``, ``||D'|| / ||U^T W V||`` with D's own main directions, D' being D in
-        them (inf where W has nothing there); ``intruders`` among the 10 largest left directions of W + D; ``rank``, as cut;
+        rank^2 / (m n); ``amplification``, ``||D'|| / ||U^T W V||`` with D's own main directions, D' being D in them
+        (inf where W has nothing there); ``intruders`` among the 10 largest left directions of W + D; ``rank``, as cut;
         ``spectra``, some singular values of W (``weight``) and of D (``update``) with their places, from 1.
 
     Raises:
