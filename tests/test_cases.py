@@ -216,3 +216,7 @@ def test_a_run_keeps_its_cases(tmp_path: Path, model_folder: Path) -> None:
         for name, (low, high) in row["intervals"].items():
             assert low <= row["metrics"][name] <= high
             assert row["metrics"][name] == pytest.approx(cases[name].cast(pl.Float64).mean())
+    page = (run.folder / "report.html").read_text(encoding="utf-8")
+    low, high = results["rows"][0]["intervals"]["MRR"]
+    assert "95 % intervals of the means" in page
+    assert f"{low:.4f} to {high:.4f}" in page

@@ -18,7 +18,10 @@ from packaging.utils import canonicalize_name
 
 import rankwise
 from rankwise.comparing.cells import make_cell, settings
+from rankwise.comparing.choosing import deciding_metric
 from rankwise.recipes import load_comparison, load_recipe
+from rankwise.schema import GlueData
+from rankwise.tasks.glue import TASKS as GLUE_TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE_FOLDERS = ("src", "scripts", "benchmarks")
@@ -182,13 +185,19 @@ def test_the_page_of_recipes_is_what_the_schema_says() -> None:
     assert found.returncode == 0, "run python scripts/recipe_reference.py"
 
 
-@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+EXAMPLES = [*sorted((ROOT / "examples").glob("*.yaml")), *sorted((ROOT / "benchmarks").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_are_valid(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANKWISE_DATA", "data")
     if "methods:" in example.read_text(encoding="utf-8"):
         comparison = load_comparison(example)
         for task, entry in itertools.product(comparison.tasks, comparison.methods):
             for part in ("search", "final"):
-                assert make_cell(comparison, task, entry, settings(comparison, entry)[0], 0, 1.0, part).recipe.stages
+                recipe = make_cell(comparison, task, entry, settings(comparison, entry)[0], 0, 1.0, part).recipe
+                assert recipe.stages
+                if isinstance(recipe.data, GlueData):
+                    assert deciding_metric(comparison, task, GLUE_TASKS[recipe.data.task].metrics)
         return
     assert load_recipe(example).stages

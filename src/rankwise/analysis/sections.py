@@ -10,7 +10,7 @@ from typing import Any
 
 from plotly.graph_objects import Figure
 
-from rankwise.analysis.columns import UNKNOWN, Number, best_rows, describe, mean_of, write_value
+from rankwise.analysis.columns import ABSENT, UNKNOWN, Number, best_rows, describe, mean_of, write_value
 from rankwise.analysis.drawing import is_finite, not_finite, summary
 from rankwise.analysis.figures import by_stage, curves, rank_heatmap
 from rankwise.analysis.history import histories
@@ -27,7 +27,23 @@ def results_section(run: Run) -> str:
     head, body = cells(run.results)
     rows = [[_result_cell(run, place, at, cell) for at, cell in enumerate(row)] for place, row in enumerate(body)]
     caption = "The best value of each column is bold; a bar's length is the value over the column's largest."
-    return section("Results", table(caption, ["", *head[1:]], rows) + definitions(columns, "cases" in head))
+    shown = table(caption, ["", *head[1:]], rows) + _intervals(run.results["rows"])
+    return section("Results", shown + definitions(columns, "cases" in head))
+
+
+def _intervals(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The ends of each mean's interval; nothing where the cases are not known one by one."""
+    known = [row for row in rows if row.get("intervals")]
+    if not known:
+        return ""
+    names = list(dict.fromkeys(name for row in known for name in row["intervals"]))
+    texts = [[row["name"], *(_ends(name, row["intervals"].get(name)) for name in names)] for row in known]
+    body: list[list[Cell]] = [[(str(text), "") for text in row] for row in texts]
+    return table("95 % intervals of the means, from a bootstrap over the cases.", ["", *names], body)
+
+
+def _ends(name: str, interval: Sequence[Number] | None) -> str:
+    return ABSENT if interval is None else f"{write_value(name, interval[0])} to {write_value(name, interval[1])}"
 
 
 def _result_cell(run: Run, row: int, at: int, cell: tuple[str, bool]) -> Cell:
