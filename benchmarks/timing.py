@@ -52,6 +52,13 @@ def peak_memory() -> float:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), math.nan)
 
 
+def forget_peak() -> None:
+    """Let :func:`peak_memory` begin anew; on Linux."""
+    path = Path("/proc/self/clear_refs")
+    if path.exists():
+        path.write_text("5", encoding="utf-8")
+
+
 def machine(threads: int) -> str:
     """Processor, cores, threads used and Python, as one line."""
     software = f"{platform.system()}, Python {platform.python_version()}"
