@@ -28,7 +28,7 @@ def update_place(weight: Float[Tensor, "m n"], update: Update, rank: int) -> dic
     """Where an update D lies in a weight W, by the singular vectors of both.
 
     Computed in float32 (float64 for a float64 weight, and for an update that is a product) on the weight's device; W
-    and W + D are decomposed once each, and D where it is one matrix.
+    is decomposed once, D too where it is one matrix, and of W + D the smaller Gram matrix.
 
     Args:
         weight: W, before training.
@@ -64,7 +64,7 @@ def update_place(weight: Float[Tensor, "m n"], update: Update, rank: int) -> dic
     shares = {name: float(inside[part, part].square().sum()) / norm**2 for name, part in parts.items()}
     own = min(rank, int((s > s[0] * 1e-6).sum()))
     in_its_directions = float(torch.linalg.norm(u[:, :own].to(base).T @ base @ a[:own].T))
-    after = torch.linalg.svd(torch.addmm(base, b, a), full_matrices=False).U[:, :EXAMINED]
+    after = _largest_left(torch.addmm(base, b, a), EXAMINED)
     intruders = int(((left.T @ after).abs().amax(dim=0) < LEAST).sum())
     return {
         "norm": norm,
@@ -77,6 +77,14 @@ def update_place(weight: Float[Tensor, "m n"], update: Update, rank: int) -> dic
         "rank": rank,
         "spectra": {"weight": sampled(values), "update": sampled(s)},
     }
+
+
+def _largest_left(matrix: Float[Tensor, "m n"], count: int) -> Float[Tensor, "m k"]:
+    """The left singular vectors of the largest singular values, from the eigenvectors of the smaller Gram matrix."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    gram = (matrix.T @ matrix if tall else matrix @ matrix.T).double()
+    vectors = torch.linalg.eigh(gram).eigenvectors[:, -count:].flip(1).to(matrix)
+    return torch.nn.functional.normalize(matrix @ vectors, dim=0) if tall else vectors
 
 
 def sampled(values: Float[Tensor, " k"]) -> list[tuple[int, float]]:
