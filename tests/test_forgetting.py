@@ -13,7 +13,7 @@ import small_runs
 from rankwise.errors import UserError
 from rankwise.evaluation import evaluate_run
 from rankwise.run import Run
-from rankwise.tasks.forgetting import HeldOutTexts
+from rankwise.tasks.forgetting import HeldOut
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def texts(tmp_path: Path) -> dict[str, str]:
 def test_the_loss_is_that_of_all_tokens_but_a_rows_first(
     texts: dict[str, str], tiny_llama: Any, tiny_tokenizer: Any
 ) -> None:
-    held = HeldOutTexts(texts, tiny_tokenizer, 32, None, 0)
+    held = HeldOut(texts, tiny_tokenizer, 32, None, 0)
     assert held.columns == ("films loss", "names loss")
     found = held.measure(tiny_llama)
     text = (Path(texts["films"])).read_text(encoding="utf-8").strip("\r\n")
@@ -45,9 +45,9 @@ def test_the_loss_is_that_of_all_tokens_but_a_rows_first(
 
 
 def test_rows_that_are_left_out_are_counted(texts: dict[str, str], tiny_llama: Any, tiny_tokenizer: Any) -> None:
-    held = HeldOutTexts(texts, tiny_tokenizer, 16, 3, 0)
+    held = HeldOut(texts, tiny_tokenizer, 16, 3, 0)
     assert held.counts["films: rows left out"] > 0
-    again = HeldOutTexts(texts, tiny_tokenizer, 16, 3, 0)
+    again = HeldOut(texts, tiny_tokenizer, 16, 3, 0)
     assert held.measure(tiny_llama) == again.measure(tiny_llama)
 
 
@@ -71,3 +71,46 @@ def test_mistakes(texts: dict[str, str], tmp_path: Path, model_folder: Path) -> 
         Run(recipe, small_runs.silent())
     with pytest.raises(UserError, match=r"evaluation.texts are for language models, not classification"):
         small_runs.recipe("classification", tmp_path, model_folder, evaluation={"texts": texts})
+
+
+def other_tasks(tmp_path: Path) -> dict[str, Any]:
+    sections = {"sums": small_runs.maths(tmp_path / "sums"), "quiz": small_runs.choices(tmp_path / "quiz")}
+    return {name: dict(section) for name, section in sections.items()}
+
+
+def test_tasks_that_are_not_trained_for_are_measured_too(tmp_path: Path, model_folder: Path) -> None:
+    for name in ("sums", "quiz"):
+        (tmp_path / name).mkdir()
+    tasks = other_tasks(tmp_path)
+    recipe = small_runs.recipe("text", tmp_path, model_folder, evaluation={"tasks": tasks})
+    results = Run(recipe, small_runs.silent())()
+    assert {"sums accuracy", "sums loss", "quiz accuracy"} <= set(results["columns"])
+    base, trained = (row["metrics"] for row in results["rows"])
+    assert set(base) == set(trained) == set(results["columns"])
+    alone = small_runs.recipe("maths", tmp_path / "alone", model_folder, data=tasks["sums"])
+    expected = Run(alone, small_runs.silent())()["rows"][0]["metrics"]
+    assert {name.removeprefix("sums "): value for name, value in base.items() if name.startswith("sums ")} == {
+        name: pytest.approx(value, rel=1e-5) for name, value in expected.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "tasks", "message"),
+    [
+        ("classification", {"a": {"kind": "text", "train": "-"}}, "evaluation.tasks are for language models"),
+        ("text", {"a": {"kind": "glue", "task": "rte"}}, "evaluation.tasks.a of kind glue is not possible"),
+        ("text", {"films": {"kind": "text", "train": "-"}}, "a text and a task 'films'"),
+        ("text", {"<b>": {"kind": "text", "train": "-"}}, "evaluation.tasks"),
+        (
+            "text",
+            {"a": {"kind": "text", "train": "gone.txt"}},
+            "evaluation.tasks.a: data.train gone.txt does not exist",
+        ),
+    ],
+)
+def test_tasks_that_are_not_possible(
+    kind: str, tasks: dict[str, Any], message: str, texts: dict[str, str], tmp_path: Path, model_folder: Path
+) -> None:
+    asked = {"tasks": tasks} | ({"texts": texts} if "films" in tasks else {})
+    with pytest.raises(UserError, match=message):
+        Run(small_runs.recipe(kind, tmp_path, model_folder, evaluation=asked), small_runs.silent())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -18,3 +19,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     options = sorted(known)
     close = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(options)}"
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Put a name before the message of a ``UserError``."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error

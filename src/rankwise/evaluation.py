@@ -29,7 +29,7 @@ from rankwise.models import (
 )
 from rankwise.recipes import load_recipe
 from rankwise.schema import ClassificationData, GlueData, Recipe, SequenceData
-from rankwise.tasks.load import check_files, held_out_texts, load_task
+from rankwise.tasks.load import check_recipe_files, held_out_elsewhere, load_task
 from rankwise.tokenise import padding_token
 
 
@@ -40,10 +40,10 @@ def evaluate_run(run: Path, overrides: Sequence[str], console: Console) -> dict[
         UserError: the folder is no finished run, or its data is gone.
     """
     recipe = open_run(run, overrides)
-    check_files(recipe.data, recipe.evaluation.texts)
+    check_recipe_files(recipe)
     tokenizer = load_tokenizer(recipe.model.path)
     context = context_limit(recipe.model, tokenizer, recipe.virtual_tokens)
-    task, texts = load_task(recipe, tokenizer, context), held_out_texts(recipe, tokenizer, context)
+    task, texts = load_task(recipe, tokenizer, context), held_out_elsewhere(recipe, tokenizer, context)
     stage = _last_stage(run, recipe)
     model = _trained(run, recipe, stage)
     rows = [measured_row(name, measure(), task.cases) for name, measure in task.baselines().items()]

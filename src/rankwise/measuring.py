@@ -14,7 +14,7 @@ from rankwise.peft_bridge import active_adapter
 from rankwise.ranks import SoraConfig, gate_counts
 from rankwise.recommend.cases import intervals
 from rankwise.schema import Recipe
-from rankwise.tasks.forgetting import HeldOutTexts
+from rankwise.tasks.forgetting import HeldOut
 from rankwise.tasks.task import Measurement, Task
 
 
@@ -26,7 +26,7 @@ def measured(
     cases: Path | None = None,
     *,
     base: bool = False,
-    texts: HeldOutTexts | None = None,
+    texts: HeldOut | None = None,
 ) -> dict[str, Any]:
     """A row of ``results.json``.
 
@@ -37,7 +37,7 @@ def measured(
         recipe: says how many training rows to measure on too, and the seed that draws them.
         cases: as in :func:`measured_row`.
         base: whether the row is the base's own.
-        texts: whose loss is measured too.
+        texts: texts and tasks that are measured too.
 
     Returns:
         What :func:`measured_row` returns; ``training_metrics`` of ``training_cases`` training rows,

@@ -40,7 +40,7 @@ from rankwise.recipes import dump_recipe, load_recipe
 from rankwise.recommend.store import STORE, write_store
 from rankwise.sampling import sample
 from rankwise.schema import AdaloraSettings, AnyStage, LoraSettings, Recipe, SoraSettings
-from rankwise.tasks.load import check_files, held_out_texts, load_task
+from rankwise.tasks.load import check_recipe_files, held_out_elsewhere, load_task
 from rankwise.tasks.task import Task
 from rankwise.tokenise import padding_token
 from rankwise.training import Rows, check_trackers, train_stage
@@ -69,7 +69,7 @@ class Run:
         """
         self.recipe, self.console = recipe, console
         self.folder = Path(recipe.output)
-        check_files(recipe.data, recipe.evaluation.texts)
+        check_recipe_files(recipe)
         check_trackers(recipe.log_to)
         self.tokenizer = load_tokenizer(recipe.model.path)
         self.context = context_limit(recipe.model, self.tokenizer, recipe.virtual_tokens)
@@ -84,7 +84,7 @@ class Run:
         quiet_libraries()
         with self._timed("data"):
             task = load_task(self.recipe, self.tokenizer, self.context)
-            self._texts = held_out_texts(self.recipe, self.tokenizer, self.context)
+            self._texts = held_out_elsewhere(self.recipe, self.tokenizer, self.context)
         done = {row["name"] for row in self.results.get("rows", [])}
         self._open(task)
         set_seed(self.recipe.seed)

@@ -31,7 +31,7 @@ from rankwise.files import write_json, write_text
 from rankwise.models import context_limit, load_tokenizer
 from rankwise.run import versions
 from rankwise.schema import Comparison
-from rankwise.tasks.load import check_files, load_task
+from rankwise.tasks.load import check_recipe_files, load_task
 
 EVERY = 60.0  # seconds, at least, between two writings of the runs while they go on
 
@@ -137,7 +137,7 @@ def check(comparison: Comparison) -> None:
             parts = ("search", "final") if len(tried) > 1 else ("final",)
             for part in parts:
                 cell = make_cell(comparison, task, entry, tried[0], comparison.seeds[0], 1.0, part)
-            check_files(cell.recipe.data, cell.recipe.evaluation.texts)
+            check_recipe_files(cell.recipe)
     folder = Path(comparison.output)
     own = (folder / CELLS).is_dir() or (folder / RUNS).is_file()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not own):

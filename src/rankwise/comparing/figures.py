@@ -56,16 +56,18 @@ def cost_figure(rows: Rows, metric: str) -> go.Figure:
 
 
 def forgetting_figure(rows: Rows, metric: str, text: str, base: float) -> go.Figure:
-    """Score against what the loss on a text rose by, in nats a token; a line joins what no other method beats in both.
+    """Score against what was forgotten: what the loss on a text rose by, in nats a token, or a task's score fell by.
+
+    A line joins what no other method beats in both.
 
     Args:
         rows: of the methods.
         metric: that decides.
-        text: name of the metric of the text.
+        text: name of the metric of the text or task.
         base: its value before training.
     """
     known = [row for row in rows if is_finite(row["metrics"].get(text))]
-    rises = [row["metrics"][text] - base for row in known]
+    rises = [forgotten(row, text, base) for row in known]
     name = text.removesuffix(" loss")
     figure = _labelled(known, rises, metric, f"What was learnt, and what was forgotten of {name}")
     front = pareto([(rise, row["mean"]) for rise, row in zip(rises, known, strict=True)], is_lower_better(metric))
@@ -79,8 +81,15 @@ def forgetting_figure(rows: Rows, metric: str, text: str, base: float) -> go.Fig
             hoverinfo="skip",
         )
     )
-    figure.update_xaxes(title={"text": f"rise of the loss on {name}, nats a token (less is better)"}, showgrid=True)
+    axis = f"rise of the loss on {name}, nats a token" if text.endswith(" loss") else f"fall of {name}"
+    figure.update_xaxes(title={"text": f"{axis} (less is better)"}, showgrid=True)
     return figure
+
+
+def forgotten(row: Mapping[str, Any], name: str, base: float) -> float:
+    """How much worse a metric is than before training."""
+    change: float = row["metrics"][name] - base
+    return change if is_lower_better(name) else -change
 
 
 def pareto(points: Sequence[tuple[float, float]], lower: bool) -> list[tuple[float, float]]:

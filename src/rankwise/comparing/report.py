@@ -15,7 +15,7 @@ from rankwise.analysis.place_tables import HEAD as PLACES_HEAD
 from rankwise.analysis.place_tables import MEANING, TITLE, place_figure, place_texts, times_chance
 from rankwise.analysis.report import page
 from rankwise.comparing.choosing import is_lower_better
-from rankwise.comparing.figures import cost_figure, forgetting_figure, score_figure, search_figure
+from rankwise.comparing.figures import cost_figure, forgetting_figure, forgotten, score_figure, search_figure
 from rankwise.comparing.statistics import holm, paired
 from rankwise.comparing.summary import HEAD, grid
 from rankwise.errors import UserError
@@ -123,8 +123,8 @@ def _task_section(results: Mapping[str, Any], task: str) -> str:
     figures.append(plot(cost_figure(rows, metric), f"{task}-cost", _cost_words(rows)))
     if len(rows[0]["metrics"]) > 1:
         parts.append(_metrics_table(rows))
-    for name in rows[0]["metrics"]:
-        if name.endswith(" loss") and is_finite(base.get(name)):
+    for name in forgotten_metrics(results, task, rows):
+        if is_finite(base.get(name)):
             figure = forgetting_figure(rows, metric, name, base[name])
             figures.append(plot(figure, f"{task}-{name}", _forgetting_words(rows, name, base[name])))
             parts.append(_forgetting_table(rows, name, base[name]))
@@ -140,6 +140,15 @@ def _task_section(results: Mapping[str, Any], task: str) -> str:
     if found is not None:
         figures.append(plot(found, f"{task}-search", "the first round of the search; settings were chosen by it alone"))
     return section(task, "\n".join(parts) + f'\n<div class="plots">{"".join(figures)}</div>')
+
+
+def forgotten_metrics(results: Mapping[str, Any], task: str, rows: Rows) -> list[str]:
+    """The losses on texts, and of each other task that was measured its first metric."""
+    comparison = results["comparison"]
+    asked = {**comparison.get("shared", {}), **comparison.get("tasks", {}).get(task, {})}.get("evaluation") or {}
+    names = list(rows[0]["metrics"])
+    others = [next((name for name in names if name.startswith(f"{other} ")), "") for other in asked.get("tasks") or {}]
+    return [name for name in names if name.endswith(" loss") or name in others]
 
 
 def _metrics_table(rows: Rows) -> str:
@@ -166,20 +175,22 @@ def _cost_words(rows: Rows) -> str:
 
 def _forgetting_words(rows: Rows, name: str, base: float) -> str:
     known = [row for row in rows if is_finite(row["metrics"].get(name))]
-    least, most = (pick(known, key=lambda row: row["metrics"][name]) for pick in (min, max))
+    least, most = (pick(known, key=lambda row: forgotten(row, name, base)) for pick in (min, max))
+    unit = " nats" if name.endswith(" loss") else ""
     return (
-        f"{least['method']} forgets least ({least['metrics'][name] - base:+.4f} nats), "
+        f"{least['method']} forgets least ({least['metrics'][name] - base:+.4f}{unit}), "
         f"{most['method']} most ({most['metrics'][name] - base:+.4f})"
     )
 
 
 def _forgetting_table(rows: Rows, name: str, base: float) -> str:
-    caption = f"{name} before training {base:.4f} nats a token; after it, mean over the seeds. A heading sorts."
+    unit, change = (" nats a token", "rise") if name.endswith(" loss") else ("", "change")
+    caption = f"{name} before training {base:.4f}{unit}; after it, mean over the seeds. A heading sorts."
     cells: list[list[Cell]] = [
         [(row["method"], ""), (f"{row['metrics'][name]:.4f}", ""), (f"{row['metrics'][name] - base:+.4f}", "")]
-        for row in sorted(rows, key=lambda row: row["metrics"][name])
+        for row in sorted(rows, key=lambda row: forgotten(row, name, base))
     ]
-    return table(caption, ["method", name, "rise"], cells, kind=" narrow sortable")
+    return table(caption, ["method", name, change], cells, kind=" narrow sortable")
 
 
 def _updates_table(changed: Mapping[str, Mapping[str, Any]]) -> str:

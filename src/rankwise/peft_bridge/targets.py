@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -12,15 +9,6 @@ from torch import nn
 from rankwise.errors import UserError, nearest
 from rankwise.peft_bridge import base_modules
 from rankwise.peft_bridge.matrices import refusal
-
-
-@contextmanager
-def naming(module: str) -> Iterator[None]:
-    """Put the module's name before the message of a ``UserError``."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{module}: {error}") from error
 
 
 def check_module(module: nn.Module, name: str, config: LoraConfig) -> None:

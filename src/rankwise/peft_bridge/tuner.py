@@ -15,10 +15,10 @@ from peft.tuners.lora.model import LoraModel
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
-from rankwise.errors import UserError
+from rankwise.errors import UserError, naming
 from rankwise.peft_bridge import LowRankVariant, adapted_layers
 from rankwise.peft_bridge.combining import add_combined
-from rankwise.peft_bridge.targets import check_module, check_targets, naming
+from rankwise.peft_bridge.targets import check_module, check_targets
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -31,6 +31,7 @@ from rankwise.schema.methods import written_out
 from rankwise.schema.stages import AnyStage, SoftmaxDpoStage
 
 NO_ROWS = ClassificationData | GlueData | SequenceData
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")]
 RESERVED = ("random", "popularity", "most frequent", "base model")
 
 
@@ -60,8 +61,13 @@ class EvaluationSettings(Section):
         True, description="In recommendation and choices, also the papers' protocol: greedy text, and what it names."
     )
     base: bool = Field(True, description="Also measure the base model.")
-    texts: dict[str, File] = Field(
+    texts: dict[Name, File] = Field(
         {}, description="Of a language model, also the loss on these texts, by name: what it forgets of them."
+    )
+    tasks: dict[Name, Data] = Field(
+        {},
+        description="Of a language model, also the metrics on these data, by name, sections as `data`: what it forgets "
+        "of tasks that it is not trained for.",
     )
     text_rows: Count = Field(256, description="Most rows of each text, as long as the context, drawn by the seed.")
     updates: Count | None = Field(
@@ -199,6 +205,15 @@ class Recipe(Section):
             raise ValueError(f"evaluation.noise is for classification and glue, not {self.data.kind}: leave it out")
         if self.evaluation.texts and isinstance(self.data, NO_ROWS):
             raise ValueError(f"evaluation.texts are for language models, not {self.data.kind}: leave them out")
+        if self.evaluation.tasks and isinstance(self.data, NO_ROWS):
+            raise ValueError(f"evaluation.tasks are for language models, not {self.data.kind}: leave them out")
+        for name, data in self.evaluation.tasks.items():
+            if isinstance(data, NO_ROWS | RecommendationSettings):
+                raise ValueError(
+                    f"evaluation.tasks.{name} of kind {data.kind} is not possible beside others: leave it out"
+                )
+            if name in self.evaluation.texts:
+                raise ValueError(f"evaluation has a text and a task {name!r}: call one of them something else")
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""What a model forgot: its loss on texts that it was not trained for, before and after."""
+"""What a model forgot: its loss on texts, and its scores on tasks, that it was not trained for, before and after."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from rankwise.sampling import sample
 from rankwise.tasks.language_loss import answer_loss
-from rankwise.tasks.task import Metrics
+from rankwise.tasks.task import Metrics, Task
 from rankwise.tasks.text import as_features, pack, read_documents
 
 
-class HeldOutTexts:
-    """Texts by name, packed into rows once, and a language model's mean cross-entropy on each, in nats a token.
+class HeldOut:
+    """Texts, with a language model's mean cross-entropy in nats a token, and tasks, with their scores, by name.
 
     The base model's row of the results has what it was before; the difference is what was forgotten.
 
@@ -29,6 +29,7 @@ class HeldOutTexts:
         context: tokens of a row.
         rows: most rows of each text, drawn by ``seed``; all where None.
         seed: of the draw.
+        tasks: other data to measure on, of which nothing is trained on.
 
     Raises:
         UserError: a file is missing or holds no text.
@@ -37,9 +38,18 @@ class HeldOutTexts:
     """
 
     def __init__(
-        self, files: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, context: int, rows: int | None, seed: int
+        self,
+        files: Mapping[str, str],
+        tokenizer: PreTrainedTokenizerBase,
+        context: int,
+        rows: int | None,
+        seed: int,
+        tasks: Mapping[str, Task] | None = None,
     ) -> None:
-        self.counts: dict[str, int] = {}
+        self._tasks = tasks or {}
+        self.counts = {
+            f"{name}: {what}": number for name, task in self._tasks.items() for what, number in task.counts.items()
+        }
         self.rows = {}
         for name, path in files.items():
             packed = pack(read_documents(Path(path))[0], tokenizer, context)
@@ -50,8 +60,12 @@ class HeldOutTexts:
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of the metrics."""
-        return tuple(f"{name} loss" for name in self.rows)
+        others = (f"{name} {column}" for name, task in self._tasks.items() for column in task.columns)
+        return (*(f"{name} loss" for name in self.rows), *others)
 
     def measure(self, model: nn.Module) -> Metrics:
-        """The loss on each text."""
-        return {f"{name} loss": answer_loss(model, rows)["loss"] for name, rows in self.rows.items()}
+        """The loss on each text, and the metrics of each task."""
+        found = {f"{name} loss": answer_loss(model, rows)["loss"] for name, rows in self.rows.items()}
+        for name, task in self._tasks.items():
+            found |= {f"{name} {metric}": value for metric, value in task.evaluate(model).metrics.items()}
+        return found

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from rankwise.errors import UserError
+from rankwise.errors import UserError, naming
 from rankwise.recommend.chats import as_chat
 from rankwise.recommend.logs.interactions import InteractionColumns
 from rankwise.recommend.logs.items import ItemColumns
@@ -36,7 +36,7 @@ from rankwise.schema import (
 from rankwise.tasks.answers import AnswerTask
 from rankwise.tasks.choices import ChoiceTask, read_choices
 from rankwise.tasks.classification import read_classification
-from rankwise.tasks.forgetting import HeldOutTexts
+from rankwise.tasks.forgetting import HeldOut
 from rankwise.tasks.glue import TASKS, label_names, parts_of
 from rankwise.tasks.instructions import FORM_READ, read_instructions
 from rankwise.tasks.labels import LabelTask
@@ -54,11 +54,19 @@ Row = TypeVar("Row")
 Counts = dict[str, int]
 
 
-def check_files(data: object, texts: Mapping[str, str] | None = None) -> None:
-    """Raise a ``UserError`` for the first file of a data section, or of the texts to measure on, that is missing."""
-    for name, text in (texts or {}).items():
+def check_recipe_files(recipe: Recipe) -> None:
+    """Raise a ``UserError`` for the first file of a recipe that is missing."""
+    for name, text in recipe.evaluation.texts.items():
         if not Path(text).is_file():
             raise UserError(f"evaluation.texts.{name} {text} does not exist: give a file's path")
+    for name, data in recipe.evaluation.tasks.items():
+        with naming(f"evaluation.tasks.{name}"):
+            check_files(data)
+    check_files(recipe.data)
+
+
+def check_files(data: object) -> None:
+    """Raise a ``UserError`` for the first file of a data section that is missing."""
     for name in ("interactions", "items", "train", "validation", "test", "names"):
         path = getattr(data, name, None)
         folder = name in ("interactions", "items") or isinstance(data, MathsData | ChoiceData)
@@ -118,10 +126,13 @@ def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) 
     return _classification(recipe, data, tokenizer, context)
 
 
-def held_out_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) -> HeldOutTexts:
-    """The texts on which a recipe's run measures what is forgotten."""
-    wanted = recipe.evaluation
-    return HeldOutTexts(wanted.texts, tokenizer, context, wanted.text_rows, recipe.seed)
+def held_out_elsewhere(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) -> HeldOut:
+    """The texts and tasks on which a recipe's run measures what is forgotten."""
+    wanted, tasks = recipe.evaluation, {}
+    for name, data in wanted.tasks.items():
+        with naming(f"evaluation.tasks.{name}"):
+            tasks[name] = load_task(recipe.model_copy(update={"data": data}), tokenizer, context)
+    return HeldOut(wanted.texts, tokenizer, context, wanted.text_rows, recipe.seed, tasks)
 
 
 def prepare(
