@@ -180,6 +180,23 @@ def test_mistakes_and_another_domain_are_measured_too(tmp_path: Path, tiny_token
         load.check_files(gone.data)
 
 
+def test_a_task_of_glue_on_another_domain(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    folder = tmp_path / "SST-2"
+    folder.mkdir()
+    for name in ("train.tsv", "dev.tsv"):
+        write(folder / name, "sentence\tlabel\nfine films are rare\t1\nvery long and dull\t0\n")
+    write(tmp_path / "books.csv", "sentence1,label\na fine book,positive\na dull one,negative\nfine,positive\n")
+    data = {"kind": "glue", "task": "sst2", "folder": str(tmp_path), "others": {"books": str(tmp_path / "books.csv")}}
+    made = load_task(recipe(tmp_path, data), tiny_tokenizer, 64)
+    assert made.columns == ("accuracy", "accuracy books")
+    assert made.baselines()["most frequent"]().metrics["accuracy books"] in (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    write(tmp_path / "books.csv", "sentence1,label\na fine book,good\n")
+    with pytest.raises(UserError, match="good"):
+        load_task(recipe(tmp_path, data), tiny_tokenizer, 64)
+    with pytest.raises(UserError, match="others are files with labels, and task stsb has values"):
+        recipe(tmp_path, data | {"task": "stsb"})
+
+
 def recipe(folder: Path, data: dict[str, Any], evaluation: dict[str, Any] | None = None) -> Any:
     stages = [{"kind": "sft"}]
     return make_recipe({"data": data, "stages": stages, "evaluation": evaluation or {}, "output": str(folder / "run")})

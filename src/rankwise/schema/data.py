@@ -104,6 +104,18 @@ class GlueData(Section):
     )
     holdout: Share = Field(0.1, description="Share of train that is held out where measure is holdout.")
     rows: Count | None = Field(None, description="Most rows to train on, drawn by the seed.")
+    others: dict[str, File] = Field(
+        {},
+        description="More files to measure on, of another domain, say, each by the name that its metrics get: with "
+        "`sentence1`, `sentence2` where the task has two, and the task's labels by name in `label`; not for stsb.",
+    )
+
+    @model_validator(mode="after")
+    def _others_have_labels(self) -> GlueData:
+        """A file of values has no labels."""
+        if self.others and self.task == "stsb":
+            raise ValueError("others are files with labels, and task stsb has values: leave them out")
+        return self
 
 
 class SequenceData(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -265,14 +265,21 @@ def _classification(recipe: Recipe, data: ClassificationData, tokenizer: PreTrai
         return found.rows, found.counts
 
     train, held_out, counts = _parts(recipe, data, read)
+    others = _others(recipe, data.others, read, counts) | noisy(held_out, recipe)
+    return LabelTask(train, held_out, labels, tokenizer, recipe.model, context, counts, others=others)
+
+
+def _others(
+    recipe: Recipe, files: Mapping[str, str], read: Callable[[str], tuple[list[Row], Counts]], counts: Counts
+) -> dict[str, list[Row]]:
+    """The rows of more files to measure on, by name; what was left out goes to the counts."""
     others = {}
-    for name, path in data.others.items():
+    for name, path in files.items():
         rows, more = read(path)
         others[name], left_out = sample(rows, recipe.evaluation.cases, recipe.seed)
         counts |= {f"{name}: {what}": number for what, number in more.items()}
         counts |= {f"{name}: rows left out": left_out} if left_out else {}
-    others |= noisy(held_out, recipe)
-    return LabelTask(train, held_out, labels, tokenizer, recipe.model, context, counts, others=others)
+    return others
 
 
 def noisy(rows: list[dict[str, Any]], recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
@@ -309,7 +316,13 @@ def _glue(recipe: Recipe, data: GlueData, tokenizer: PreTrainedTokenizerBase, co
         rows[part], counts[f"{part}: rows left out"] = sample(found, recipe.evaluation.cases, recipe.seed)
     counts = {what: number for what, number in counts.items() if number}
     held_out, labels, metrics = rows.pop("dev"), label_names(data.task), TASKS[data.task].metrics
-    others = rows | noisy(held_out, recipe)
+
+    def read(path: str) -> tuple[list[dict[str, Any]], Counts]:
+        second = "sentence2" if len(TASKS[data.task].sentences[0]) > 1 else None
+        found = read_classification(Path(path), sentence2=second, label_names=labels)
+        return found.rows, found.counts
+
+    others = rows | _others(recipe, data.others, read, counts) | noisy(held_out, recipe)
     return LabelTask(train, held_out, labels, tokenizer, recipe.model, context, counts, metrics, others)
 
 
