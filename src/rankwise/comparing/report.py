@@ -46,7 +46,8 @@ def render_comparison(results: Mapping[str, Any]) -> str:
     """The page of what ``summary.json`` holds."""
     tasks = list(dict.fromkeys(row["task"] for row in results["rows"]))
     body = [_task_section(results, task) for task in tasks]
-    return page(str(results["name"]), _header(results, tasks), [*body, _settings(results), _versions(results)])
+    about = [_cells(results), _settings(results), _versions(results)]
+    return page(str(results["name"]), _header(results, tasks), [*body, *about])
 
 
 def _header(results: Mapping[str, Any], tasks: Sequence[str]) -> str:
@@ -203,13 +204,21 @@ def _updates_table(changed: Mapping[str, Mapping[str, Any]]) -> str:
     return table(caption, ["method", *PLACES_HEAD], cells, kind=" sortable") + note
 
 
+def _cells(results: Mapping[str, Any]) -> str:
+    """The names by which single runs are run again."""
+    named = {f"{row['task']}, {row['method']}": (row.get("cells") or {}).values() for row in results["rows"]}
+    rows: list[list[Cell]] = [[(one, ""), (", ".join(names), ' class="names"')] for one, names in named.items()]
+    words = (
+        "<code>rankwise compare COMPARISON --again NAME</code> runs any single one of them again, to the same number "
+        "on the same machine."
+    )
+    names = f"<details><summary>Their names</summary>{table('A run for each seed.', ['', ''], rows)}</details>"
+    return section("Runs", f'<p class="muted">{words}</p>{names}')
+
+
 def _settings(results: Mapping[str, Any]) -> str:
     text = json.dumps(results["comparison"], indent=2, ensure_ascii=False)
-    words = (
-        "The comparison as it was run. <code>rankwise compare COMPARISON</code> goes on with it; "
-        "<code>rankwise compare COMPARISON --again NAME</code> runs any single cell again, to the same number on the "
-        "same machine."
-    )
+    words = "The comparison as it was run. <code>rankwise compare COMPARISON</code> goes on with it."
     body = f'<p class="muted">{words}</p><pre tabindex="0" aria-label="comparison">{escape(text)}</pre>'
     return section("Settings", body)
 

@@ -129,7 +129,8 @@ def summarise(
         ``deviation``, ``low``, ``high`` and ``values`` by seed; ``difference`` from the baseline with its interval, the
         paired t-test's ``p`` and ``p_holm`` over the task's methods (None with one seed); ``parameters``,
         ``step_seconds`` (median), ``peak_memory`` (largest); means of all ``metrics``, of ``updates``, where these
-        lie, and of ``drift``, by rows and layer; and ``failed``, the first mistake of a run.
+        lie, and of ``drift``, by rows and layer; ``failed``, the first mistake of a run; and the names of its
+        ``cells``, by seed.
     """
     found = []
     for task in comparison.tasks:
@@ -152,6 +153,7 @@ def summarise(
                     "updates": _means(row["updates"] for row in own),
                     "drift": _drift([row["drift"] for row in own]),
                     "failed": next((row["failed"] for row in own if row["failed"]), None),
+                    "cells": {row["seed"]: row["run"] for row in own},
                 }
             )
         for row, p in zip(made, holm([row["p"] for row in made]), strict=True):
