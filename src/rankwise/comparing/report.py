@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.analysis.drawing import is_finite
-from rankwise.analysis.drift_figure import drift_figure, drift_words
+from rankwise.analysis.drift_figure import drift_figure, known
 from rankwise.analysis.markup import Cell, muted, pairs_table, plot, section, table
 from rankwise.analysis.place_tables import HEAD as PLACES_HEAD
-from rankwise.analysis.place_tables import MEANING, TITLE, place_figure, place_texts, times_chance
+from rankwise.analysis.place_tables import MEANING, TITLE, place_figure, place_texts
 from rankwise.analysis.report import page
 from rankwise.comparing.choosing import is_lower_better
 from rankwise.comparing.figures import cost_figure, forgetting_figure, forgotten, score_figure, search_figure
@@ -123,20 +123,18 @@ def _task_section(results: Mapping[str, Any], task: str) -> str:
     figures = [plot(score_figure(rows, metric), f"{task}-scores", lead)]
     figures.append(plot(cost_figure(rows, metric), f"{task}-cost", _cost_words(rows)))
     if len(rows[0]["metrics"]) > 1:
-        parts.append(_metrics_table(rows))
+        parts.append(_metrics_table(rows, base))
     for name in forgotten_metrics(results, task, rows):
         if is_finite(base.get(name)):
             figure = forgetting_figure(rows, metric, name, base[name])
             figures.append(plot(figure, f"{task}-{name}", _forgetting_words(rows, name, base[name])))
-            parts.append(_forgetting_table(rows, name, base[name]))
     if changed := {row["method"]: row["updates"] for row in rows if row.get("updates")}:
         parts.append(_updates_table(changed))
-        words = "; ".join(f"{name}: {times_chance(means)}" for name, means in changed.items())
-        figures.append(plot(place_figure(changed), f"{task}-updates", f"of what chance would have, {words}"))
+        figures.append(plot(place_figure(changed), f"{task}-updates", _updates_words(changed)))
     for name in dict.fromkeys(name for row in rows for name in row.get("drift") or {}):
         layers = {row["method"]: row["drift"][name] for row in rows if name in row["drift"]}
         drawn = drift_figure(layers, f"Hidden states of {name}, before and after training")
-        figures.append(plot(drawn, f"{task}-drift-{name}", drift_words(layers)))
+        figures.append(plot(drawn, f"{task}-drift-{name}", _drift_words(layers)))
     found = search_figure([row for row in results["search"] if row["task"] == task], metric)
     if found is not None:
         figures.append(plot(found, f"{task}-search", "the first round of the search; settings were chosen by it alone"))
@@ -152,14 +150,14 @@ def forgotten_metrics(results: Mapping[str, Any], task: str, rows: Rows) -> list
     return [name for name in names if name.endswith(" loss") or name in others]
 
 
-def _metrics_table(rows: Rows) -> str:
+def _metrics_table(rows: Rows, base: Mapping[str, float]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+    found = {row["method"]: row["metrics"] for row in rows} | ({"before training": base} if base else {})
     cells: list[list[Cell]] = [
-        [(row["method"], "")] + [(_number(row["metrics"].get(name)), "") for name in names] for row in rows
+        [(method, ""), *((_number(metrics.get(name)), "") for name in names)] for method, metrics in found.items()
     ]
-    return table(
-        "All that was measured, means over the seeds. A heading sorts.", ["method", *names], cells, kind=" sortable"
-    )
+    caption = "All that was measured, means over the seeds; losses in nats a token. A heading sorts."
+    return table(caption, ["method", *names], cells, kind=" sortable")
 
 
 def _number(value: Any) -> str:
@@ -175,23 +173,13 @@ def _cost_words(rows: Rows) -> str:
 
 
 def _forgetting_words(rows: Rows, name: str, base: float) -> str:
-    known = [row for row in rows if is_finite(row["metrics"].get(name))]
-    least, most = (pick(known, key=lambda row: forgotten(row, name, base)) for pick in (min, max))
+    measured = [row for row in rows if is_finite(row["metrics"].get(name))]
+    least, most = (pick(measured, key=lambda row: forgotten(row, name, base)) for pick in (min, max))
     unit = " nats" if name.endswith(" loss") else ""
     return (
         f"{least['method']} forgets least ({least['metrics'][name] - base:+.4f}{unit}), "
         f"{most['method']} most ({most['metrics'][name] - base:+.4f})"
     )
-
-
-def _forgetting_table(rows: Rows, name: str, base: float) -> str:
-    unit, change = (" nats a token", "rise") if name.endswith(" loss") else ("", "change")
-    caption = f"{name} before training {base:.4f}{unit}; after it, mean over the seeds. A heading sorts."
-    cells: list[list[Cell]] = [
-        [(row["method"], ""), (f"{row['metrics'][name]:.4f}", ""), (f"{row['metrics'][name] - base:+.4f}", "")]
-        for row in sorted(rows, key=lambda row: forgotten(row, name, base))
-    ]
-    return table(caption, ["method", name, change], cells, kind=" narrow sortable")
 
 
 def _updates_table(changed: Mapping[str, Mapping[str, Any]]) -> str:
@@ -202,6 +190,23 @@ def _updates_table(changed: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     note = muted(MEANING.format(rank=round(max(means["rank"] for means in changed.values()))))
     return table(caption, ["method", *PLACES_HEAD], cells, kind=" sortable") + note
+
+
+def _updates_words(changed: Mapping[str, Mapping[str, Any]]) -> str:
+    most = {part: max(changed, key=lambda name: changed[name][part]) for part in ("top", "bottom")}
+    parts = [
+        f"{name} has most at the {part} ({changed[name][part] / changed[name]['chance']:.3g} times chance)"
+        for part, name in most.items()
+    ]
+    return "; ".join(parts)
+
+
+def _drift_words(found: Mapping[str, Mapping[str, float | None]]) -> str:
+    last = {name: [*known(layers).values()][-1] for name, layers in found.items() if known(layers)}
+    if not last:
+        return "no layer's states vary"
+    least, most = (pick(last, key=lambda name: last[name]) for pick in (min, max))
+    return f"in the last layer {least} has drifted most ({last[least]:.3g}), {most} least ({last[most]:.3g})"
 
 
 def _cells(results: Mapping[str, Any]) -> str:
