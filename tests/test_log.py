@@ -159,9 +159,9 @@ def test_times_in_mixed_units_are_refused_and_a_few_strays_are_left_out(tmp_path
 
 def test_milliseconds_are_told_from_seconds(tmp_path: Path) -> None:
     rows = [("a", item, 1_600_000_000_000 + 1000 * time) for time, item in enumerate("PQRST")]
+    others = [("b", "U", 1_600_000_000_000), ("b", "V", 1_600_000_001_000)]
     asked = InteractionSettings(
-        ratings=written(tmp_path / "log.csv", [*rows, ("b", "U", 1_600_000_000_000)]), kind="time",
-        minimum_interactions=2,
+        ratings=written(tmp_path / "log.csv", [*rows, *others]), kind="time", minimum_interactions=2,
         validation_from=1_600_000_003, test_from="2020-09-13T12:26:44Z", candidates=2, negatives=1,
     )  # fmt: skip
     prepared = prepare_interactions(asked)
