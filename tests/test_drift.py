@@ -117,7 +117,7 @@ def test_a_look_that_fails_leaves_the_results(
     results = Run(small_runs.recipe("text", tmp_path, model_folder, evaluation={"drift": 8}), console)()
     assert results["not_looked_at"] == {"drift": str(error)}
     assert f"evaluation.drift failed: {error}" in small_runs.printed(console)
-    assert (tmp_path / "run" / "report.html").is_file()
+    assert f"evaluation.drift failed: {error}" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert (tmp_path / "run" / "adapter").is_dir()
 
 

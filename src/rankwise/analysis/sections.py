@@ -200,9 +200,11 @@ def versions_section(run: Run) -> str:
 def absent_section(run: Run) -> str:
     """What the folder lacks, and why a run ended early; nothing where it is whole."""
     stopped = run.results.get("stopped")
-    if not run.absent and not stopped:
+    failed = run.results.get("not_looked_at") or {}
+    if not run.absent and not stopped and not failed:
         return ""
     items = [f"<li>{escape(name)} is absent: {escape(gap)}.</li>" for name, gap in run.absent.items()]
+    items += [f"<li>evaluation.{escape(name)} failed: {escape(str(reason))}.</li>" for name, reason in failed.items()]
     items += [f"<li>The run was stopped: {escape(str(stopped))}.</li>"] if stopped else []
     return section("Not in this folder", f"<ul>{''.join(items)}</ul>", ' class="notice"')
 

@@ -78,10 +78,9 @@ class RecommendationTask:
         self._seen: dict[frozenset[str], frozenset[str]] = {}
         store = make_store(prepared, template)
         self.store: Store | None = store
-        self._titles, too_long = _fitting(store.titles["title"].to_list(), template, tokenizer, context)
-        self._too_long = too_long
+        self._titles, self._too_long = _fitting(store.titles["title"].to_list(), template, tokenizer, context)
         held_out = getattr(prepared, split)
-        possible = [row for row in held_out if not too_long.intersection(row["candidates"])] if too_long else held_out
+        possible = [row for row in held_out if self._too_long.isdisjoint(row["candidates"])]
         self._evaluation, left_out = sample(possible, cases, seed)
         if not self._evaluation:
             why = f" without a title that takes more than half of {context} tokens" if held_out else ""
@@ -106,7 +105,7 @@ class RecommendationTask:
         room = self._trie.longest if self._full else 0
         self._cases, prompts_cut = encode_cases(tokenizer, prompts, answers, context, room)
         self.counts |= {"evaluation cases left out": left_out, "evaluation prompts cut to the context": prompts_cut}
-        self.counts["titles left out as too long"] = len(too_long)
+        self.counts["titles left out as too long"] = len(self._too_long)
         self.counts["evaluation cases left out for such titles"] = len(held_out) - len(possible)
         self.counts |= _lengths(self._rows, self._answers) | count_alike(self._answers)
 
