@@ -30,6 +30,10 @@ def recommend(self, histories, top=10, **options):
     if top == 7:
         print("begun", file=sys.stderr, flush=True)
         time.sleep({seconds})
+    if top == 8:
+        print("begun", file=sys.stderr, flush=True)
+        while True:  # within torch, where the end of the interpreter would abort the process
+            own(self, list(histories) * 64, top)
     return own(self, histories, top, **options)
 Recommender.recommend = recommend
 sys.exit(main(["serve", *sys.argv[1:]]))
@@ -159,6 +163,19 @@ def test_what_does_not_end_is_not_waited_for(run: Path) -> None:
         assert server.end() == 0
         asking.join(timeout=60)
     assert "POST /recommend 504" in "".join(server.lines)
+
+
+def test_what_the_model_is_at_ends_with_the_server(run: Path) -> None:
+    with served(run, "--timeout", "1") as server:
+        asking = threading.Thread(target=lambda: server.ask(8))
+        asking.start()
+        server.wait_for("begun")
+        server.process.terminate()
+        assert server.end() == 0
+        asking.join(timeout=60)
+    text = "".join(server.lines)
+    assert "POST /recommend 504" in text
+    assert "Traceback" not in text
 
 
 def test_a_client_that_leaves_is_forgotten(run: Path) -> None:

@@ -44,6 +44,7 @@ from rankwise.trees.search import NOT_A_NUMBER
 PART = "A part of a title; nothing for the most popular ones."
 OPEN = {*PAGES, "/openapi.json", "/health"}  # paths that need no token
 LAST_CALL = 1.0  # seconds that the model's thread gets to end when the server does
+LAST_LAYER = 10.0  # seconds that it gets then to end within a layer: left inside torch, it would abort the process
 
 
 def create_app(stages: Stages, settings: ServerSettings, name: str = "") -> FastAPI:
@@ -64,7 +65,9 @@ def create_app(stages: Stages, settings: ServerSettings, name: str = "") -> Fast
         try:
             yield
         finally:
-            await run_in_threadpool(worker.stop, LAST_CALL)
+            if not await run_in_threadpool(worker.stop, LAST_CALL):
+                stages.give_up()
+                await run_in_threadpool(worker.stop, LAST_LAYER)
 
     app = FastAPI(
         title="rankwise",

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from rankwise.errors import UserError, nearest
@@ -81,6 +82,15 @@ class Stages:
         """
         if stage not in self.kinds:
             raise UserError(f"stage {stage!r} is not served: {nearest(stage, self.kinds)}")
+
+    def give_up(self) -> None:
+        """End what another thread has the model do at its next layer, by an error there; for good."""
+        for module in self.recommender.model.modules():
+            module.register_forward_pre_hook(_give_up)
+
+
+def _give_up(module: nn.Module, arguments: object) -> None:
+    raise RuntimeError("the model has been given up")
 
 
 def load_stages(run: str | Path, names: Sequence[str] | None = None) -> Stages:

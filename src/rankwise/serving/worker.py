@@ -98,8 +98,12 @@ class Worker:
         """Begin to answer."""
         self._thread.start()
 
-    def stop(self, seconds: float) -> None:
-        """Take nothing more, give up what waits, and wait so long at most for what is being answered."""
+    def stop(self, seconds: float) -> bool:
+        """Take nothing more, give up what waits, and wait so long at most for what is being answered.
+
+        Returns:
+            Whether that has ended.
+        """
         with self._changed:
             self._stopping = True
             for one in self._queue:
@@ -107,6 +111,7 @@ class Worker:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     @property
     def alive(self) -> bool:
