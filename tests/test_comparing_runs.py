@@ -40,7 +40,7 @@ def values(tmp_path: Path, model_folder: Path) -> dict[str, Any]:
             "text": {
                 "data": data | {"validation": str(held_out)},
                 "stages": [small_runs.SFT],
-                "evaluation": {"texts": texts, "updates": 2, "drift": 4},
+                "evaluation": {"texts": texts, "updates": 2, "drift": 4, "training_cases": 5},
             }
         },
         "learning_rates": [1e-3, 1e-2],
@@ -76,6 +76,10 @@ def test_a_comparison(values: dict[str, Any], in_this_process: list[str]) -> Non
     assert 0 < lora["updates"]["top"] < 1
     assert lora["updates"]["rank"] == 2
     assert prompt["updates"] == {}
+    assert lora["ranks"] == {"layer 0": 14.0, "layer 1": 14.0} and prompt["ranks"] == {}
+    assert prompt["curve"][0][0] == 1 and len(prompt["curve"]) == len(lora["curve"]) > 1
+    assert prompt["training"].keys() == {"loss", "perplexity"}
+    assert runs["training: loss"].is_not_null().to_list() == [part == "final" for part in runs["part"]]
     assert set(prompt["drift"]) == {"training rows", "questions"}
     assert 0 < prompt["drift"]["questions"]["2"] <= 1
     assert runs["drift: questions"].drop_nulls().len() == 4

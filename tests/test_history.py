@@ -11,7 +11,7 @@ import yaml
 
 from rankwise.analysis import write_report
 from rankwise.analysis.history import gates_path, parameters_path, rank_history, run_steps, threshold_path
-from rankwise.analysis.retention import retained, retention_curve, stage_thresholds
+from rankwise.analysis.retention import measured_twice, retained, retention_curve, stage_curve, stage_thresholds
 
 
 def lines(stage: str, thresholds: list[float], gates: list[int], **more: Any) -> list[dict[str, Any]]:
@@ -135,6 +135,20 @@ def test_the_curve_is_the_first_metric_against_the_parameters() -> None:
     assert (held_out.x, held_out.y) == ((40, 60), (0.8125, 0.75))
     assert "memorisation" in training.name and "generalisation" in held_out.name
     assert retention_curve(RESULTS | {"rows": ROWS[:3]}) is None
+
+
+def test_an_adapter_whose_directions_all_stay_has_the_curve_by_stage(tmp_path: Path) -> None:
+    ungated = [{key: value for key, value in one.items() if key != "adapter"} for one in ROWS]
+    results = RESULTS | {"rows": ungated}
+    assert [one["stage"] for one in measured_twice(results)] == ["base model", "sft-1", "sft-2"]
+    training, held_out = stage_curve(results).data
+    assert (training.x, training.y) == (("base model", "sft-1", "sft-2"), (0.4, 0.99, 0.875))
+    assert held_out.y == (0.5, 0.75, 0.8125)
+    assert stage_curve(RESULTS | {"rows": ungated[:2]}) is None
+    (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert page.count('id="retention"') == 1 and "before training and after each stage" in page
+    assert "training (memorisation) 0.4 to 0.875" in page
 
 
 STAGE = {"name": "sft-2", "threshold": 0.2}

@@ -1,4 +1,4 @@
-"""What is kept of the training rows and of the held-out cases as directions are given up."""
+"""Scores on training rows beside those on held-out cases: by stage, and as directions are given up."""
 
 from __future__ import annotations
 
@@ -33,6 +33,38 @@ def retained(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             counts = {"gates_left": left.get("gates_left"), "gates": left.get("gates")}
             found.append({"stage": str(row["name"]), "parameters": left["parameters_left"], **counts, **scores})
     return found
+
+
+def measured_twice(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows with a training and a held-out score by the first metric: ``stage``, ``training`` and ``held_out``."""
+    metric = next(iter(results.get("columns") or []), "")
+    found = [
+        {
+            "stage": str(row["name"]),
+            "training": (row.get("training_metrics") or {}).get(metric),
+            "held_out": row["metrics"].get(metric),
+        }
+        for row in results.get("rows") or []
+    ]
+    return [row for row in found if all(is_finite(row[key]) for key in SCORES)]
+
+
+def stage_curve(results: Mapping[str, Any]) -> go.Figure | None:
+    """The first metric on training rows and on held-out cases before training and after each stage.
+
+    ``None`` where fewer than two rows have both scores.
+    """
+    rows = measured_twice(results)
+    if len(rows) < 2:
+        return None
+    metric = results["columns"][0]
+    figure = go.Figure(layout=axes(f"{metric[:1].upper()}{metric[1:]} by stage", "", metric))
+    for (key, name), color in zip(SCORES.items(), (COLORS["training"], COLORS["evaluation"]), strict=True):
+        style = {"line": {"color": color, "width": 2}, "marker": {"color": color, "size": 8}}
+        stages = [row["stage"] for row in rows]
+        figure.add_trace(scatter(stages, [row[key] for row in rows], name, mode="lines+markers", **style))
+    figure.update_xaxes(type="category")
+    return figure
 
 
 def retention_curve(results: Mapping[str, Any]) -> go.Figure | None:
@@ -73,15 +105,34 @@ def retention_section(run: Run) -> str:
     """The figure and its table; nothing where fewer than two stages were measured on training rows."""
     figure = retention_curve(run.results)
     if figure is None:
-        return ""
+        return _stages_section(run)
     rows, metric = retained(run.results), run.results["columns"][0]
-    number = next((row["training_cases"] for row in run.results["rows"] if row.get("training_cases")), None)
-    drawn = f"{number:,} training rows" if number else "training rows"
+    drawn = _drawn(run)
     note = muted(f"The {metric} on {drawn} and on the held-out cases, by what each stage's gates leave of the adapter.")
     head = ["stage", "threshold", "gates left", "parameters", f"training {metric}", f"held-out {metric}"]
     thresholds = stage_thresholds(run.recipe)
     body = table("Every stage, in the order of training.", head, [_cells(row, metric, thresholds) for row in rows])
     return section(TITLE, note + plot(figure, "retention", _summary(rows)) + body)
+
+
+def _stages_section(run: Run) -> str:
+    """The same of an adapter whose directions all stay."""
+    figure = stage_curve(run.results)
+    if figure is None:
+        return ""
+    rows, metric = measured_twice(run.results), run.results["columns"][0]
+    note = muted(f"The {metric} on {_drawn(run)} and on the held-out cases, before training and after each stage.")
+    cells: list[list[Cell]] = [
+        [(row["stage"], ""), *((write_value(metric, row[key]), "") for key in SCORES)] for row in rows
+    ]
+    body = table("In the order of training.", ["stage", f"training {metric}", f"held-out {metric}"], cells)
+    scores = "; ".join(f"{name} {short(rows[0][key])} to {short(rows[-1][key])}" for key, name in SCORES.items())
+    return section(TITLE, note + plot(figure, "retention", scores) + body)
+
+
+def _drawn(run: Run) -> str:
+    number = next((row["training_cases"] for row in run.results["rows"] if row.get("training_cases")), None)
+    return f"{number:,} training rows" if number else "training rows"
 
 
 def stage_thresholds(recipe: Mapping[str, Any]) -> dict[str, float]:

@@ -29,11 +29,12 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
 
     Returns:
         What was written: ``rows`` and ``columns`` of the results, ``parameters`` that were trained, ``step_seconds``,
-        ``seconds``, ``peak_memory`` in bytes (before the updates are looked at), ``threads``, ``failed`` with the
-        mistake or None, and ``version``.
+        ``seconds``, ``peak_memory`` in bytes (before the updates are looked at), the last stage's training loss as
+        its ``curve``, ``ranks`` by layer, ``threads``, ``failed`` with the mistake or None, and ``version``.
     """
     import torch
 
+    from rankwise.comparing.inside import layer_ranks, loss_curve
     from rankwise.recipes import load_recipe
     from rankwise.run import Run
 
@@ -49,6 +50,7 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
             name: results.get(name) for name in ("updates", "drift", "not_looked_at")
         }
         found["step_seconds"] = step_seconds(folder / "metrics.jsonl")
+        found |= {"curve": loss_curve(folder / "metrics.jsonl"), "ranks": layer_ranks(folder / "ranks.json")}
     except (UserError, torch.OutOfMemoryError) as mistake:
         found["failed"] = str(mistake)
     found["threads"] = torch.get_num_threads()

@@ -117,7 +117,7 @@ def make_cell(
     if part == "search":
         values["data"] = _held_out(values.get("data"), evaluation, where)
         evaluation |= {"split": "validation", "base": False, "baselines": [], "noise": [], "texts": {}}
-        evaluation |= {"tasks": {}, "updates": None, "drift": None}
+        evaluation |= {"tasks": {}, "updates": None, "drift": None, "training_cases": None}
         values["data"].pop("others", None)
     elif entry.name != comparison.methods[0].name:
         evaluation |= {"base": False, "baselines": []}  # the same for all: measured beside the first

@@ -16,6 +16,7 @@ from rankwise.analysis.place_tables import MEANING, TITLE, place_figure, place_t
 from rankwise.analysis.report import page
 from rankwise.comparing.choosing import is_lower_better
 from rankwise.comparing.figures import cost_figure, forgetting_figure, forgotten, score_figure, search_figure
+from rankwise.comparing.inside import inside_figures
 from rankwise.comparing.statistics import holm, paired
 from rankwise.comparing.summary import HEAD, grid
 from rankwise.errors import UserError
@@ -135,6 +136,7 @@ def _task_section(results: Mapping[str, Any], task: str) -> str:
         layers = {row["method"]: row["drift"][name] for row in rows if name in row["drift"]}
         drawn = drift_figure(layers, f"Hidden states of {name}, before and after training")
         figures.append(plot(drawn, f"{task}-drift-{name}", _drift_words(layers)))
+    figures += [plot(drawn, f"{task}-{name}", words) for name, drawn, words in inside_figures(rows, metric)]
     found = search_figure([row for row in results["search"] if row["task"] == task], metric)
     if found is not None:
         figures.append(plot(found, f"{task}-search", "the first round of the search; settings were chosen by it alone"))

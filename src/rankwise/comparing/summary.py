@@ -16,6 +16,7 @@ from rich.table import Table
 
 from rankwise.comparing.cells import CELLS, Cell, Setting
 from rankwise.comparing.choosing import Key, deciding_metric, final_row, is_lower_better
+from rankwise.comparing.inside import mean_curve
 from rankwise.comparing.statistics import holm, paired, spread
 from rankwise.errors import UserError
 from rankwise.files import write_bytes
@@ -23,6 +24,7 @@ from rankwise.recipes import dump_recipe
 from rankwise.schema import METHODS, Comparison
 
 RUNS = "runs.parquet"
+WIDE = {"metric": "metrics", "training": "training", "updates": "updates"}  # columns for each name
 
 
 def run_rows(comparison: Comparison, cells: Iterable[Cell]) -> list[dict[str, Any]]:
@@ -49,6 +51,9 @@ def run_rows(comparison: Comparison, cells: Iterable[Cell]) -> list[dict[str, An
                 "base": _base(result),
                 "updates": result.get("updates") or {},
                 "drift": result.get("drift") or {},
+                "training": (row or {}).get("training_metrics") or {},
+                "curve": result.get("curve") or [],
+                "ranks": result.get("ranks") or {},
                 "parameters": result.get("parameters"),
                 "parameters_left": ((row or {}).get("adapter") or {}).get("parameters_left"),
                 "step_seconds": result.get("step_seconds"),
@@ -72,15 +77,15 @@ def _base(result: Mapping[str, Any]) -> dict[str, float]:
 def write_runs(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """All runs as Parquet, a row each; metrics as columns ``metric: <name>``, where updates lie as ``updates: <name>``.
 
-    CKA of the last layer's hidden states with those of the base is in ``drift: <rows>``.
+    Metrics on training rows are ``training: <name>``; CKA of the last layer's hidden states with those of the base is
+    in ``drift: <rows>``.
 
     ``recipe`` (YAML) and ``result`` (JSON) are all that a cell consists of: see :func:`restore`.
     """
-    flat = [
-        {key: value for key, value in row.items() if key not in ("metrics", "updates", "drift", "base")} for row in rows
-    ]
+    nested = ("metrics", "updates", "drift", "base", "training", "curve", "ranks")
+    flat = [{key: value for key, value in row.items() if key not in nested} for row in rows]
     last = [{name: [*layers.values()][-1] for name, layers in row["drift"].items()} for row in rows]
-    wide = {"metric": [row["metrics"] for row in rows], "updates": [row["updates"] for row in rows], "drift": last}
+    wide = {column: [row[key] for row in rows] for column, key in WIDE.items()} | {"drift": last}
     for column, found in wide.items():
         names = sorted({name for one in found for name in one})
         for values, one in zip(flat, found, strict=True):
@@ -129,7 +134,8 @@ def summarise(
         ``deviation``, ``low``, ``high`` and ``values`` by seed; ``difference`` from the baseline with its interval, the
         paired t-test's ``p`` and ``p_holm`` over the task's methods (None with one seed); ``parameters``,
         ``step_seconds`` (median), ``peak_memory`` (largest); means of all ``metrics``, of ``updates``, where these
-        lie, and of ``drift``, by rows and layer; ``failed``, the first mistake of a run; and the names of its
+        lie, of ``drift``, by rows and layer, of metrics on ``training`` rows, of the learning ``curve`` and of
+        ``ranks`` by layer; ``failed``, the first mistake of a run; and the names of its
         ``cells``, by seed.
     """
     found = []
@@ -152,6 +158,9 @@ def summarise(
                     **_cost(own),
                     "updates": _means(row["updates"] for row in own),
                     "drift": _drift([row["drift"] for row in own]),
+                    "training": _means(row["training"] for row in own),
+                    "curve": mean_curve(row["curve"] for row in own),
+                    "ranks": _means(row["ranks"] for row in own),
                     "failed": next((row["failed"] for row in own if row["failed"]), None),
                     "cells": {row["seed"]: row["run"] for row in own},
                 }
