@@ -6,14 +6,13 @@ import json
 import math
 import random
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import small_runs
+from page_checks import NEEDS_CHROMIUM, check_accessible, check_on_a_phone, drawn, page_in
 from rankwise.cli import main
 from rankwise.comparing import compare as comparing
 from rankwise.comparing.cells import Cell
@@ -22,7 +21,6 @@ from rankwise.comparing.report import advice, render_comparison, write_compariso
 from rankwise.errors import UserError
 from small_comparisons import TASK, fake, made
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
@@ -118,27 +116,26 @@ def test_the_search_shows_its_first_round_and_the_best_rank() -> None:
     assert search_figure([], "loss") is None
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+def test_it_is_accessible(results: dict[str, Any], tmp_path: Path) -> None:
+    page = page_in(tmp_path / "out" / "report.html")
+    check_accessible(page)
+    assert len(page.having("table")) == 2 * 2 + 2  # of each task; runs and versions
+    assert len([one for one in page.having("button") if one.get("type") == "button"]) == len(page.having("button"))
+
+
+@NEEDS_CHROMIUM
+def test_it_is_no_wider_than_a_phone(results: dict[str, Any], tmp_path: Path) -> None:
+    check_on_a_phone(tmp_path / "out" / "report.html", tmp_path / "profile")
+
+
+@NEEDS_CHROMIUM
 def test_a_browser_draws_and_sorts_it(results: dict[str, Any], tmp_path: Path) -> None:
-    page = tmp_path / "out" / "report.html"
     button = "document.querySelectorAll('.sortable thead button')[4]"
-    click = f"<script>{button}.click(); {button}.click();</script></body>"  # up, then down
-    html = page.read_text(encoding="utf-8")
-    (tmp_path / "clicked.html").write_text(html.replace("</body>", click), encoding="utf-8")
-    words = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync", "--disable-quic"]
-    words += [
-        "--disable-background-networking",
-        "--disable-component-update",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]
-    words += ["--enable-logging=stderr", "--virtual-time-budget=10000", "--dump-dom"]
-    command = [str(CHROMIUM), *words, (tmp_path / "clicked.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "CONSOLE" not in done.stderr
-    assert done.stdout.count('class="plot js-plotly-plot"') == 8
-    first = done.stdout[done.stdout.index("<tbody>") : done.stdout.index("</tbody>")]
+    click = f"<script>{button}.click(); {button}.click();</script>"  # up, then down
+    page = drawn(tmp_path / "out" / "report.html", tmp_path / "profile", script=click)
+    assert page.count('class="plot js-plotly-plot"') == 8
+    first = page[page.index("<tbody>") : page.index("</tbody>")]
     names = re.findall(r'<th scope="row">(\w+)</th>', first)
     assert (names[0], names[-1]) == ("full", "bitfit")  # by parameters, the largest of them; what has none is last
-    assert 'aria-sort="descending"' in done.stdout
+    assert 'aria-sort="descending"' in page
     assert math.isfinite(results["rows"][0]["mean"])

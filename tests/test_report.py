@@ -2,15 +2,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from page_checks import NEEDS_CHROMIUM, Page, check_accessible, check_on_a_phone, drawn, page_in
 from rankwise.analysis import write_report
 from rankwise.analysis.drawing import COLORS, RANK_SCALE, summary
 from rankwise.analysis.figures import curves, learning_curve, rank_heatmap
@@ -19,7 +17,6 @@ from rankwise.analysis.sections import bar_share
 from rankwise.errors import UserError
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture
@@ -69,39 +66,8 @@ def write(path: Path, value) -> None:
     path.write_text(json.dumps(value))
 
 
-class Page(HTMLParser):
-    """Tags with their attributes, the text outside scripts, and whether tags are balanced."""
-
-    VOID = frozenset(("meta", "link", "img", "br", "input"))
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.tags, self.open, self.text, self.figures = [], [], "", {}
-        self.feed(html)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in self.VOID:
-            self.open.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open.pop()[0] == tag, f"</{tag}> closes another element"
-
-    def handle_data(self, data):
-        tag, attributes = self.open[-1] if self.open else ("", {})
-        if attributes.get("type") == "application/json":
-            self.figures[attributes["id"]] = json.loads(data)
-        elif tag not in ("script", "style"):
-            self.text += data
-
-    def having(self, tag):
-        return [attributes for name, attributes in self.tags if name == tag]
-
-
 def page_of(folder: Path) -> Page:
-    page = Page(write_report(folder).read_text())
-    assert page.open == []
-    return page
+    return page_in(write_report(folder))
 
 
 def test_page_holds_every_part(run):
@@ -177,14 +143,8 @@ def test_names_are_text_wherever_they_stand(run):
 
 def test_page_is_accessible(run):
     page = page_of(run)
-    names = [tag for tag, _ in page.tags]
-    assert names.count("h1") == 1 and names.count("main") == 1
-    assert names.count("caption") == names.count("table") == 5
-    assert page.having("html") == [{"lang": "en"}]
-    assert all(one["role"] == "img" and one["aria-label"] for one in page.having("div") if one.get("class") == "plot")
-    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-    assert len(ids) == len(set(ids))
-    assert {one["aria-labelledby"] for one in page.having("section")} <= set(ids)
+    check_accessible(page)
+    assert len(page.having("table")) == 5
 
 
 def test_absent_files_are_told(run):
@@ -333,29 +293,15 @@ def test_bars_start_at_zero():
         assert bar_share(value, values) is None
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+@NEEDS_CHROMIUM
 def test_figures_are_drawn_in_a_browser(run, tmp_path):
-    command = [
-        CHROMIUM,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-sync",
-        "--disable-background-networking",
-        "--disable-component-update",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--enable-logging=stderr",
-        "--virtual-time-budget=10000",
-        "--dump-dom",
-        write_report(run).as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "CONSOLE" not in done.stderr
-    drawn = done.stdout
-    assert drawn.count("<table") == 5
-    assert drawn.count('class="plot js-plotly-plot"') == 4
-    assert len(re.findall(r'<path class="js-line"', drawn)) >= 3
-    assert len(re.findall(r'class="heatmap-label"', drawn)) == 4
+    page = drawn(write_report(run), tmp_path / "profile")
+    assert page.count("<table") == 5
+    assert page.count('class="plot js-plotly-plot"') == 4
+    assert len(re.findall(r'<path class="js-line"', page)) >= 3
+    assert len(re.findall(r'class="heatmap-label"', page)) == 4
+
+
+@NEEDS_CHROMIUM
+def test_it_is_no_wider_than_a_phone(run, tmp_path):
+    check_on_a_phone(write_report(run), tmp_path / "profile")
