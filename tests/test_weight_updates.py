@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, VeraConfig, get_peft_model
+from peft.tuners.vera.layer import Linear as VeraLinear
 from torch import Tensor
 
 import small_runs
@@ -44,6 +45,22 @@ def test_an_update_is_what_the_layer_adds(family: str, made: dict[str, Any]) -> 
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(tiny.logits(model), logits)
     assert not any(layer.merged for layer in tiny.layers(model).values())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_the_update_of_vera_is_what_the_layer_adds(family: str) -> None:
+    settings = {"r": 8, "target_modules": tiny.TARGETS[family], "fan_in_fan_out": family == "gpt2"}
+    model = tiny.train(get_peft_model(tiny.make(family), VeraConfig(**settings)))
+    base = dict(tiny.make(family).named_modules())
+    found = list(weight_updates(model))
+    layers = {name: layer for name, layer in model.get_base_model().named_modules() if isinstance(layer, VeraLinear)}
+    assert [name for name, _, _ in found] == list(layers)
+    for name, weight, update in found:
+        inputs = torch.eye(layers[name].in_features)
+        with torch.no_grad():
+            added = (layers[name](inputs) - layers[name].get_base_layer()(inputs)).T
+        assert weight is not None and torch.equal(weight.T if family == "gpt2" else weight, base[name].weight)
+        assert torch.allclose(dense(update), added.double(), atol=1e-5) and added.abs().max() > 0
 
 
 def test_a_merge_that_fails_leaves_the_layer_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

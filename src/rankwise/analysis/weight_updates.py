@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from peft import PeftModel
 from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, _ConvNd
+from peft.tuners.vera.layer import Linear as VeraLinear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -26,9 +27,9 @@ def weight_updates(model: PeftModel) -> Iterator[tuple[str, Float[Tensor, "out i
     """Name, weight W before training and update D of each module that was adapted or, in full fine-tuning, each linear.
 
     D is B (out, rank) and A (rank, in), the scaling in B, or where it is no such product (DoRA's, that of a weight
-    which was trained itself) one matrix, formed for that module alone; both are None where its form is not known. The
-    output layer and a classifier's head, which LoRA does not adapt, are left out of full fine-tuning too, and experts
-    that share one tensor.
+    which was trained itself, or VeRA's, whose rank is high) one matrix, formed for that module alone; both are None
+    where its form is not known. The output layer and a classifier's head, which LoRA does not adapt, are left out of
+    full fine-tuning too, and experts that share one tensor.
     """
     if trains_all(model):
         yield from _trained(model)
@@ -40,6 +41,14 @@ def weight_updates(model: PeftModel) -> Iterator[tuple[str, Float[Tensor, "out i
             yield name, None, None
         else:
             yield name, as_matrix(layer, dense_weight(layer.get_base_layer())), update
+    yield from _vera(model, adapter)
+
+
+def _vera(model: PeftModel, adapter: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, VeraLinear) and adapter in layer.vera_lambda_d:
+            weight, update = dense_weight(layer.get_base_layer()), layer.get_delta_weight(adapter).detach()
+            yield name, *((weight.T, update.T) if layer.fan_in_fan_out else (weight, update))
 
 
 def _trained(model: PeftModel) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -121,7 +121,7 @@ def make_cell(
         values["data"].pop("others", None)
     elif entry.name != comparison.methods[0].name:
         evaluation |= {"base": False, "baselines": []}  # the same for all: measured beside the first
-    if not _is_lora(entry) and METHODS[entry.kind].settings["kind"] != "full":
+    if not _is_lora(entry) and METHODS[entry.kind].settings["kind"] not in ("vera", "full"):
         evaluation |= {"updates": None}  # these are looked at where they are changes of matrices
     values["evaluation"] = evaluation
     recipe = make_recipe(values, source=where)

@@ -16,6 +16,7 @@ from rankwise.schema.adapters import (
     PrefixSettings,
     PromptSettings,
     SoraSettings,
+    VeraSettings,
 )
 from rankwise.schema.base import EMBEDDED, Count, File, Layout, Section, Share
 from rankwise.schema.data import (
@@ -30,6 +31,7 @@ from rankwise.schema.data import (
 from rankwise.schema.methods import written_out
 from rankwise.schema.stages import AnyStage, SoftmaxDpoStage
 
+LOOKED_AT = LoraSettings | VeraSettings | FullSettings  # whose updates are changes of matrices
 NO_ROWS = ClassificationData | GlueData | SequenceData
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")]
 RESERVED = ("random", "popularity", "most frequent", "base model")
@@ -72,8 +74,8 @@ class EvaluationSettings(Section):
     text_rows: Count = Field(256, description="Most rows of each text, as long as the context, drawn by the seed.")
     updates: Count | None = Field(
         None,
-        description="For LoRA's kin and full, also where the finished updates lie: in this many directions at the top, "
-        "middle and bottom of each weight's spectrum; not looked at if not given.",
+        description="For LoRA's kin, VeRA and full, also where the finished updates lie: in this many directions at the "
+        "top, middle and bottom of each weight's spectrum; not looked at if not given.",
     )
     drift: Count | None = Field(
         None,
@@ -240,9 +242,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _updates_fit(self) -> Recipe:
         """Updates are looked at where they are changes of matrices."""
-        if self.evaluation.updates is not None and not isinstance(self.adapter, LoraSettings | FullSettings):
+        if self.evaluation.updates is not None and not isinstance(self.adapter, LOOKED_AT):
             raise ValueError(
-                f"evaluation.updates is for LoRA's kin and full fine-tuning, not {self.adapter.kind}: leave it out"
+                f"evaluation.updates is for LoRA's kin, VeRA and full fine-tuning, not {self.adapter.kind}: leave it "
+                "out"
             )
         return self
 
