@@ -94,6 +94,9 @@ def test_the_command_writes_it_again(results: dict[str, Any], tmp_path: Path) ->
     page.unlink()
     assert main(["report", str(tmp_path / "out")]) == 0
     assert page.read_text() == before
+    (tmp_path / "out" / "summary.json").write_text(json.dumps(results | {"version": 99}))
+    with pytest.raises(UserError, match=r"version 99, and this is 1.*run `rankwise compare` again"):
+        write_comparison_report(tmp_path / "out")
     (tmp_path / "out" / "summary.json").write_text("{}")
     with pytest.raises(UserError, match="is no finished comparison"):
         write_comparison_report(tmp_path / "out")

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from rankwise.analysis.drawing import is_finite
-from rankwise.comparing.cells import CELLS, Cell, Setting, make_cell, settings
+from rankwise.comparing.cells import CELLS, VERSION, Cell, Setting, make_cell, settings
 from rankwise.comparing.choosing import Key, choose, deciding_metric
 from rankwise.comparing.report import SUMMARY, write_comparison_report
 from rankwise.comparing.running import run_cells
@@ -86,6 +86,7 @@ def compare(comparison: Comparison, console: Console, cluster: bool = False) -> 
             write_runs(folder, rows)
     found = summarise(comparison, rows, chosen)
     results = {
+        "version": VERSION,
         "name": comparison.name,
         "against": comparison.baseline,
         "seeds": comparison.seeds,
@@ -104,6 +105,9 @@ def compare(comparison: Comparison, console: Console, cluster: bool = False) -> 
     for row in found:
         if row["failed"]:
             console.print(f"  {row['task']}, {row['method']}: {row['failed']}", style="dim", highlight=False)
+    if any(row["failed"] for row in found):
+        hint = "what failed is not tried again, unless its .json is removed"
+        console.print(f"  {hint} from {folder / CELLS}", style="dim", highlight=False)
     console.print(f"runs: {folder / 'runs.parquet'}; tables: {folder / 'table.md'}, table.tex", highlight=False)
     console.print(f"report: {write_comparison_report(folder)}", highlight=False)
     return results

@@ -14,6 +14,7 @@ from rankwise.analysis.markup import Cell, muted, pairs_table, plot, section, ta
 from rankwise.analysis.place_tables import HEAD as PLACES_HEAD
 from rankwise.analysis.place_tables import MEANING, TITLE, place_figure, place_texts
 from rankwise.analysis.report import page
+from rankwise.comparing.cells import VERSION
 from rankwise.comparing.choosing import is_lower_better
 from rankwise.comparing.figures import cost_figure, forgetting_figure, forgotten, score_figure, search_figure
 from rankwise.comparing.inside import inside_figures
@@ -36,6 +37,8 @@ def write_comparison_report(folder: Path) -> Path:
     path = Path(folder) / SUMMARY
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
+        if results["version"] != VERSION:
+            raise ValueError(f"version {results['version']}, and this is {VERSION}")
         text = render_comparison(results)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no finished comparison's ({error!r}): run `rankwise compare` again") from error

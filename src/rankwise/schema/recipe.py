@@ -74,8 +74,8 @@ class EvaluationSettings(Section):
     text_rows: Count = Field(256, description="Most rows of each text, as long as the context, drawn by the seed.")
     updates: Count | None = Field(
         None,
-        description="For LoRA's kin, VeRA and full, also where the finished updates lie: in this many directions at the "
-        "top, middle and bottom of each weight's spectrum; not looked at if not given.",
+        description="For LoRA's kin, VeRA and full, also where the finished updates lie: in this many directions at "
+        "the top, middle and bottom of each weight's spectrum; not looked at if not given.",
     )
     drift: Count | None = Field(
         None,
