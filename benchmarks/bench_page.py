@@ -42,6 +42,9 @@ def made_up() -> dict[str, Any]:
             row["metrics"] = {"loss": row["mean"], **{f"{text} loss": generator.uniform(4, 5) for text in texts}}
             row["updates"] |= {name: generator.uniform(0.01, 1) for name in PLACES}
             row["drift"] = {text: {str(at): generator.uniform(0.5, 1) for at in range(LAYERS)} for text in texts}
+            row["curve"] = [[10 * step, 3 + generator.uniform(0, 1) / step] for step in range(1, 51)]
+            row["ranks"] = {f"layer {at}": generator.randint(1, 100) for at in range(LAYERS)}
+            row["training"] = {"loss": row["mean"] - generator.uniform(0, 0.5)}
             rows.append(row)
     search = [
         {"task": task, "method": method, "learning_rate": 10.0**-rate, "rank": None, "share": 0.25, "value": 2.5}

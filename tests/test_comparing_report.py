@@ -16,8 +16,8 @@ from page_checks import NEEDS_CHROMIUM, check_accessible, check_on_a_phone, draw
 from rankwise.cli import main
 from rankwise.comparing import compare as comparing
 from rankwise.comparing.cells import Cell
-from rankwise.comparing.figures import pareto, search_figure
-from rankwise.comparing.report import advice, render_comparison, write_comparison_report
+from rankwise.comparing.figures import search_figure, unbeaten
+from rankwise.comparing.report import advice, qualified, render_comparison, write_comparison_report
 from rankwise.errors import UserError
 from small_comparisons import TASK, fake, made
 
@@ -102,10 +102,23 @@ def test_the_command_writes_it_again(results: dict[str, Any], tmp_path: Path) ->
         write_comparison_report(tmp_path / "out")
 
 
-def test_a_front_has_what_is_not_beaten_in_both() -> None:
-    points = [(1.0, 5.0), (2.0, 4.0), (2.0, 6.0), (3.0, 4.5), (4.0, 1.0)]
-    assert pareto(points, lower=True) == [(1.0, 5.0), (2.0, 4.0), (4.0, 1.0)]
-    assert pareto(points, lower=False) == [(1.0, 5.0), (2.0, 6.0)]
+@pytest.mark.parametrize(("metric", "front"), [("loss", [0, 1, 4]), ("accuracy", [0, 2])])
+def test_a_front_has_what_is_not_beaten_in_both(metric: str, front: list[int]) -> None:
+    points = [(1.0, 5.0), (2.0, 4.0), (2.0, 6.0), (3.0, 4.5), (4.0, 1.0), (None, 9.0)]
+    rows = [{"metric": metric, "mean": y, "metrics": {"films loss": x}} for x, y in points]
+    assert unbeaten(rows, "films loss", 0.5) == [rows[at] for at in front]
+    assert unbeaten([], "films loss", 0.5) == []
+
+
+def test_few_parameters_and_little_forgotten_are_told(results: dict[str, Any]) -> None:
+    for row in results["rows"]:
+        if row["method"] in ("milora", "full"):
+            row["mean"] = {"milora": 1.9, "full": 1.8}[row["method"]]
+    assert qualified(results, "stories") == [
+        "With a tenth of its parameters at most, milora is best (1.9).",
+        "Not beaten in both score and what is forgotten of films: milora, full.",
+    ]
+    assert qualified(results | {"rows": []}, "stories") == []
 
 
 def test_the_search_shows_its_first_round_and_the_best_rank() -> None:

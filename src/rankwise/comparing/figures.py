@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 
 from rankwise.analysis.drawing import COLORS, DASHES, LINES, axes, is_finite
 from rankwise.comparing.choosing import is_lower_better
+from rankwise.comparing.labels import label_places
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -50,8 +51,8 @@ def score_figure(rows: Rows, metric: str) -> go.Figure:
 
 def cost_figure(rows: Rows, metric: str) -> go.Figure:
     """Score against trained parameters, on a log scale."""
-    figure = _labelled(rows, [row["parameters"] for row in rows], metric, f"{metric} by trained parameters")
-    figure.update_xaxes(type="log", title={"text": "trained parameters (log scale)"}, showgrid=True)
+    figure = labelled(rows, [row["parameters"] for row in rows], metric, f"{metric} by trained parameters", log=True)
+    figure.update_xaxes(title={"text": "trained parameters (log scale)"}, showgrid=True)
     return figure
 
 
@@ -69,12 +70,12 @@ def forgetting_figure(rows: Rows, metric: str, text: str, base: float) -> go.Fig
     known = [row for row in rows if is_finite(row["metrics"].get(text))]
     rises = [forgotten(row, text, base) for row in known]
     name = text.removesuffix(" loss")
-    figure = _labelled(known, rises, metric, f"What was learnt, and what was forgotten of {name}")
-    front = pareto([(rise, row["mean"]) for rise, row in zip(rises, known, strict=True)], is_lower_better(metric))
+    figure = labelled(known, rises, metric, f"What was learnt, and what was forgotten of {name}")
+    front = unbeaten(known, text, base)
     figure.add_trace(
         go.Scatter(
-            x=[x for x, _ in front],
-            y=[y for _, y in front],
+            x=[forgotten(row, text, base) for row in front],
+            y=[row["mean"] for row in front],
             name="not beaten in both",
             mode="lines",
             line={"color": COLORS["evaluation"], "width": 1.5, "dash": "dot"},
@@ -92,34 +93,55 @@ def forgotten(row: Mapping[str, Any], name: str, base: float) -> float:
     return change if is_lower_better(name) else -change
 
 
-def pareto(points: Sequence[tuple[float, float]], lower: bool) -> list[tuple[float, float]]:
-    """The points that no other one is at least as good as in both, and better in one: x low, y low or high."""
-    sign = 1.0 if lower else -1.0
-    front: list[tuple[float, float]] = []
-    best = math.inf
-    for x, y in sorted(points, key=lambda point: (point[0], sign * point[1])):
-        if sign * y < best:
-            best = sign * y
-            front.append((x, y))
+def unbeaten(rows: Rows, text: str, base: float) -> list[Mapping[str, Any]]:
+    """The rows that no other one is at least as good as in score and forgetting, and better in one; least forgot first.
+
+    Args:
+        rows: of the methods.
+        text: name of the metric of the text or task.
+        base: its value before training.
+    """
+    known = [row for row in rows if is_finite(row["metrics"].get(text))]
+    sign = 1.0 if known and is_lower_better(known[0]["metric"]) else -1.0
+    front: list[Mapping[str, Any]] = []
+    for row in sorted(known, key=lambda row: (forgotten(row, text, base), sign * row["mean"])):
+        if not front or sign * row["mean"] < sign * front[-1]["mean"]:
+            front.append(row)
     return front
 
 
-def _labelled(rows: Rows, x: Sequence[float | int], metric: str, title: str) -> go.Figure:
+def labelled(
+    rows: Rows, x: Sequence[float | int], metric: str, title: str, y: Sequence[float] | None = None, log: bool = False
+) -> go.Figure:
+    """A point for each method with its name beside it.
+
+    Args:
+        rows: of the methods.
+        x: of each row.
+        metric: name of the upright axis.
+        title: of the figure.
+        y: of each row; its mean where None.
+        log: whether x is on a log scale.
+    """
+    heights, names = [row["mean"] for row in rows] if y is None else list(y), [row["method"] for row in rows]
+    across = [math.log(value) if log and value > 0 else float(value) for value in x]
     figure = go.Figure(layout=axes(title, "", metric))
     figure.add_trace(
         go.Scatter(
             x=list(x),
-            y=[row["mean"] for row in rows],
-            text=[row["method"] for row in rows],
+            y=heights,
+            text=names,
             name="a method",
             mode="markers+text",
-            textposition="top center",
+            textposition=label_places(list(zip(across, heights, strict=True)), names),
             textfont={"size": 11},
             marker={"color": COLORS["training"], "size": 9},
             hovertemplate="%{text}: %{y:.4~g}, %{x:.4~s}<extra></extra>",
             cliponaxis=False,
         )
     )
+    if log:
+        figure.update_xaxes(type="log")
     figure.update_layout(hovermode="closest", showlegend=False, height=360)
     return figure
 

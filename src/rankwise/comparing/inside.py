@@ -11,8 +11,9 @@ from typing import Any
 import plotly.graph_objects as go
 
 from rankwise.analysis.columns import Number
-from rankwise.analysis.drawing import COLORS, DASHES, LINES, axes, heatmap, is_finite, points, scatter
+from rankwise.analysis.drawing import DASHES, LINES, axes, heatmap, is_finite, points, scatter
 from rankwise.analysis.ranks import layer_names, split_module
+from rankwise.comparing.figures import labelled
 
 POINTS = 50  # of a learning curve, at most
 Rows = Sequence[Mapping[str, Any]]
@@ -78,24 +79,9 @@ def memorised_figure(rows: Rows, metric: str) -> go.Figure | None:
     known = [row for row in rows if is_finite((row.get("training") or {}).get(metric))]
     if not known:
         return None
-    figure = go.Figure(
-        layout=axes("Memorisation and generalisation", f"{metric}, held out", f"{metric}, training rows")
-    )
-    figure.add_trace(
-        scatter(
-            [row["mean"] for row in known],
-            [row["training"][metric] for row in known],
-            "a method",
-            mode="markers+text",
-            text=[row["method"] for row in known],
-            textposition="top center",
-            textfont={"size": 11},
-            marker={"color": COLORS["training"], "size": 9},
-            hovertemplate="%{text}: %{x:.4~g} held out, %{y:.4~g} on training rows<extra></extra>",
-            cliponaxis=False,
-        )
-    )
-    figure.update_layout(hovermode="closest", showlegend=False, height=360)
+    held_out, trained = [row["mean"] for row in known], [row["training"][metric] for row in known]
+    figure = labelled(known, held_out, f"{metric}, training rows", "Memorisation and generalisation", trained)
+    figure.update_xaxes(title={"text": f"{metric}, held out"}, showgrid=True)
     return figure
 
 

@@ -16,7 +16,7 @@ from rankwise.analysis.place_tables import MEANING, TITLE, place_figure, place_t
 from rankwise.analysis.report import page
 from rankwise.comparing.cells import VERSION
 from rankwise.comparing.choosing import is_lower_better
-from rankwise.comparing.figures import cost_figure, forgetting_figure, forgotten, score_figure, search_figure
+from rankwise.comparing.figures import cost_figure, forgetting_figure, forgotten, score_figure, search_figure, unbeaten
 from rankwise.comparing.inside import inside_figures
 from rankwise.comparing.statistics import holm, paired
 from rankwise.comparing.summary import HEAD, grid
@@ -24,6 +24,7 @@ from rankwise.errors import UserError
 from rankwise.files import write_text
 
 LEVEL = 0.05
+FEW = 10  # times fewer parameters than the best are few
 SUMMARY = "summary.json"
 Rows = Sequence[Mapping[str, Any]]
 
@@ -63,7 +64,8 @@ def _header(results: Mapping[str, Any], tasks: Sequence[str]) -> str:
         "runs": f"{results['runs']:,}, {len(results['search']):,} of them to choose settings",
     }
     found = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
-    leads = "".join(f'<p class="lead">{escape(advice(results, task))}</p>' for task in tasks)
+    said = {task: [advice(results, task), *qualified(results, task)] for task in tasks}
+    leads = "".join(f'<p class="lead">{escape(" ".join(sentences))}</p>' for sentences in said.values())
     title = f'<p class="kind">rankwise comparison</p>\n<h1>{escape(str(results["name"]))}</h1>'
     return f'{title}\n{leads}\n<dl class="facts">{found}</dl>'
 
@@ -93,6 +95,21 @@ def advice(results: Mapping[str, Any], task: str) -> str:
     )
 
 
+def qualified(results: Mapping[str, Any], task: str) -> list[str]:
+    """What else speaks for a method: few parameters where the best trains many, and little forgotten."""
+    rows, base = _scored(results, task), results["base"].get(task) or {}
+    said = []
+    few = [row for row in rows if FEW * row["parameters"] <= rows[0]["parameters"]]
+    if few:
+        said.append(f"With a tenth of its parameters at most, {few[0]['method']} is best ({few[0]['mean']:.4g}).")
+    for name in forgotten_metrics(results, task, rows) if rows else ():
+        front = [row["method"] for row in unbeaten(rows, name, base[name])] if is_finite(base.get(name)) else []
+        if front:
+            what = name.removesuffix(" loss")
+            said.append(f"Not beaten in both score and what is forgotten of {what}: {', '.join(front)}.")
+    return said
+
+
 def _values(row: Mapping[str, Any]) -> dict[int, float]:
     return {int(seed): value for seed, value in row["values"].items()}
 
@@ -114,8 +131,7 @@ def _task_section(results: Mapping[str, Any], task: str) -> str:
         f"{metric} ({better} is better): mean and standard deviation over the seeds, difference from "
         f"{results['against']}, and p of a paired t-test by Holm's correction. A heading sorts."
     )
-    cells: list[list[Cell]] = [[(text, "") for text in texts] for texts in grid(results["rows"], task)]
-    parts = [table(caption, HEAD, cells, kind=" sortable")]
+    parts = [_scores_table(caption, grid(results["rows"], task))]
     if is_finite(base.get(metric)):
         parts.append(muted(f"Before any training: {metric} {base[metric]:.4g}."))
     parts += [
@@ -144,6 +160,13 @@ def _task_section(results: Mapping[str, Any], task: str) -> str:
     if found is not None:
         figures.append(plot(found, f"{task}-search", "the first round of the search; settings were chosen by it alone"))
     return section(task, "\n".join(parts) + f'\n<div class="plots">{"".join(figures)}</div>')
+
+
+def _scores_table(caption: str, found: Sequence[Sequence[str]]) -> str:
+    """Without the columns in which nothing stands."""
+    kept = [at for at in range(len(HEAD)) if any(texts[at] != "-" for texts in found)]
+    cells: list[list[Cell]] = [[(texts[at], "") for at in kept] for texts in found]
+    return table(caption, [HEAD[at] for at in kept], cells, kind=" sortable")
 
 
 def forgotten_metrics(results: Mapping[str, Any], task: str, rows: Rows) -> list[str]:
