@@ -102,11 +102,16 @@ def qualified(results: Mapping[str, Any], task: str) -> list[str]:
     few = [row for row in rows if FEW * row["parameters"] <= rows[0]["parameters"]]
     if few:
         said.append(f"With a tenth of its parameters at most, {few[0]['method']} is best ({few[0]['mean']:.4g}).")
+    fronts: dict[tuple[str, ...], list[str]] = {}
     for name in forgotten_metrics(results, task, rows) if rows else ():
-        front = [row["method"] for row in unbeaten(rows, name, base[name])] if is_finite(base.get(name)) else []
-        if front:
-            what = name.removesuffix(" loss")
-            said.append(f"Not beaten in both score and what is forgotten of {what}: {', '.join(front)}.")
+        if is_finite(base.get(name)):
+            front = tuple(row["method"] for row in unbeaten(rows, name, base[name]))
+            fronts.setdefault(front, []).append(name.removesuffix(" loss"))
+    said += [
+        f"Not beaten in both score and what is forgotten of {' and '.join(names)}: {', '.join(front)}."
+        for front, names in fronts.items()
+        if front
+    ]
     return said
 
 
