@@ -29,3 +29,15 @@ def test_the_ways_of_a_preference_step_and_the_trainings_beside_trl_are_measured
     assert len(trainings) == 4 and {len(line) for line in steps} == {11}
     assert all(float(cell) < 1e-4 for line in steps for cell in line[-2:])
     assert all(float(line[-1]) < 1e-4 for line in trainings)
+
+
+def test_the_step_of_each_method_is_measured_to_the_end() -> None:
+    script = ROOT / "benchmarks" / "bench_methods.py"
+    settings = ["--runs", "1", "--steps", "2", "--batch", "1", "--length", "16", "--threads", "1"]
+    settings += ["--methods", "lora", "sora", "full", "bitfit"]
+    done = subprocess.run([sys.executable, script, *settings], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "bitfit: adapter.kind bitfit trains biases" in done.stdout
+    table = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
+    assert [line[0] for line in table[2:]] == ["lora", "sora", "full"]
+    assert table[2][-1] == "1.00 (1.00 to 1.00)" and all("ms (" in line[2] for line in table[2:])
