@@ -76,7 +76,7 @@ def test_a_comparison(values: dict[str, Any], in_this_process: list[str]) -> Non
     assert 0 < lora["updates"]["top"] < 1
     assert lora["updates"]["rank"] == 2
     assert prompt["updates"] == {}
-    assert lora["ranks"] == {"layer 0": 14.0, "layer 1": 14.0} and prompt["ranks"] == {}
+    assert lora["ranks"] == {"model.layers.0": 14.0, "model.layers.1": 14.0} and prompt["ranks"] == {}
     assert prompt["curve"][0][0] == 1 and len(prompt["curve"]) == len(lora["curve"]) > 1
     assert prompt["training"].keys() == {"loss", "perplexity"}
     assert runs["training: loss"].is_not_null().to_list() == [part == "final" for part in runs["part"]]

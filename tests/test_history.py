@@ -147,7 +147,7 @@ def test_an_adapter_whose_directions_all_stay_has_the_curve_by_stage(tmp_path: P
     assert stage_curve(RESULTS | {"rows": ungated[:2]}) is None
     (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
     page = write_report(tmp_path).read_text(encoding="utf-8")
-    assert page.count('id="retention"') == 1 and "before training and after each stage" in page
+    assert page.count('id="retention"') == 1 and "The model at each stage, in the order of training." in page
     assert "training (memorisation) 0.4 to 0.875" in page
 
 

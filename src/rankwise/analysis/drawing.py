@@ -80,6 +80,18 @@ def path(values: Sequence[tuple[Number, Number]], name: str, color: str, **style
     return scatter(x, y, name, mode=mode, line=line, marker={"color": color, "size": 8})
 
 
+def numbered_line(number: int) -> dict[str, str]:
+    """Colour and dash of one of many lines."""
+    return {"color": LINES[number % len(LINES)], "dash": DASHES[number // len(LINES) % len(DASHES)]}
+
+
+def many_lines(figure: go.Figure) -> go.Figure:
+    """The figure with room for the names of its lines below it."""
+    legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top"}
+    figure.update_layout(legend=legend, height=380 + 8 * len(figure.data))
+    return figure
+
+
 def apart(values: Sequence[tuple[Number, Number]]) -> tuple[list[Number], list[Number]]:
     """Steps and values apart; a step that was logged twice counts as it was logged last."""
     last = [list(same)[-1] for _, same in groupby(values, key=lambda pair: pair[0])]

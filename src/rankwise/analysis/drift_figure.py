@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import plotly.graph_objects as go
 
-from rankwise.analysis.drawing import DASHES, LINES, axes, is_finite, scatter, short
+from rankwise.analysis.drawing import axes, is_finite, numbered_line, scatter, short
 from rankwise.analysis.markup import muted, plot, section
 from rankwise.analysis.runfolder import Run
 
@@ -32,7 +32,7 @@ def drift_figure(found: Mapping[str, Layers], title: str = "Hidden states before
     figure = go.Figure(layout=axes(title, "layer", "linear CKA"))
     for number, (name, layers) in enumerate(found.items()):
         values = known(layers)
-        line = {"color": LINES[number % len(LINES)], "width": 2, "dash": DASHES[number // len(LINES) % len(DASHES)]}
+        line = {"width": 2, **numbered_line(number)}
         figure.add_trace(scatter(list(values), list(values.values()), name, mode="lines+markers", line=line))
     figure.update_xaxes(type="category")
     return figure

@@ -94,7 +94,7 @@ def sampled(values: Float[Tensor, " k"]) -> list[tuple[int, float]]:
 
 
 def update_places(model: PeftModel, rank: int = 16) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """:func:`update_place` of each module that LoRA's kin or full fine-tuning changed, and what was passed over.
+    """:func:`update_place` of each module that LoRA's kin, VeRA or full fine-tuning changed, and what was passed over.
 
     Args:
         model: with its adapter.
@@ -116,7 +116,9 @@ def update_places(model: PeftModel, rank: int = 16) -> tuple[list[dict[str, Any]
         else:
             rows.append({"module": name, **update_place(weight, update, rank)})
     if not rows:
-        raise UserError("no module of the model has an update to look at: train one of LoRA's kind, or all weights")
+        raise UserError(
+            "no module of the model has an update to look at: train one of LoRA's kind, VeRA, or all weights"
+        )
     return rows, {name: count for name, count in counts.items() if count}
 
 

@@ -24,15 +24,14 @@ def retained(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         For each ``stage``, ``gates_left``, ``gates``, ``parameters``, ``training`` and ``held_out``, in the order of
         the results.
     """
-    metric = next(iter(results.get("columns") or []), "")
-    found = []
-    for row in results.get("rows") or []:
-        left, training = row.get("adapter") or {}, row.get("training_metrics") or {}
-        scores = {"training": training.get(metric), "held_out": row["metrics"].get(metric)}
-        if all(map(is_finite, [left.get("parameters_left"), *scores.values()])):
-            counts = {"gates_left": left.get("gates_left"), "gates": left.get("gates")}
-            found.append({"stage": str(row["name"]), "parameters": left["parameters_left"], **counts, **scores})
-    return found
+    left = {str(row["name"]): row.get("adapter") or {} for row in results.get("rows") or []}
+    return [
+        row
+        | {"parameters": left[row["stage"]]["parameters_left"]}
+        | {name: left[row["stage"]].get(name) for name in ("gates_left", "gates")}
+        for row in measured_twice(results)
+        if is_finite(left[row["stage"]].get("parameters_left"))
+    ]
 
 
 def measured_twice(results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -50,7 +49,7 @@ def measured_twice(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def stage_curve(results: Mapping[str, Any]) -> go.Figure | None:
-    """The first metric on training rows and on held-out cases before training and after each stage.
+    """The first metric on training rows and on held-out cases, a marker for each row: the base, and the stages.
 
     ``None`` where fewer than two rows have both scores.
     """
@@ -102,7 +101,7 @@ def retention_curve(results: Mapping[str, Any]) -> go.Figure | None:
 
 
 def retention_section(run: Run) -> str:
-    """The figure and its table; nothing where fewer than two stages were measured on training rows."""
+    """The figure and its table; nothing where fewer than two rows of results were measured on training rows."""
     figure = retention_curve(run.results)
     if figure is None:
         return _stages_section(run)
@@ -116,16 +115,20 @@ def retention_section(run: Run) -> str:
 
 
 def _stages_section(run: Run) -> str:
-    """The same of an adapter whose directions all stay."""
+    """The same by stage: of an adapter without gates, or of a single stage beside the base."""
     figure = stage_curve(run.results)
     if figure is None:
         return ""
     rows, metric = measured_twice(run.results), run.results["columns"][0]
-    note = muted(f"The {metric} on {_drawn(run)} and on the held-out cases, before training and after each stage.")
+    note = muted(f"The {metric} on {_drawn(run)} and on the held-out cases.")
     cells: list[list[Cell]] = [
         [(row["stage"], ""), *((write_value(metric, row[key]), "") for key in SCORES)] for row in rows
     ]
-    body = table("In the order of training.", ["stage", f"training {metric}", f"held-out {metric}"], cells)
+    body = table(
+        "The model at each stage, in the order of training.",
+        ["stage", f"training {metric}", f"held-out {metric}"],
+        cells,
+    )
     scores = "; ".join(f"{name} {short(rows[0][key])} to {short(rows[-1][key])}" for key, name in SCORES.items())
     return section(TITLE, note + plot(figure, "retention", scores) + body)
 

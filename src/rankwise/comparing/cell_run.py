@@ -11,6 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
+from rankwise.analysis.columns import Number
+from rankwise.analysis.drawing import points
+from rankwise.analysis.ranks import split_module
 from rankwise.comparing.cells import VERSION
 from rankwise.errors import UserError
 from rankwise.files import write_json
@@ -34,7 +37,6 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
     """
     import torch
 
-    from rankwise.comparing.inside import layer_ranks, loss_curve
     from rankwise.recipes import load_recipe
     from rankwise.run import Run
 
@@ -65,9 +67,27 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
 
 def step_seconds(metrics: Path) -> float | None:
     """Mean time of an optimizer step of the last stage, as the trainer measured it; None where it was not."""
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    ends = [line for line in lines if line.get("train_runtime") and line.get("step")]
+    ends = [line for line in _lines(metrics) if line.get("train_runtime") and line.get("step")]
     return ends[-1]["train_runtime"] / ends[-1]["step"] if ends else None
+
+
+def loss_curve(metrics: Path) -> list[list[Number]]:
+    """Each logged step of the last stage with its training loss."""
+    lines = _lines(metrics)
+    return [[*point] for point in points([line for line in lines if line["stage"] == lines[-1]["stage"]], "loss")]
+
+
+def layer_ranks(ranks: Path) -> dict[str, int]:
+    """Directions of each layer's modules together; none where the run has no ranks."""
+    found: dict[str, int] = {}
+    for row in json.loads(ranks.read_text(encoding="utf-8")) if ranks.is_file() else ():
+        layer, _ = split_module(row["module"])
+        found[layer] = found.get(layer, 0) + row["rank"]
+    return found
+
+
+def _lines(metrics: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
 
 
 if __name__ == "__main__":

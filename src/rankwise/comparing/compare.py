@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from rankwise.analysis.drawing import is_finite
-from rankwise.comparing.cells import CELLS, VERSION, Cell, Setting, make_cell, settings
+from rankwise.comparing.cells import CELLS, Cell, Setting, make_cell, settings
 from rankwise.comparing.choosing import Key, choose, deciding_metric
-from rankwise.comparing.report import SUMMARY, write_comparison_report
+from rankwise.comparing.report import SUMMARY, SUMMARY_VERSION, write_comparison_report
 from rankwise.comparing.running import run_cells
 from rankwise.comparing.summary import (
     RUNS,
@@ -86,7 +86,7 @@ def compare(comparison: Comparison, console: Console, cluster: bool = False) -> 
             write_runs(folder, rows)
     found = summarise(comparison, rows, chosen)
     results = {
-        "version": VERSION,
+        "version": SUMMARY_VERSION,
         "name": comparison.name,
         "against": comparison.baseline,
         "seeds": comparison.seeds,

@@ -8,7 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from rankwise.analysis.drawing import COLORS, DASHES, LINES, axes, is_finite
+from rankwise.analysis.drawing import COLORS, axes, is_finite, many_lines, numbered_line
 from rankwise.comparing.choosing import is_lower_better
 from rankwise.comparing.labels import label_places
 
@@ -71,7 +71,7 @@ def forgetting_figure(rows: Rows, metric: str, text: str, base: float) -> go.Fig
     rises = [forgotten(row, text, base) for row in known]
     name = text.removesuffix(" loss")
     figure = labelled(known, rises, metric, f"What was learnt, and what was forgotten of {name}")
-    front = unbeaten(known, text, base)
+    front = unbeaten(known, metric, text, base)
     figure.add_trace(
         go.Scatter(
             x=[forgotten(row, text, base) for row in front],
@@ -93,39 +93,42 @@ def forgotten(row: Mapping[str, Any], name: str, base: float) -> float:
     return change if is_lower_better(name) else -change
 
 
-def unbeaten(rows: Rows, text: str, base: float) -> list[Mapping[str, Any]]:
+def unbeaten(rows: Rows, metric: str, name: str, base: float) -> list[Mapping[str, Any]]:
     """The rows that no other one is at least as good as in score and forgetting, and better in one; least forgot first.
 
     Args:
         rows: of the methods.
-        text: name of the metric of the text or task.
+        metric: that decides.
+        name: of the metric of the text or task; rows without it are left out.
         base: its value before training.
     """
-    known = [row for row in rows if is_finite(row["metrics"].get(text))]
-    sign = 1.0 if known and is_lower_better(known[0]["metric"]) else -1.0
-    front: list[Mapping[str, Any]] = []
-    for row in sorted(known, key=lambda row: (forgotten(row, text, base), sign * row["mean"])):
-        if not front or sign * row["mean"] < sign * front[-1]["mean"]:
-            front.append(row)
-    return front
+    sign = 1.0 if is_lower_better(metric) else -1.0
+    known = [row for row in rows if is_finite(row["metrics"].get(name))]
+    both = [(forgotten(row, name, base), sign * row["mean"]) for row in known]
+    front = [
+        (costs, number)
+        for number, costs in enumerate(both)
+        if not any(other != costs and other[0] <= costs[0] and other[1] <= costs[1] for other in both)
+    ]
+    return [known[number] for _, number in sorted(front)]
 
 
 def labelled(
-    rows: Rows, x: Sequence[float | int], metric: str, title: str, y: Sequence[float] | None = None, log: bool = False
+    rows: Rows, x: Sequence[float | int], upright: str, title: str, y: Sequence[float] | None = None, log: bool = False
 ) -> go.Figure:
     """A point for each method with its name beside it.
 
     Args:
         rows: of the methods.
         x: of each row.
-        metric: name of the upright axis.
+        upright: title of the upright axis.
         title: of the figure.
         y: of each row; its mean where None.
         log: whether x is on a log scale.
     """
     heights, names = [row["mean"] for row in rows] if y is None else list(y), [row["method"] for row in rows]
     across = [math.log(value) if log and value > 0 else float(value) for value in x]
-    figure = go.Figure(layout=axes(title, "", metric))
+    figure = go.Figure(layout=axes(title, "", upright))
     figure.add_trace(
         go.Scatter(
             x=list(x),
@@ -136,7 +139,7 @@ def labelled(
             textposition=label_places(list(zip(across, heights, strict=True)), names),
             textfont={"size": 11},
             marker={"color": COLORS["training"], "size": 9},
-            hovertemplate="%{text}: %{y:.4~g}, %{x:.4~s}<extra></extra>",
+            hovertemplate=f"%{{text}}: %{{y:.4~g}} at %{{x:.4~{'s' if log else 'g'}}}<extra></extra>",
             cliponaxis=False,
         )
     )
@@ -160,7 +163,7 @@ def search_figure(search: Rows, metric: str) -> go.Figure | None:
             choose = min if is_lower_better(metric) else max
             best[row["learning_rate"]] = choose(best.get(row["learning_rate"], row["value"]), row["value"])
         rates = sorted(best)
-        line = {"color": LINES[number % len(LINES)], "width": 2, "dash": DASHES[number // len(LINES) % len(DASHES)]}
+        line = {"width": 2, **numbered_line(number)}
         figure.add_trace(
             go.Scatter(
                 x=rates,
@@ -172,6 +175,4 @@ def search_figure(search: Rows, metric: str) -> go.Figure | None:
             )
         )
     figure.update_xaxes(type="log", tickvals=sorted({row["learning_rate"] for row in search}), showgrid=True)
-    legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top"}
-    figure.update_layout(legend=legend, height=380 + 8 * len(names))
-    return figure
+    return many_lines(figure)

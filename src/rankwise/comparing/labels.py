@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -57,7 +56,7 @@ def _scaled(values: Sequence[float]) -> list[float]:
     """Into the middle nine tenths of 0 to 1."""
     low, high = (pick(values, default=0.0) for pick in (min, max))
     span = high - low
-    return [0.05 + 0.9 * ((value - low) / span if math.isfinite(span) and span else 0.5) for value in values]
+    return [0.05 + 0.9 * ((value - low) / span if span else 0.5) for value in values]
 
 
 def _box(point: Point, name: str, place: str) -> Box:

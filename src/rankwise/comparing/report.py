@@ -14,18 +14,17 @@ from rankwise.analysis.markup import Cell, muted, pairs_table, plot, section, ta
 from rankwise.analysis.place_tables import HEAD as PLACES_HEAD
 from rankwise.analysis.place_tables import MEANING, TITLE, place_figure, place_texts
 from rankwise.analysis.report import page
-from rankwise.comparing.cells import VERSION
 from rankwise.comparing.choosing import is_lower_better
 from rankwise.comparing.figures import cost_figure, forgetting_figure, forgotten, score_figure, search_figure, unbeaten
-from rankwise.comparing.inside import inside_figures
 from rankwise.comparing.statistics import holm, paired
 from rankwise.comparing.summary import HEAD, grid
+from rankwise.comparing.training_figures import training_figures
 from rankwise.errors import UserError
 from rankwise.files import write_text
 
 LEVEL = 0.05
 FEW = 10  # times fewer parameters than the best are few
-SUMMARY = "summary.json"
+SUMMARY, SUMMARY_VERSION = "summary.json", 1
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -36,13 +35,15 @@ def write_comparison_report(folder: Path) -> Path:
         UserError: the folder is no finished comparison's.
     """
     path = Path(folder) / SUMMARY
+    again = "run `rankwise compare` again"
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        if results["version"] != VERSION:
-            raise ValueError(f"version {results['version']}, and this is {VERSION}")
-        text = render_comparison(results)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no finished comparison's ({error!r}): run `rankwise compare` again") from error
+        version = results.get("version")
+        text = render_comparison(results) if version == SUMMARY_VERSION else ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no finished comparison's ({error!r}): {again}") from error
+    if version != SUMMARY_VERSION:
+        raise UserError(f"{path} is of version {version}, and this is {SUMMARY_VERSION}: {again}")
     write_text(path.with_name("report.html"), text)
     return path.with_name("report.html")
 
@@ -76,15 +77,11 @@ def advice(results: Mapping[str, Any], task: str) -> str:
     if not rows:
         return f"{task}: no method gave a score."
     metric = rows[0]["metric"]
-    best = rows[0]
+    best, alike = rows[0], _alike(rows)
     start = f"{task}: {best['method']} has the best {metric}, {best['mean']:.4g}"
-    if len(best["values"]) < 2:
+    if not alike:
         return f"{start}; one seed tells no differences."
-    others = rows[1:]
-    tests = [paired(_values(best), _values(row)) for row in others]
-    p = holm([float("nan") if test is None else test.p for test in tests])
-    alike = [best, *(row for row, value in zip(others, p, strict=True) if not value < LEVEL)]
-    cheapest = min(alike, key=lambda row: row["parameters"])
+    cheapest = _cheapest(alike)
     if cheapest is best and len(alike) == 1:
         return f"{start}, better than every other by a paired test."
     if cheapest is best:
@@ -95,23 +92,38 @@ def advice(results: Mapping[str, Any], task: str) -> str:
     )
 
 
+def _alike(rows: Rows) -> list[Mapping[str, Any]]:
+    """The first row, which is the best, with those that a paired test does not tell apart from it; none of one seed."""
+    if len(rows[0]["values"]) < 2:
+        return []
+    tests = [paired(_values(rows[0]), _values(row)) for row in rows[1:]]
+    p = holm([float("nan") if test is None else test.p for test in tests])
+    return [rows[0], *(row for row, value in zip(rows[1:], p, strict=True) if not value < LEVEL)]
+
+
+def _cheapest(rows: Rows) -> Mapping[str, Any]:
+    return min(rows, key=lambda row: row["parameters"])
+
+
 def qualified(results: Mapping[str, Any], task: str) -> list[str]:
-    """What else speaks for a method: few parameters where the best trains many, and little forgotten."""
+    """What else speaks for a method, by the means: few parameters where the best trains many, and little forgotten."""
     rows, base = _scored(results, task), results["base"].get(task) or {}
-    said = []
-    few = [row for row in rows if FEW * row["parameters"] <= rows[0]["parameters"]]
-    if few:
-        said.append(f"With a tenth of its parameters at most, {few[0]['method']} is best ({few[0]['mean']:.4g}).")
+    if not rows:
+        return []
+    best, said = rows[0], []
+    few = [row for row in rows if FEW * row["parameters"] <= best["parameters"]]
+    if few and few[0] is not _cheapest(_alike(rows) or rows[:1]):
+        named = f"{few[0]['method']} has the best mean, {few[0]['mean']:.4g}"
+        said.append(f"Of the methods with at most a tenth of {best['method']}'s parameters, {named}.")
     fronts: dict[tuple[str, ...], list[str]] = {}
-    for name in forgotten_metrics(results, task, rows) if rows else ():
+    for name in forgotten_metrics(results, task, rows):
         if is_finite(base.get(name)):
-            front = tuple(row["method"] for row in unbeaten(rows, name, base[name]))
+            front = tuple(row["method"] for row in unbeaten(rows, best["metric"], name, base[name]))
             fronts.setdefault(front, []).append(name.removesuffix(" loss"))
-    said += [
-        f"Not beaten in both score and what is forgotten of {' and '.join(names)}: {', '.join(front)}."
-        for front, names in fronts.items()
-        if front
-    ]
+    for front, names in fronts.items():
+        if front:
+            what = f"in both score and what is forgotten of {' and '.join(names)}"
+            said.append(f"By the means not beaten {what}: {', '.join(front)}, what forgets least first.")
     return said
 
 
@@ -160,7 +172,9 @@ def _task_section(results: Mapping[str, Any], task: str) -> str:
         layers = {row["method"]: row["drift"][name] for row in rows if name in row["drift"]}
         drawn = drift_figure(layers, f"Hidden states of {name}, before and after training")
         figures.append(plot(drawn, f"{task}-drift-{name}", _drift_words(layers)))
-    figures += [plot(drawn, f"{task}-{name}", words) for name, drawn, words in inside_figures(rows, metric)]
+    if unknown := [row["method"] for row in rows if not row["curve"]]:
+        parts.append(muted(f"Learning curves and ranks by layer are not known of all runs of {', '.join(unknown)}."))
+    figures += [plot(drawn, f"{task}-{name}", words) for name, drawn, words in training_figures(rows, metric)]
     found = search_figure([row for row in results["search"] if row["task"] == task], metric)
     if found is not None:
         figures.append(plot(found, f"{task}-search", "the first round of the search; settings were chosen by it alone"))
@@ -168,8 +182,8 @@ def _task_section(results: Mapping[str, Any], task: str) -> str:
 
 
 def _scores_table(caption: str, found: Sequence[Sequence[str]]) -> str:
-    """Without the columns in which nothing stands."""
-    kept = [at for at in range(len(HEAD)) if any(texts[at] != "-" for texts in found)]
+    """Without the column of ranks where none were tried."""
+    kept = [at for at, name in enumerate(HEAD) if name != "rank" or any(texts[at] != "-" for texts in found)]
     cells: list[list[Cell]] = [[(texts[at], "") for at in kept] for texts in found]
     return table(caption, [HEAD[at] for at in kept], cells, kind=" sortable")
 

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 from rich.table import Table
 
 from rankwise.comparing.cells import CELLS, Cell, Setting
 from rankwise.comparing.choosing import Key, deciding_metric, final_row, is_lower_better
-from rankwise.comparing.inside import mean_curve
 from rankwise.comparing.statistics import holm, paired, spread
 from rankwise.errors import UserError
 from rankwise.files import write_bytes
@@ -24,7 +24,6 @@ from rankwise.recipes import dump_recipe
 from rankwise.schema import METHODS, Comparison
 
 RUNS = "runs.parquet"
-WIDE = {"metric": "metrics", "training": "training", "updates": "updates"}  # columns for each name
 
 
 def run_rows(comparison: Comparison, cells: Iterable[Cell]) -> list[dict[str, Any]]:
@@ -85,7 +84,8 @@ def write_runs(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     nested = ("metrics", "updates", "drift", "base", "training", "curve", "ranks")
     flat = [{key: value for key, value in row.items() if key not in nested} for row in rows]
     last = [{name: [*layers.values()][-1] for name, layers in row["drift"].items()} for row in rows]
-    wide = {column: [row[key] for row in rows] for column, key in WIDE.items()} | {"drift": last}
+    wide = {name: [row[name] for row in rows] for name in ("training", "updates")}
+    wide |= {"metric": [row["metrics"] for row in rows], "drift": last}
     for column, found in wide.items():
         names = sorted({name for one in found for name in one})
         for values, one in zip(flat, found, strict=True):
@@ -134,8 +134,8 @@ def summarise(
         ``deviation``, ``low``, ``high`` and ``values`` by seed; ``difference`` from the baseline with its interval, the
         paired t-test's ``p`` and ``p_holm`` over the task's methods (None with one seed); ``parameters``,
         ``step_seconds`` (median), ``peak_memory`` (largest); means of all ``metrics``, of ``updates``, where these
-        lie, of ``drift``, by rows and layer, of metrics on ``training`` rows, of the learning ``curve`` and of
-        ``ranks`` by layer; ``failed``, the first mistake of a run; and the names of its
+        lie, of ``drift``, by rows and layer, of metrics on ``training`` rows, and, where all runs kept them, of the
+        learning ``curve`` and of ``ranks`` by layer; ``failed``, the first mistake of a run; and the names of its
         ``cells``, by seed.
     """
     found = []
@@ -159,8 +159,8 @@ def summarise(
                     "updates": _means(row["updates"] for row in own),
                     "drift": _drift([row["drift"] for row in own]),
                     "training": _means(row["training"] for row in own),
-                    "curve": mean_curve(row["curve"] for row in own),
-                    "ranks": _means(row["ranks"] for row in own),
+                    "curve": _curve(_of_all(own, "curve")),
+                    "ranks": _means(_of_all(own, "ranks")),
                     "failed": next((row["failed"] for row in own if row["failed"]), None),
                     "cells": {row["seed"]: row["run"] for row in own},
                 }
@@ -215,6 +215,22 @@ def _cost(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _drift(found: Sequence[Mapping[str, Mapping[str, float | None]]]) -> dict[str, dict[str, float | None]]:
     names = dict.fromkeys(name for one in found for name in one)
     return {name: _means(one[name] for one in found if name in one) for name in names}
+
+
+def _of_all(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
+    """What each run kept under a name; nothing where one did not, as it is of an earlier version."""
+    found = [row[name] for row in rows if not row["failed"]]
+    return found if all(found) else []
+
+
+def _curve(curves: Sequence[Sequence[Sequence[float | int]]]) -> list[list[float | int]]:
+    """The mean over runs at the steps of the shortest; between a run's own steps on straight lines."""
+    if not curves:
+        return []
+    apart = [tuple(zip(*curve, strict=True)) for curve in curves]
+    at = min((steps for steps, _ in apart), key=lambda steps: (steps[-1], len(steps)))
+    losses = np.mean([np.interp(at, steps, values) for steps, values in apart], axis=0)
+    return [[step, float(loss)] for step, loss in zip(at, losses, strict=True)]
 
 
 def _means(found: Iterable[Mapping[str, float | int | None]]) -> dict[str, float | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -43,6 +44,8 @@ from rankwise.trees.search import NOT_A_NUMBER
 
 PART = "A part of a title; nothing for the most popular ones."
 OPEN = {*PAGES, "/openapi.json", "/health"}  # paths that need no token
+logger = logging.getLogger("rankwise.serving")
+
 LAST_CALL = 1.0  # seconds that the model's thread gets to end when the server does
 LAST_LAYER = 10.0  # seconds that it gets then to end within a layer: left inside torch, it would abort the process
 
@@ -67,7 +70,8 @@ def create_app(stages: Stages, settings: ServerSettings, name: str = "") -> Fast
         finally:
             if not await run_in_threadpool(worker.stop, LAST_CALL):
                 stages.give_up()
-                await run_in_threadpool(worker.stop, LAST_LAYER)
+                if not await run_in_threadpool(worker.stop, LAST_LAYER):
+                    logger.warning("the model is still at work: the process may be aborted")
 
     app = FastAPI(
         title="rankwise",

@@ -26,7 +26,7 @@ def serve_run(run: Path, names: list[str] | None, settings: ServerSettings, cons
     """Serve a run's stages until SIGTERM or Ctrl-C; returns the address that was served.
 
     New connections are refused from then on, and what was asked before is answered, for ``settings.timeout`` seconds
-    and a few more at most.
+    and twelve more at most.
 
     Raises:
         UserError: the address is taken, or the run cannot be served.
