@@ -4,10 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+import small_runs
 from rankwise.errors import UserError
+from rankwise.models import load_tokenizer
 from rankwise.tasks.classification import read_classification
+from rankwise.tasks.labels import LabelTask
+from rankwise.tasks.load import load_task
 
 
 def written(folder: Path, rows: list[dict[str, Any]]) -> Path:
@@ -88,6 +93,18 @@ def test_a_label_unseen_in_training(tmp_path: Path) -> None:
 def test_bad_input(tmp_path: Path, rows: list[dict[str, Any]], options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_classification(written(tmp_path, rows), **options)
+
+
+def test_rows_of_like_length_go_together_and_keep_their_order(tmp_path: Path, model_folder: Path) -> None:
+    recipe = small_runs.recipe("classification", tmp_path, model_folder)
+    tokenizer = load_tokenizer(str(model_folder))
+    task = load_task(recipe, tokenizer, 64)
+    assert isinstance(task, LabelTask)
+    model, rows = task.load_model(), task._train[:30]
+    assert len({len(row["input_ids"]) for row in rows}) > 1
+    alone = np.concatenate([task._outputs(model, [row]) for row in rows])
+    np.testing.assert_allclose(task._outputs(model, rows), alone, rtol=1e-4, atol=1e-6)
+    assert len(np.unique(alone.round(5), axis=0)) > 1
 
 
 def test_real_paraphrases(data_folder: Path) -> None:

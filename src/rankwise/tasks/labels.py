@@ -132,14 +132,15 @@ class LabelTask:
 
     @torch.no_grad()
     def _outputs(self, model: nn.Module, rows: Rows) -> np.ndarray:
-        """The head's outputs, (rows, labels)."""
+        """The head's outputs, (rows, labels); rows of like length go through the model together."""
         device, found = next(model.parameters()).device, []
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
         with evaluating(model):
             for start in range(0, len(rows), 64):
-                batch = self._collator()([dict(row) for row in rows[start : start + 64]])
+                batch = self._collator()([dict(rows[index]) for index in order[start : start + 64]])
                 batch.pop("labels")
                 found.append(model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits.float().cpu())
-        return torch.cat(found).numpy()
+        return torch.cat(found)[torch.tensor(order).argsort()].numpy()
 
     def _collator(self) -> DataCollatorWithPadding:
         if self._tokenizer.pad_token_id is None:
