@@ -34,7 +34,14 @@ def made_up() -> dict[str, Any]:
     for task in tasks:
         for method in methods:
             values = {seed: generator.uniform(2, 3) for seed in range(SEEDS)}
-            row: dict[str, Any] = {"task": task, "method": method, "title": method, "paper": "", "rank": 16}
+            row: dict[str, Any] = {
+                "task": task,
+                "method": method,
+                "title": method,
+                "paper": "",
+                "rank": 16,
+                "budget": None,
+            }
             row |= {"learning_rate": 1e-3, "metric": "loss", "values": values, **interval([*values.values()])._asdict()}
             row |= dict.fromkeys(("difference", "difference_low", "difference_high", "p", "p_holm"), 0.1)
             row |= {"parameters": generator.randint(10**4, 10**6), "parameters_left": None, "step_seconds": 0.5}

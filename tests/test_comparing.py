@@ -37,6 +37,9 @@ def test_settings_are_rates_by_ranks_where_a_method_has_them() -> None:
     assert lora == [Setting(rate, rank) for rate in (1e-3, 1e-2, 1e-1, 1.0) for rank in (2, 4)]
     assert houlsby == [Setting(rate) for rate in (1e-3, 1e-2, 1e-1, 1.0)]
     assert dora == [Setting(0.5, 1)]
+    sora = made(methods=["sora", {"kind": "milora_sora", "budgets": [0.5]}, "lora"], budgets=[0.3, 0.7])
+    tried = [[(one.rank, one.budget) for one in settings(sora, entry)[:3]] for entry in sora.methods]
+    assert tried == [[(None, 0.3), (None, 0.7), (None, 0.3)], [(None, 0.5)] * 3, [(None, None)] * 3]
     own_rank = made(ranks=[2, 4]).methods[1]
     assert {setting.rank for setting in settings(comparison, own_rank)} == {None}
 
@@ -47,6 +50,13 @@ def test_a_cell_is_the_tasks_recipe_with_what_is_compared() -> None:
     assert (found.stages[-1].learning_rate, found.stages[-1].epochs) == (1e-3, 1.0)
     assert not found.evaluation.base
     assert cell(made(), 1).recipe.adapter.r == 4
+
+
+def test_a_budget_that_is_tried_is_a_share_of_the_parameters() -> None:
+    comparison = made(methods=["sora"])
+    found = make_cell(comparison, "stories", comparison.methods[0], Setting(0.01, 8, 0.25), 0, 1.0, "final")
+    assert (found.recipe.adapter.r, found.recipe.adapter.target_ratio) == (8, 0.25)
+    assert found.folder.name.startswith("stories-sora-0.01-r8-budget0.25-seed0-")
 
 
 def test_a_search_does_not_see_what_is_reported() -> None:
@@ -92,6 +102,16 @@ def test_a_cells_place_follows_from_all_that_it_depends_on() -> None:
         ({"metrics": {"stries": "loss"}}, "metrics.stries is of no task: did you mean 'stories'"),
         ({"tasks": {"a/b": TASK}}, "tasks 'a/b' becomes a part of file names"),
         ({"methods": [{"kind": "lora", "r": 4, "ranks": [2]}]}, r"methods.lora has r 4 and ranks \[2\]"),
+        (
+            {"methods": [{"kind": "lora", "budgets": [0.5]}]},
+            "methods.lora.budgets is for SoRA, not lora",
+        ),
+        ({"methods": [{"kind": "sora", "budgets": [2]}]}, r"budgets.0 2: Input should be less than 1"),
+        (
+            {"methods": [{"kind": "sora", "target_ratio": 0.7, "budgets": [0.5]}]},
+            r"methods.sora has target_ratio and budgets \[0.5\]: leave one out",
+        ),
+        ({"budgets": [0.5, 0.5]}, r"budgets \[0.5, 0.5\] has one of them twice"),
         ({"seeds": [0, 0]}, r"seeds \[0, 0\] has one of them twice"),
         ({"learning_rates": [-1]}, "learning_rates.0"),
         ({"lerning_rates": [1]}, "lerning_rates is unknown: did you mean 'learning_rates'"),

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +21,25 @@ RANKED = ("lora", "milora", "sora", "adalora", "allocating_lora")
 
 @dataclass(frozen=True)
 class Setting:
-    """A learning rate, and a rank where one is tried."""
+    """A learning rate, and a rank and a budget where these are tried."""
 
     learning_rate: float
     rank: int | None = None
+    budget: float | None = None
+
+    @property
+    def adapter(self) -> dict[str, Any]:
+        """What it sets in the adapter section."""
+        found = {"r": self.rank, "target_ratio": self.budget}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def text(self) -> str:
+        """As a part of file names."""
+        parts = [f"{self.learning_rate:g}"]
+        parts += [f"r{self.rank}"] if self.rank is not None else []
+        parts += [f"budget{self.budget:g}"] if self.budget is not None else []
+        return "-".join(parts)
 
 
 @dataclass(frozen=True)
@@ -33,7 +49,7 @@ class Cell:
     Attributes:
         task: its name.
         method: the entry's name.
-        setting: learning rate and rank.
+        setting: learning rate, rank and budget.
         seed: of the run.
         share: of the task's epochs.
         part: ``search`` on held-out training data, or ``final``.
@@ -82,7 +98,8 @@ class Cell:
 def settings(comparison: Comparison, entry: MethodEntry) -> list[Setting]:
     """Everything that is tried for a method."""
     ranks: list[int | None] = [*(entry.ranks or (comparison.ranks if _has_rank(entry) else []))] or [None]
-    return [Setting(rate, rank) for rate in entry.learning_rates or comparison.learning_rates for rank in ranks]
+    budgets: list[float | None] = [*(entry.budgets or (comparison.budgets if entry.has_budget else []))] or [None]
+    return [Setting(*one) for one in product(entry.learning_rates or comparison.learning_rates, ranks, budgets)]
 
 
 def _has_rank(entry: MethodEntry) -> bool:
@@ -108,7 +125,7 @@ def make_cell(
     for key in ("adapter", "seed", "output"):
         if key in values:
             raise UserError(f"tasks.{task}.{key} {values[key]!r}: the comparison sets it: leave it out")
-    values["adapter"] = entry.adapter if setting.rank is None else {**entry.adapter, "r": setting.rank}
+    values["adapter"] = {**entry.adapter, **setting.adapter}
     values |= {"seed": seed, "output": "-", "name": f"{task}, {entry.name}"}
     values["stages"] = _stages(values.get("stages"), setting.learning_rate, share, where)
     evaluation = values.get("evaluation") or {}
@@ -126,8 +143,7 @@ def make_cell(
     values["evaluation"] = evaluation
     recipe = make_recipe(values, source=where)
     name = "-".join(
-        [task, entry.name, f"{setting.learning_rate:g}", *([f"r{setting.rank}"] if setting.rank else []), f"seed{seed}"]
-        + ([f"search{share:g}"] if part == "search" else [])
+        [task, entry.name, setting.text, f"seed{seed}", *([f"search{share:g}"] if part == "search" else [])]
     )
     digest = hashlib.sha256(_identity(recipe).encode()).hexdigest()[:8]
     output = str(Path(comparison.output) / CELLS / f"{name}-{digest}")

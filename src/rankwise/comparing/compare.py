@@ -124,7 +124,7 @@ def _bases(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 def _searched(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What the search measured, a row a run."""
-    names = ("task", "method", "learning_rate", "rank", "share", "value")
+    names = ("task", "method", "learning_rate", "rank", "budget", "share", "value")
     searched = [{name: row[name] for name in names} for row in rows if row["part"] == "search"]
     return [row | {"value": row["value"] if is_finite(row["value"]) else None} for row in searched]
 

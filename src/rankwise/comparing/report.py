@@ -17,7 +17,7 @@ from rankwise.analysis.report import page
 from rankwise.comparing.choosing import is_lower_better
 from rankwise.comparing.figures import cost_figure, forgetting_figure, forgotten, score_figure, search_figure, unbeaten
 from rankwise.comparing.statistics import holm, paired
-from rankwise.comparing.summary import HEAD, grid
+from rankwise.comparing.summary import grid
 from rankwise.comparing.training_figures import training_figures
 from rankwise.errors import UserError
 from rankwise.files import write_text
@@ -148,7 +148,8 @@ def _task_section(results: Mapping[str, Any], task: str) -> str:
         f"{metric} ({better} is better): mean and standard deviation over the seeds, difference from "
         f"{results['against']}, and p of a paired t-test by Holm's correction. A heading sorts."
     )
-    parts = [_scores_table(caption, grid(results["rows"], task))]
+    head, *texts = grid(results["rows"], task)
+    parts = [table(caption, head, [[(text, "") for text in row] for row in texts], kind=" sortable")]
     if is_finite(base.get(metric)):
         parts.append(muted(f"Before any training: {metric} {base[metric]:.4g}."))
     parts += [
@@ -179,13 +180,6 @@ def _task_section(results: Mapping[str, Any], task: str) -> str:
     if found is not None:
         figures.append(plot(found, f"{task}-search", "the first round of the search; settings were chosen by it alone"))
     return section(task, "\n".join(parts) + f'\n<div class="plots">{"".join(figures)}</div>')
-
-
-def _scores_table(caption: str, found: Sequence[Sequence[str]]) -> str:
-    """Without the column of ranks where none were tried."""
-    kept = [at for at, name in enumerate(HEAD) if name != "rank" or any(texts[at] != "-" for texts in found)]
-    cells: list[list[Cell]] = [[(texts[at], "") for at in kept] for texts in found]
-    return table(caption, [HEAD[at] for at in kept], cells, kind=" sortable")
 
 
 def forgotten_metrics(results: Mapping[str, Any], task: str, rows: Rows) -> list[str]:

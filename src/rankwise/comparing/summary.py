@@ -42,6 +42,7 @@ def run_rows(comparison: Comparison, cells: Iterable[Cell]) -> list[dict[str, An
                 "part": cell.part,
                 "learning_rate": cell.setting.learning_rate,
                 "rank": cell.setting.rank,
+                "budget": cell.setting.budget,
                 "seed": cell.seed,
                 "share": cell.share,
                 "metric": metric,
@@ -130,8 +131,9 @@ def summarise(
     """A row for each task and method, over the seeds: score, cost, and the difference from the baseline.
 
     Returns:
-        ``task``, ``method``, ``title``, ``paper``, the chosen ``learning_rate`` and ``rank``; ``metric`` with ``mean``,
-        ``deviation``, ``low``, ``high`` and ``values`` by seed; ``difference`` from the baseline with its interval, the
+        ``task``, ``method``, ``title``, ``paper``, the chosen ``learning_rate``, ``rank`` and ``budget``; ``metric``
+        with ``mean``, ``deviation``, ``low``, ``high`` and ``values`` by seed; ``difference`` from the baseline with
+        its interval, the
         paired t-test's ``p`` and ``p_holm`` over the task's methods (None with one seed); ``parameters``,
         ``step_seconds`` (median), ``peak_memory`` (largest); means of all ``metrics``, of ``updates``, where these
         lie, of ``drift``, by rows and layer, of metrics on ``training`` rows, and, where all runs kept them, of the
@@ -153,6 +155,7 @@ def summarise(
                     "paper": METHODS[entry.kind].paper,
                     "learning_rate": setting.learning_rate,
                     "rank": setting.rank,
+                    "budget": setting.budget,
                     **_scores(own),
                     **_difference(own, baseline, entry.name == comparison.baseline),
                     **_cost(own),
@@ -247,21 +250,24 @@ def _mean(values: Iterable[float | int | None]) -> float | None:
 # The table
 
 
-HEAD = ("method", "score", "95 % interval", "difference", "p", "parameters", "ms a step", "peak MiB", "rate", "rank")
+HEAD = ("method", "score", "95 % interval", "difference", "p", "parameters", "ms a step", "peak MiB", "rate")
+CHOSEN = ("rank", "budget")  # further columns, where they were tried
 
 
 def grid(summary: Sequence[Mapping[str, Any]], task: str) -> list[list[str]]:
-    """A task's rows as texts under :data:`HEAD`, the best score first; what was not possible last."""
+    """A task's table as texts: the heading, then its rows, the best score first; what was not possible last."""
     rows = [row for row in summary if row["task"] == task]
     lower = any(row["metric"] and is_lower_better(row["metric"]) for row in rows)
     known = [row for row in rows if row["mean"] is not None]
     known.sort(key=lambda row: row["mean"] if lower else -row["mean"])
-    return [_texts(row) for row in [*known, *(row for row in rows if row["mean"] is None)]]
+    chosen = [name for name in CHOSEN if any(row[name] is not None for row in rows)]
+    ordered = [*known, *(row for row in rows if row["mean"] is None)]
+    return [[*HEAD, *chosen], *(_texts(row, chosen) for row in ordered)]
 
 
-def _texts(row: Mapping[str, Any]) -> list[str]:
+def _texts(row: Mapping[str, Any], chosen: Sequence[str]) -> list[str]:
     if row["mean"] is None:
-        return [row["method"], "not possible" if row["failed"] else "-", *["-"] * (len(HEAD) - 2)]
+        return [row["method"], "not possible" if row["failed"] else "-", *["-"] * (len(HEAD) + len(chosen) - 2)]
     score = f"{row['mean']:.4f}" + ("" if row["deviation"] is None else f" ± {row['deviation']:.4f}")
     difference = "-" if row["difference"] is None else f"{row['difference']:+.4f}"
     p = "-" if row["p_holm"] is None else f"{row['p_holm']:.2g}"
@@ -269,9 +275,9 @@ def _texts(row: Mapping[str, Any]) -> list[str]:
     parameters = f"{row['parameters']:,}" + (f", {left:,.0f} left" if left is not None else "")
     step = "-" if row["step_seconds"] is None else f"{1000 * row['step_seconds']:.1f}"
     memory = "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:,.0f}"
-    rank = "-" if row["rank"] is None else str(row["rank"])
     interval = "-" if row["low"] is None else f"{row['low']:.4f} to {row['high']:.4f}"
-    return [row["method"], score, interval, difference, p, parameters, step, memory, f"{row['learning_rate']:g}", rank]
+    settings = ["-" if row[name] is None else f"{row[name]:g}" for name in ("learning_rate", *chosen)]
+    return [row["method"], score, interval, difference, p, parameters, step, memory, *settings]
 
 
 def caption(comparison: Comparison, summary: Sequence[Mapping[str, Any]], task: str) -> str:
@@ -289,9 +295,10 @@ def terminal_tables(comparison: Comparison, summary: Sequence[Mapping[str, Any]]
     tables = []
     for task in comparison.tasks:
         table = Table(title=caption(comparison, summary, task), title_justify="left", box=None)
-        for number, heading in enumerate(HEAD):
+        head, *rows = grid(summary, task)
+        for number, heading in enumerate(head):
             table.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
-        for texts in grid(summary, task):
+        for texts in rows:
             table.add_row(*texts)
         tables.append(table)
     return tables
@@ -301,9 +308,10 @@ def markdown(comparison: Comparison, summary: Sequence[Mapping[str, Any]]) -> st
     """The tables as Markdown."""
     parts = []
     for task in comparison.tasks:
-        lines = [f"**{caption(comparison, summary, task)}**", "", f"| {' | '.join(HEAD)} |"]
-        lines.append("|---|" + "---:|" * (len(HEAD) - 1))
-        lines += [f"| {' | '.join(text.replace('|', chr(92) + '|') for text in row)} |" for row in grid(summary, task)]
+        found = grid(summary, task)
+        head, *rows = [f"| {' | '.join(text.replace('|', chr(92) + '|') for text in row)} |" for row in found]
+        rule = "|---|" + "---:|" * (len(found[0]) - 1)
+        lines = [f"**{caption(comparison, summary, task)}**", "", head, rule, *rows]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
@@ -312,11 +320,12 @@ def latex(comparison: Comparison, summary: Sequence[Mapping[str, Any]]) -> str:
     """The tables as LaTeX, each a ``table`` with a ``tabular``, with no package but the kernel's."""
     parts = []
     for task in comparison.tasks:
-        rows = [" & ".join(map(_escaped, row)) + r" \\" for row in (HEAD, *grid(summary, task))]
+        found = grid(summary, task)
+        rows = [" & ".join(map(_escaped, row)) + r" \\" for row in found]
         rows.insert(1, r"\hline")
         body = "\n".join(rows)
         text = _escaped(caption(comparison, summary, task))
-        begin = r"\begin{tabular}{l" + "r" * (len(HEAD) - 1) + "}"
+        begin = r"\begin{tabular}{l" + "r" * (len(found[0]) - 1) + "}"
         parts.append(
             "\\begin{table}\n\\caption{" + text + "}\n" + begin + f"\n{body}\n" + "\\end{tabular}\n\\end{table}"
         )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from rankwise.errors import nearest
-from rankwise.schema.base import Count, File, Positive, Section
+from rankwise.schema.base import Count, File, Positive, Section, Share
 from rankwise.schema.methods import METHODS, written_out
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of a method or a task: it becomes a part of file names
@@ -23,15 +23,36 @@ class MethodEntry(Section):
     kind: str = Field(description="A method's name.")
     learning_rates: list[Positive] | None = Field(None, min_length=1, description="To try instead of everybody's.")
     ranks: list[Count] | None = Field(None, min_length=1, description="To try instead of everybody's.")
+    budgets: list[Share] | None = Field(None, min_length=1, description="To try instead of everybody's.")
 
     @property
     def adapter(self) -> dict[str, Any]:
         """The adapter section of its recipes, without a rank that is tried out."""
         return {"kind": self.kind, **(self.model_extra or {})}
 
+    @property
+    def has_budget(self) -> bool:
+        """Whether the method has a budget of parameters, and the entry leaves it open."""
+        return METHODS[self.kind].settings["kind"] == "sora" and not self.own_budget
+
+    @property
+    def own_budget(self) -> list[str]:
+        """Settings of the entry that are budgets."""
+        return [name for name in ("target_ratio", "target_parameters") if name in self.adapter]
+
+
+def _check_budgets(entry: MethodEntry) -> None:
+    if METHODS[entry.kind].settings["kind"] != "sora":
+        raise ValueError(f"methods.{entry.name}.budgets is for SoRA, not {entry.kind}: leave it out")
+    if entry.own_budget:
+        raise ValueError(f"methods.{entry.name} has {entry.own_budget[0]} and budgets {entry.budgets}: leave one out")
+
 
 class Search(Section):
-    """Choice of each method's learning rate and rank, by successive halving (arXiv 1502.07943) on held-out data."""
+    """Choice of each method's learning rate, rank and budget, by successive halving on held-out data.
+
+    Source: arXiv 1502.07943.
+    """
 
     first: float = Field(0.25, gt=0, le=1, description="Share of the epochs in the first round.")
     factor: int = Field(2, ge=2, description="By this much each round is longer and tries fewer settings.")
@@ -49,6 +70,9 @@ class Comparison(Section):
     shared: dict[str, Any] = Field({}, description="What all tasks' recipes have, where they do not say otherwise.")
     learning_rates: list[Positive] = Field(min_length=1, description="To choose each method's from.")
     ranks: list[Count] = Field([], description="To choose each method's from, where it has one; as set if not given.")
+    budgets: list[Share] = Field(
+        [], description="To choose the share of parameters that SoRA keeps from; as set if not given."
+    )
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="Of the runs that are reported.")
     against: str | None = Field(None, description="Method that the others are compared with; the first if not given.")
     metrics: dict[str, str] = Field({}, description="Of a task, the metric that decides; its first if not given.")
@@ -87,10 +111,13 @@ class Comparison(Section):
                 raise ValueError(
                     f"methods.{entry.name} has r {entry.adapter['r']} and ranks {entry.ranks}: leave one out"
                 )
+            if entry.budgets:
+                _check_budgets(entry)
         for task in self.metrics:
             if task not in self.tasks:
                 raise ValueError(f"metrics.{task} is of no task: {nearest(task, self.tasks)}")
-        for field, given in (("seeds", self.seeds), ("learning_rates", self.learning_rates), ("ranks", self.ranks)):
+        for field in ("seeds", "learning_rates", "ranks", "budgets"):
+            given = getattr(self, field)
             if len(set(given)) < len(given):
                 raise ValueError(f"{field} {given} has one of them twice: leave it out")
         return self
