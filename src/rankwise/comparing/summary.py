@@ -133,12 +133,11 @@ def summarise(
     Returns:
         ``task``, ``method``, ``title``, ``paper``, the chosen ``learning_rate``, ``rank`` and ``budget``; ``metric``
         with ``mean``, ``deviation``, ``low``, ``high`` and ``values`` by seed; ``difference`` from the baseline with
-        its interval, the
-        paired t-test's ``p`` and ``p_holm`` over the task's methods (None with one seed); ``parameters``,
-        ``step_seconds`` (median), ``peak_memory`` (largest); means of all ``metrics``, of ``updates``, where these
-        lie, of ``drift``, by rows and layer, of metrics on ``training`` rows, and, where all runs kept them, of the
-        learning ``curve`` and of ``ranks`` by layer; ``failed``, the first mistake of a run; and the names of its
-        ``cells``, by seed.
+        its interval, the paired t-test's ``p`` and ``p_holm`` over the task's methods (None with one seed);
+        ``parameters``, ``step_seconds`` (median), ``peak_memory`` (largest); means of all ``metrics``, of
+        ``updates``, where these lie, of ``drift``, by rows and layer, of metrics on ``training`` rows, and, where all
+        runs kept them, of the learning ``curve`` and of ``ranks`` by layer; ``failed``, the first mistake of a run;
+        and the names of its ``cells``, by seed.
     """
     found = []
     for task in comparison.tasks:
