@@ -12,24 +12,21 @@ from functools import partial
 
 import torch
 
-from bench_trainer import model_of, ours, rows
+from bench_trainer import add_sizes, model_of, ours, rows
 from rankwise.errors import UserError
 from rankwise.models import load_language_model, quiet_libraries
 from rankwise.schema import METHODS, ModelSettings
 from timing import interleaved, machine, ratio, spread
 
-OTHERS = ("lora", "bitfit", "allocating_lora")  # the first of all, one without a weight to train here, and as above
+ORDER = dict.fromkeys(["lora", *METHODS])  # what the others are compared with, then all
+LEFT_OUT = ("bitfit", "allocating_lora")  # the model has no biases; and as above
 
 
 def main() -> None:
     """Print a table, the first method's time being what the others are compared with."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=["lora", *(name for name in METHODS if name not in OTHERS)])
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", default=[name for name in ORDER if name not in LEFT_OUT])
+    add_sizes(parser, steps=8, length=256)
     options = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(options.threads)
@@ -44,6 +41,9 @@ def main() -> None:
             print(f"{kind}: {reason}")
         else:
             parameters[kind] = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+    if not parameters:
+        parser.error("none of these methods can train the shipped model")
 
     def measured(kind: str) -> float:
         return ours(model_of(kind), kind, data, options.batch) / options.steps

@@ -98,15 +98,20 @@ def ours(model: peft.PeftModel, kind: str, data: list[dict[str, Any]], batch: in
     return float(lines[-1]["train_runtime"])
 
 
+def add_sizes(parser: argparse.ArgumentParser, steps: int, length: int) -> None:
+    """Arguments for the size of a stage and of the measurement."""
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=length)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+
+
 def main() -> None:
     """Print a line for each method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=["lora", "dora"])
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    add_sizes(parser, steps=30, length=128)
     parser.add_argument("--clock", choices=("wall", "processor"), default="wall")
     options = parser.parse_args()
     quiet_libraries()
