@@ -47,6 +47,11 @@ SENTENCES = (
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """The small tokenizer."""
+    return byte_tokenizer()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE with one token for both ends of a text and another for padding."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -93,7 +98,11 @@ def tiny_llama(tiny_tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 @pytest.fixture(scope="session")
 def model_folder(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small Llama and its tokenizer, saved; nothing may change what is in it."""
-    folder = tmp_path_factory.mktemp("base")
-    seeded_llama(tiny_tokenizer).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    return save_base(tiny_tokenizer, tmp_path_factory.mktemp("base"))
+
+
+def save_base(tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    """Write the small Llama and its tokenizer into a folder."""
+    seeded_llama(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import shutil
-import socket
+import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from rankwise.comparing.again import run_again
 from rankwise.comparing.cell_run import run_cell
 from rankwise.comparing.compare import compare
 from rankwise.errors import UserError
+from rankwise.files import in_use
 from rankwise.recipes import load_comparison, load_recipe, make_comparison
 from rankwise.run import Run
 
@@ -259,49 +263,54 @@ def test_the_command(values: dict[str, Any], in_this_process: list[str], tmp_pat
 # Two commands at a time
 
 
-def test_a_cell_that_another_command_runs_is_waited_for(values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_cell_that_another_command_runs_is_waited_for(tmp_path: Path) -> None:
     recipe = tmp_path / "cell.yaml"
-    recipe.with_name("cell.yaml.claim").write_text(f"{socket.gethostname()} {os.getpid()}")  # alive
-    waiting = threading.Thread(target=running._finish, args=((str(recipe), False, str(tmp_path)),))
-    waiting.start()
-    assert waiting.is_alive()
-    (tmp_path / "cell.json").write_text("{}")
-    waiting.join(timeout=10)
+    with in_use(tmp_path / "cell"):
+        waiting = threading.Thread(target=running._finish, args=((str(recipe), False, str(tmp_path)),))
+        waiting.start()
+        time.sleep(0.2)
+        assert waiting.is_alive()
+        (tmp_path / "cell.json").write_text("{}")
+        waiting.join(timeout=10)
     assert not waiting.is_alive()
+    assert not (tmp_path / "cell.log").exists()
 
 
-@pytest.mark.parametrize("claim", ["dead", "stale"])
-def test_the_claim_of_a_command_that_died_is_taken_over(
-    claim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_cell_whose_process_finds_another_at_it_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, path = tmp_path / "cell.yaml", tmp_path / "cell.yaml.claim"
-    path.write_text(f"{socket.gethostname()} 4194305" if claim == "dead" else "elsewhere 1")
-    if claim == "stale":
-        os.utime(path, (1, 1))
-    monkeypatch.setattr(running, "in_a_process", lambda *_: (tmp_path / "cell.json").write_text("{}"))
-    running._finish((str(recipe), False, str(tmp_path)))
-    assert not path.exists()
+    statuses = [running.BUSY, running.BUSY, 0]
 
-
-def test_a_claim_names_the_process_that_runs_the_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the command is killed, its cell goes on, and the next command waits for it."""
-    recipe, claim = tmp_path / "cell.yaml", tmp_path / "cell.yaml.claim"
-    seen: list[str] = []
-
-    class Process:
-        pid = 4_000_000
-
-        def __init__(self, *_: Any, cwd: Path, **__: Any) -> None:
-            seen.append(str(cwd))
-
-        def wait(self, timeout: float | None = None) -> None:
-            seen.append(claim.read_text())
+    def run(*_: Any) -> int:
+        status = statuses.pop(0)
+        if not status:
             (tmp_path / "cell.json").write_text("{}")
+        return status
 
-        def poll(self) -> int:
-            return 0
+    monkeypatch.setattr(running, "in_a_process", run)
+    running._finish((str(tmp_path / "cell.yaml"), False, str(tmp_path)))
+    assert statuses == []
 
-    monkeypatch.setattr(running.subprocess, "Popen", Process)
-    running._finish((str(recipe), False, str(tmp_path)))
-    assert seen == [str(tmp_path), f"{socket.gethostname()} 4000000"]
-    assert not claim.exists()
+
+def test_a_command_that_is_asked_to_end_ends_its_cells(tmp_path: Path) -> None:
+    """Those that run, and one that begins afterwards."""
+    children, sleep = running.Children(), [sys.executable, "-c", "import time; time.sleep(60)"]
+    begun = time.monotonic()
+    for when in ("before", "after"):
+        with subprocess.Popen(sleep) as process, children.known(process):
+            if when == "before":
+                children.end()
+            assert process.wait(timeout=30) == -signal.SIGTERM
+    with subprocess.Popen(sleep) as process, contextlib.suppress(RuntimeError), running.Children().known(process):
+        raise RuntimeError
+    assert process.returncode == -signal.SIGTERM
+    assert time.monotonic() - begun < 30
+
+
+def test_a_result_that_is_not_as_it_was_written(values: dict[str, Any], in_this_process: list[str]) -> None:
+    comparison = make_comparison(values | {"learning_rates": [1e-2], "seeds": [0]})
+    compare(comparison, small_runs.silent())
+    path = next((Path(values["output"]) / "cells").glob("*lora*.json"))
+    path.write_text(path.read_text().replace('"threads": ', '"threads": 1'))
+    with pytest.raises(UserError, match="is not as it was written: remove it to run the cell again"):
+        compare(comparison, small_runs.silent())

@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from rankwise.files import check_writable, new_folder, write_json, write_jsonl, write_text
+from rankwise.errors import UserError
+from rankwise.files import (
+    MANIFEST,
+    check_folder,
+    check_writable,
+    in_use,
+    new_folder,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 
 
 class Crash(RuntimeError):
@@ -22,8 +32,9 @@ def crash(*_: object, **__: object) -> None:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Every file and folder below, hidden ones too, with what is in it."""
-    return {str(p.relative_to(folder)): p.read_text() if p.is_file() else "/" for p in folder.rglob("*")}
+    """Every file and folder below, hidden ones too, with what is in it; manifests have tests of their own."""
+    found = (path for path in folder.rglob("*") if path.name != MANIFEST)
+    return {str(path.relative_to(folder)): path.read_text() if path.is_file() else "/" for path in found}
 
 
 def test_text_is_written_in_folders_that_are_made(tmp_path):
@@ -187,15 +198,85 @@ def test_a_folder_that_another_fills_is_not_removed(tmp_path):
     assert tree(tmp_path) == {"folder": "/", "folder/one": "1"}
 
 
-def test_nothing_is_removed_where_the_only_old_folder_was_moved_aside(tmp_path):
-    killed(tmp_path / "folder")
-    aside = tmp_path / f".folder.{'0' * 32}.old"
+def moved_aside(path: Path, digit: str = "0") -> None:
+    """A folder as an exchange that was cut off leaves it."""
+    aside = path.with_name(f".{path.name}.{digit * 32}.old")
     aside.mkdir()
     (aside / "old").write_text("old")
+
+
+def test_the_only_old_folder_is_put_back_where_an_exchange_was_cut_off(tmp_path):
+    killed(tmp_path / "folder")
+    moved_aside(tmp_path / "folder")
+    with pytest.raises(Crash), new_folder(tmp_path / "folder"):
+        crash()
+    assert tree(tmp_path) == {"folder": "/", "folder/old": "old"}
     fill(tmp_path / "folder", one="1")
-    assert len(list(tmp_path.glob(".folder.*"))) == 2
+    assert tree(tmp_path) == {"folder": "/", "folder/one": "1"}
+
+
+def test_an_old_folder_beside_the_new_one_is_removed_and_of_several_none_is_chosen(tmp_path):
+    moved_aside(tmp_path / "folder")
+    fill(tmp_path / "folder", one="1")  # puts it back, and replaces it
+    assert tree(tmp_path) == {"folder": "/", "folder/one": "1"}
+    for digit in "12":
+        moved_aside(tmp_path / "other", digit)
+    with pytest.raises(Crash), new_folder(tmp_path / "other"):
+        crash()
+    assert len(list(tmp_path.glob(".other.*.old"))) == 2
+
+
+def test_one_byte_that_changes_anywhere_is_found(tmp_path):
+    folder = tmp_path / "folder"
+    with new_folder(folder) as made:
+        (made / "below").mkdir()
+        (made / "below" / "weights").write_bytes(bytes(range(64)))
+        (made / "empty").touch()
+    check_folder(folder, whole=True)
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        good = file.read_bytes()
+        for place in range(len(good)):
+            file.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+            with pytest.raises(UserError, match=r"damaged|missing|not as it was written"):
+                check_folder(folder)
+        file.write_bytes(good[: len(good) // 2] if good else b"x")
+        with pytest.raises(UserError):
+            check_folder(folder)
+        file.write_bytes(good)
+    check_folder(folder, whole=True)
+
+
+def test_a_missing_file_is_found_and_a_folder_of_others_is_taken_as_it_is(tmp_path):
+    fill(tmp_path / "folder", one="1", two="2")
+    (tmp_path / "folder" / "three").write_text("3")
+    check_folder(tmp_path / "folder")
+    (tmp_path / "folder" / "two").unlink()
+    with pytest.raises(UserError, match="two is missing"):
+        check_folder(tmp_path / "folder")
+    (tmp_path / "folder" / MANIFEST).unlink()
+    check_folder(tmp_path / "folder")
+    with pytest.raises(UserError, match=r"has no manifest\.json: it was not written to its end"):
+        check_folder(tmp_path / "folder", whole=True)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "below/../../outside"])
+def test_a_manifest_names_nothing_outside_of_its_folder(tmp_path, name):
     fill(tmp_path / "folder", one="1")
-    assert list(tmp_path.glob(".folder.*")) == [aside]
+    (tmp_path / "outside").write_text("1")
+    path = tmp_path / "folder" / MANIFEST
+    path.write_text(path.read_text().replace("one", name))
+    with pytest.raises(UserError, match="damaged"):
+        check_folder(tmp_path / "folder")
+
+
+def test_one_process_writes_in_a_folder_at_a_time(tmp_path):
+    with in_use(tmp_path / "run"):
+        with pytest.raises(UserError, match="is being written by another process"), in_use(tmp_path / "run"):
+            pass
+        (tmp_path / "run" / "result").write_text("1")
+    (tmp_path / "run" / f".result.{'a' * 32}").write_text("half")
+    with in_use(tmp_path / "run"):
+        assert tree(tmp_path / "run") == {"result": "1"}
 
 
 def test_a_folder_can_be_tried_before_slow_work(tmp_path):

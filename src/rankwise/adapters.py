@@ -23,6 +23,7 @@ from rankwise.directions import load_checkpoint
 from rankwise.directions.checkpoint import SIDE_FILE
 from rankwise.directions.model_files import model_class
 from rankwise.errors import UserError
+from rankwise.files import check_folder
 from rankwise.models import quiet_libraries, resolve
 
 # What an adapter's own tensors have in their names; all others are of a trained head, or biases.
@@ -37,9 +38,11 @@ def load_adapter_folder(folder: Path, model: str | None = None) -> PeftModel:
         model: the base: a folder, a hub id or ``embedded``; the one that the adapter names where it is not given.
 
     Raises:
-        UserError: the folder holds no adapter, names no base, or the base cannot be loaded or is another.
+        UserError: the folder holds no adapter or a damaged one, names no base, or the base cannot be loaded or is
+            another.
     """
     quiet_libraries()
+    check_folder(folder)
     settings = _settings(folder)
     place = model or settings.get("base_model_name_or_path")
     if not place:

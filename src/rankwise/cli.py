@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rankwise import __version__, commands
-from rankwise.errors import UserError
+from rankwise.errors import Stopped, UserError, system_failure
 
 Arguments = argparse.Namespace
 
@@ -36,7 +36,9 @@ def parser() -> argparse.ArgumentParser:
 
     made = _add(table, commands.train, "rankwise train recipe.yaml stages.0.epochs=2 output=runs/two-epochs")
     _recipe_arguments(made)
-    made.add_argument("--resume", action="store_true", help="go on with an unfinished run of the same recipe")
+    made.add_argument(
+        "--resume", action="store_true", help="go on even where the run is finished: write its report anew"
+    )
 
     made = _add(table, commands.prepare, "rankwise prepare recipe.yaml rows/ data.negatives=5")
     made.add_argument("recipe", metavar="RECIPE", help="a YAML file")
@@ -114,10 +116,13 @@ def main(words: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"rankwise: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("rankwise: interrupted", file=sys.stderr)
+    except (KeyboardInterrupt, Stopped) as reason:
+        print(f"rankwise: {str(reason) or 'interrupted'}", file=sys.stderr)
         return 1
     except Exception as error:
+        if (told := system_failure(error)) is not None:
+            print(f"rankwise: {told}", file=sys.stderr)
+            return 1
         traceback.print_exc()
         print(f"rankwise: failed: {type(error).__name__}: {error}", file=sys.stderr)
         return 1

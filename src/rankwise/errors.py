@@ -1,8 +1,11 @@
-"""The one error that a user's mistake becomes."""
+"""The one error that a user's mistake becomes, and the one by which a training ends that was asked to."""
 
 from __future__ import annotations
 
 import difflib
+import errno
+import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -12,6 +15,10 @@ class UserError(ValueError):
 
     Commands print it as one line on stderr and exit with 2; library callers catch it as a ``ValueError``.
     """
+
+
+class Stopped(RuntimeError):
+    """A training ended because its process was asked to: the message says where, and how it goes on."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -28,3 +35,29 @@ def naming(what: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{what}: {error}") from error
+
+
+SPACE, ELSEWHERE = "free some space there", "give a folder that can be written to, or the right to write in it"
+REMEDIES = {
+    errno.ENOSPC: SPACE,
+    errno.EDQUOT: SPACE,
+    errno.EFBIG: "raise the limit of a file's size, or give a folder on another disk",
+    errno.EROFS: ELSEWHERE,
+    errno.EACCES: ELSEWHERE,
+    errno.EPERM: ELSEWHERE,
+}
+
+
+def system_failure(error: BaseException) -> str | None:
+    """What a full disk, a missing permission and the like are called, with a remedy; None for any other error.
+
+    Libraries that are not written in Python give the system's number in the text of errors of their own.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (told := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(told[1])
+    if number not in REMEDIES:
+        return None
+    place = getattr(error, "filename", None)
+    what = f"{place}: {os.strerror(number)}" if place else " ".join(str(error).split())
+    return f"{what}: {REMEDIES[number]}; what was there before is as it was"

@@ -1,8 +1,9 @@
-"""Writing that leaves either the old file or the new one, never half of one."""
+"""Writing that leaves either the old file or the new one, never half of one, and folders that say what is in them."""
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -13,7 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rankwise.errors import UserError
+
 ASIDE = ".old"  # how the name of a folder ends that another is about to replace
+MANIFEST = "manifest.json"  # in a folder: the size and the SHA-256 of each of its files
+UNFINISHED = "[0-9a-f]" * 32  # how the name of what is being written ends
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -30,6 +35,7 @@ def _write(path: Path, pieces: Iterable[bytes]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _settle_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -62,12 +68,51 @@ def check_writable(folder: Path) -> None:
     probe.unlink()
 
 
+class InUse(UserError):
+    """Another process writes in the folder."""
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether a process of this machine, this one too, is within :func:`in_use` of the folder."""
+    lock, is_free = _lock(folder)
+    if lock is not None:
+        os.close(lock)
+    return not is_free
+
+
+@contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Keep other processes of this machine out of a folder that this one writes in; it is made where it is not there.
+
+    What a process that was killed left of files and folders that it was writing in it is removed.
+
+    Raises:
+        InUse: another process that is alive writes in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, is_free = _lock(folder)
+    if not is_free:
+        raise InUse(f"{folder} is being written by another process: wait for it, or give another folder")
+    try:
+        for left in folder.glob(f".*.{UNFINISHED}"):
+            if left.is_file():
+                left.unlink()
+            else:
+                _remove_unlocked(left)
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder to fill, which takes the place of ``path`` when the block ends without an error.
 
+    It gets a ``manifest.json``, by which :func:`check_folder` sees later whether its files are still what they were.
     Where the block or the exchange fails, ``path`` is as it was. A folder that was there is moved aside first and
-    removed last. What a process that was killed left of its temporary folder is removed by the next one.
+    removed last. What a process that was killed left of its temporary folder is removed by the next one, and where it
+    was killed in the middle of the exchange, what was moved aside is put back first.
 
     Raises:
         FileExistsError: ``path`` is a file.
@@ -78,12 +123,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     _remove_leftovers(path)
     temporary = _beside(path)
     temporary.mkdir()
-    lock = _lock(temporary)
+    lock, _ = _lock(temporary)
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            _settle(file)
-        _exchange(temporary, path)
+        complete_folder(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -92,48 +135,132 @@ def new_folder(path: Path) -> Iterator[Path]:
             os.close(lock)
 
 
+def complete_folder(made: Path, path: Path) -> None:
+    """Write the manifest of a folder that is filled, have it on the disk, and put it in the place of ``path``."""
+    files = sorted(file for file in made.rglob("*") if file.is_file() and file != made / MANIFEST)
+    listed = {file.relative_to(made).as_posix(): _described(file) for file in files}
+    (made / MANIFEST).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+    for file in (*files, made / MANIFEST):
+        _settle(file)
+    for folder in {file.parent for file in files} | {made}:
+        _settle_folder(folder)
+    _exchange(made, path)
+    _settle_folder(path.parent)
+
+
+def check_folder(folder: Path, whole: bool = False) -> None:
+    """See that each file which a folder's manifest lists is there and is, byte for byte, what was written.
+
+    Files that are not listed are not looked at.
+
+    Args:
+        folder: that :func:`new_folder` made.
+        whole: whether a folder without a manifest is refused; it is taken as it is otherwise: others write none.
+
+    Raises:
+        UserError: a file is missing or another, or the manifest is missing or unreadable.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        if whole:
+            raise UserError(f"{folder} has no {MANIFEST}: it was not written to its end, or is of another program")
+        return
+    try:
+        listed = {folder / name: (entry["bytes"], entry["sha256"]) for name, entry in _manifest(path).items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: fetch or make the folder again") from error
+    for file, (size, digest) in listed.items():
+        if not file.is_file():
+            raise UserError(f"{file} is missing: fetch or make the folder again")
+        if (file.stat().st_size, _digest(file)) != (size, digest):
+            raise UserError(
+                f"{file} is not as it was written, by its SHA-256 in {MANIFEST}: fetch or make the folder again, or "
+                f"remove {MANIFEST} if you changed the file yourself"
+            )
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for name in found:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{name} is outside of the folder")
+    return found
+
+
+def _described(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": _digest(file)}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _remove_leftovers(path: Path) -> None:
     """Remove temporary folders of ``path`` that no living process has locked.
 
-    An empty one may belong to a process that is just about to lock it. Where ``path`` is gone and was moved aside, its
-    exchange was cut off: everything is left then, for a person to look at.
+    Where ``path`` is gone and one folder was moved
+    aside, its exchange was cut off: that one is put back. Of several, none is touched, for a person to look at.
     """
-    unfinished = f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}"
-    if not path.exists() and any(path.parent.glob(f"{unfinished}{ASIDE}")):
+    unfinished = f".{glob.escape(path.name)}.{UNFINISHED}"
+    aside = list(path.parent.glob(f"{unfinished}{ASIDE}"))
+    if aside and not path.exists():
+        if len(aside) > 1:
+            return
+        aside.pop().rename(path)
+    for folder in (*path.parent.glob(unfinished), *aside):
+        _remove_unlocked(folder)
+
+
+def _remove_unlocked(folder: Path) -> None:
+    """Remove a temporary folder that no living process has locked; an empty one may be about to be."""
+    if folder.is_symlink() or not folder.is_dir() or not any(folder.iterdir()):
         return
-    for folder in path.parent.glob(unfinished):
-        if folder.is_symlink() or not folder.is_dir() or not any(folder.iterdir()):
-            continue
-        lock = _lock(folder)
-        if lock is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
+    lock, _ = _lock(folder)
+    if lock is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
-def _lock(folder: Path) -> int | None:
-    """A lock on a folder, which the system drops when the process ends; None where another holds it or none can be."""
+def _lock(folder: Path) -> tuple[int | None, bool]:
+    """A lock on a folder, which the system drops when the process ends, and whether no other process has one.
+
+    None where there is no lock to be had: on Windows, on some network filesystems, or where another has it.
+    """
     if sys.platform == "win32":
-        return None
+        return None, True
     import fcntl
 
     try:
         opened = os.open(folder, os.O_RDONLY)
     except OSError:
-        return None
+        return None, True
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(opened)
-        return None
-    return opened
+        return None, not isinstance(error, BlockingIOError)
+    return opened, True
 
 
 def _settle(path: Path) -> None:
     """Have a file on the disk, as readable as its folder: some libraries write for the owner alone."""
-    if path.is_file():
-        path.chmod(path.parent.stat().st_mode & 0o666)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def _settle_folder(path: Path) -> None:
+    """Have the names in a folder on the disk, where the system can."""
+    if sys.platform == "win32":
+        return
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError:  # some filesystems know no such thing
+        pass
+    finally:
+        os.close(opened)
 
 
 def _exchange(made: Path, path: Path) -> None:

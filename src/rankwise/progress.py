@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rankwise.errors import UserError
 from rankwise.ranks import SoraConfig, gate_counts, gates
+from rankwise.resuming import forget_after
 
 
 class ProgressBar(TrainerCallback):
@@ -40,16 +41,18 @@ class ProgressBar(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Know the number of steps."""
         self.rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.begun = state.global_step
         self.progress.reset(self.task, total=state.max_steps, loss="-", rate="-")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Move the bar."""
         task = self.progress.tasks[self.task]
-        rate = f"{state.global_step * self.rows / max(task.elapsed or 0.0, 1e-9):.0f}"
+        done, elapsed = state.global_step - self.begun, task.elapsed or 0.0
+        rate = f"{done * self.rows / max(elapsed, 1e-9):.0f}"
         self.progress.update(self.task, completed=state.global_step, rate=rate)
         tenth = 10 * state.global_step // state.max_steps
         if not self.console.is_terminal and tenth > 10 * (state.global_step - 1) // state.max_steps:
-            left = (task.elapsed or 0.0) * (state.max_steps / state.global_step - 1)
+            left = elapsed * (state.max_steps - state.global_step) / done
             loss = f"loss {task.fields['loss']}, {rate} rows/s, {left:.0f} s left"
             self.console.print(
                 f"{task.description}: {state.global_step}/{state.max_steps} steps, {loss}", highlight=False
@@ -79,6 +82,12 @@ class MetricsFile(TrainerCallback):
         self.path, self.stage = path, stage
         self.tenth = -1
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Drop what an earlier training of this stage logged after the step from which this one goes on."""
+        self.begun = state.global_step
+        steps = forget_after(self.path, self.stage, self.begun)
+        self.tenth = 10 * max(steps, default=-1) // max(state.max_steps, 1)
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -96,6 +105,8 @@ class MetricsFile(TrainerCallback):
             if tenth > self.tenth:
                 self.tenth = tenth
                 line["ranks"] = {name: int((gate != 0).sum()) for name, gate in gates(model).items()}
+        if "train_runtime" in (logs or {}):
+            line["steps_timed"] = state.global_step - self.begun
         line |= {name: value if isinstance(value, int) else float(value) for name, value in (logs or {}).items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -23,11 +23,11 @@ from rankwise.analysis.place_tables import PLACES
 from rankwise.analysis.places import places_over_all, update_places
 from rankwise.analysis.ranks import read_ranks
 from rankwise.analysis.report import write_report
-from rankwise.analysis.runfolder import CASES, read_entry
+from rankwise.analysis.runfolder import CASES
 from rankwise.analysis.tables import result_table
 from rankwise.errors import UserError
 from rankwise.exporting import export
-from rankwise.files import write_json, write_jsonl, write_text
+from rankwise.files import in_use, new_folder, write_json, write_text
 from rankwise.measuring import measured, measured_row, row_line
 from rankwise.memory import peak_memory
 from rankwise.methods import base_of, load_stage, save_stage, with_adapter
@@ -36,8 +36,9 @@ from rankwise.optimisation import ALLOCATIONS
 from rankwise.peft_bridge import active_adapter, adapted_layers
 from rankwise.progress import logs_shown
 from rankwise.ranks import AllGatesClosed, gate_counts, prune
-from rankwise.recipes import dump_recipe, load_recipe
+from rankwise.recipes import dump_recipe
 from rankwise.recommend.store import STORE, write_store
+from rankwise.resuming import checkpoints_of, earlier_results, forget_after, whole_checkpoint
 from rankwise.sampling import sample
 from rankwise.schema import AdaloraSettings, AnyStage, LoraSettings, Recipe, SoraSettings
 from rankwise.tasks.load import check_recipe_files, held_out_elsewhere, load_task
@@ -62,7 +63,8 @@ class Run:
         Args:
             recipe: what to run.
             console: where progress and results are shown.
-            resume: go on with the stages that an earlier run of the same recipe in the same folder did not finish.
+            resume: whether a run that is finished is gone on with too, to write its adapter and report once more; one
+                of the same recipe that is not finished is gone on with in any case.
 
         Raises:
             UserError: a file is missing, or the output folder holds something else.
@@ -73,15 +75,20 @@ class Run:
         check_trackers(recipe.log_to)
         self.tokenizer = load_tokenizer(recipe.model.path)
         self.context = context_limit(recipe.model, self.tokenizer, recipe.virtual_tokens)
-        self.results: dict[str, Any] = {}
-        if resume and (self.folder / "recipe.yaml").exists():
-            self.results = _earlier_results(self.folder, recipe)
-        else:
-            _check_folder(self.folder)
+        self.results = earlier_results(self.folder, recipe, again=resume)
 
     def __call__(self) -> dict[str, Any]:
-        """Run all of it; returns the results, as written to ``results.json``."""
+        """Run all of it; returns the results, as written to ``results.json``.
+
+        Raises:
+            UserError: another process is at it, or what the parts of a run refuse.
+            Stopped: it was asked to end while it trained.
+        """
         quiet_libraries()
+        with in_use(self.folder):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         with self._timed("data"):
             task = load_task(self.recipe, self.tokenizer, self.context)
             self._texts = held_out_elsewhere(self.recipe, self.tokenizer, self.context)
@@ -110,9 +117,11 @@ class Run:
         return self.results
 
     def _saved(self, done: set[str]) -> Path | None:
-        """A finished stage of an earlier run, from which this one goes on."""
+        """What an earlier run left of the first stage, from which this one goes on: finished, or a checkpoint of it."""
         first = self.recipe.stages[0].name
-        return self.folder / "stages" / first if first in done else None
+        if first in done:
+            return self.folder / "stages" / first
+        return whole_checkpoint(self.folder, first, self.console)
 
     def _stages(self, task: Task, model: PeftModel, done: set[str]) -> None:
         """Train each stage from the one it starts from, and measure it; what is in the model is ``held``.
@@ -139,13 +148,13 @@ class Run:
 
     def _stage(self, task: Task, model: PeftModel, stage: AnyStage) -> None:
         """Train, save and measure one stage."""
-        for name in ("metrics.jsonl", ALLOCATIONS):
-            _forget(self.folder / name, stage.name)
+        forget_after(self.folder / ALLOCATIONS, stage.name)
         with self._timed(stage.name):
             counts = self._train(task, model, stage)
         self.results["counts"] |= {f"{stage.name}: {name}": count for name, count in counts.items()}
         save_stage(model, self.folder / "stages" / stage.name)
         self._measure(task, model, stage.name)
+        shutil.rmtree(checkpoints_of(self.folder, stage.name), ignore_errors=True)
 
     def _train(self, task: Task, model: PeftModel, stage: AnyStage) -> dict[str, int]:
         catalogue = None
@@ -167,6 +176,8 @@ class Run:
             trainer=task.trainer,
             catalogue=catalogue,
             log_to=self.recipe.log_to,
+            every=self.recipe.checkpoint_seconds,
+            checkpoint=whole_checkpoint(self.folder, stage.name, self.console),
         )
 
     def _finish(self, model: PeftModel) -> None:
@@ -181,8 +192,9 @@ class Run:
                 self.results["counts"]["layers whose adapter was removed"] = removed
             wanted = self.recipe.export
             assert wanted.layout is not None  # the recipe was checked
-            report = export(model, self.folder / "adapter", wanted.rank, wanted.energy, wanted.layout)
-            self.tokenizer.save_pretrained(self.folder / "adapter")
+            with new_folder(self.folder / "adapter") as made:
+                report = export(model, made, wanted.rank, wanted.energy, wanted.layout)
+                self.tokenizer.save_pretrained(made)
         self.results["export"] = {
             "relative_error": report.relative_error,
             "parameters": report.parameters,
@@ -296,29 +308,3 @@ def _ranks(adapter: Path, adapted: list[str], initial: int) -> list[dict[str, An
     none = {"live": 0, "parameters": 0, "bytes": 0, "rank": 0}
     rows = [{"module": name, **none, **written.get(name, {}), "initial_rank": initial} for name in adapted]
     return [row | {"rank": row["live"], "stored_rank": row["rank"]} for row in rows]
-
-
-def _check_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output {folder} is a file: give a folder that is new or empty")
-    if folder.is_dir() and any(folder.iterdir()):
-        what = "holds another run" if (folder / "recipe.yaml").exists() else "is not empty"
-        raise UserError(f"output {folder} {what}: give another folder (output=...), or remove it first")
-
-
-def _earlier_results(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """Results of an unfinished run, whose recipe must be the same."""
-    if load_recipe(folder / "recipe.yaml") != recipe:
-        raise UserError(
-            f"output {folder} holds a run of another recipe: resume with its own recipe.yaml and no changes"
-        )
-    path = folder / "results.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
-
-
-def _forget(metrics: Path, stage: str) -> None:
-    """Drop the lines of a stage that was begun and not finished; its last line may be half a line."""
-    if metrics.exists():
-        entries = (read_entry(line) for line in metrics.read_text(encoding="utf-8").split("\n"))
-        write_jsonl(metrics, [entry for entry in entries if entry is not None and entry.get("stage") != stage])

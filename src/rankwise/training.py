@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
-    Trainer,
     TrainingArguments,
 )
 from transformers.integrations import get_reporting_integration_callbacks
 
+from rankwise.checkpoints import CheckpointedTrainer
 from rankwise.errors import UserError
 from rankwise.likelihood import answer_log_probabilities
 from rankwise.optimisation import add_allocation, hold_out, record_allocation, training_tools
@@ -30,7 +30,9 @@ from rankwise.preferences.negatives import Catalogue
 from rankwise.progress import MetricsFile, ProgressBar, StopOnNan
 from rankwise.ranks import SoraConfig
 from rankwise.ranks.adalora.orthogonality import orthogonality_loss
+from rankwise.resuming import checkpoints_of
 from rankwise.schema import AdapterSettings, SftStage, SoftmaxDpoStage
+from rankwise.stopping import SaveInTime, StopRequest
 from rankwise.tokenise import AnswerCollator
 
 Rows = Sequence[Mapping[str, Any]]
@@ -38,7 +40,7 @@ TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio
 EVALUATED = 2  # rows of a batch of evaluation, for each of a batch of training
 
 
-class AnswerTrainer(Trainer):
+class AnswerTrainer(CheckpointedTrainer):
     """``transformers.Trainer`` whose loss is the mean cross-entropy of answer tokens, in nats.
 
     While it trains AdaLoRA, the loss has its orthogonality term too, once for each optimizer step.
@@ -91,9 +93,11 @@ def train_stage(
     seed: int,
     bfloat16: bool,
     console: Console,
-    trainer: Callable[..., Trainer] | None = None,
+    trainer: Callable[..., CheckpointedTrainer] | None = None,
     catalogue: Catalogue | None = None,
     log_to: Sequence[str] = (),
+    every: float | None = None,
+    checkpoint: Path | None = None,
 ) -> dict[str, int]:
     """Train the active adapter for one stage.
 
@@ -104,27 +108,30 @@ def train_stage(
         rows: encoded rows for ``sft``; rows of prompt, chosen and rejected for ``softmax_dpo``.
         adapter: the recipe's adapter settings.
         context: most tokens of a row.
-        folder: the run's folder, whose ``metrics.jsonl`` grows.
+        folder: the run's folder, whose ``metrics.jsonl`` grows; checkpoints are in ``checkpoints/<stage>``.
         seed: of the order of rows and of dropout.
         bfloat16: whether to compute in bfloat16 (parameters stay float32).
         console: where progress is shown.
         trainer: makes the trainer of an sft stage; :class:`AnswerTrainer` where it is not given.
         catalogue: answers that rejected ones may be drawn from.
         log_to: trackers that get the log too, as :func:`check_trackers` knows them.
+        every: seconds between two checkpoints; only where the training is asked to stop, if None.
+        checkpoint: of this stage, to go on from.
 
     Returns:
         Counts of rows that were cut, dropped or held out, and of directions that were moved.
 
     Raises:
         UserError: the loss became NaN or infinite, or the stage has too few steps or rows for its adapter.
+        Stopped: the process was asked to end; a checkpoint is there.
     """
     rows, held = hold_out(rows, adapter, EVALUATED * stage.batch_size, seed)
     settings = _arguments(stage, folder, seed, bfloat16, total_steps(stage, len(rows)))
-    bar = ProgressBar(stage.name, console)
-    callbacks = [bar, StopOnNan()]
+    bar, stop = ProgressBar(stage.name, console), StopRequest()
+    callbacks = [bar, StopOnNan(), SaveInTime(every, stop)]
     if isinstance(stage, SoftmaxDpoStage):
         arguments = SoftmaxDPOConfig(**settings, **_preference_settings(stage), max_length=context)
-        made: Trainer = SoftmaxDPOTrainer(
+        made: CheckpointedTrainer = SoftmaxDPOTrainer(
             model,
             arguments,
             rows,
@@ -145,17 +152,20 @@ def train_stage(
             callbacks=callbacks,
         )
     made.remove_callback(PrinterCallback)
+    made.checkpoint_folder = checkpoints_of(folder, stage.name)
     tools = training_tools(model, stage, adapter, total_steps(stage, len(made.train_dataset)))
     made.optimizer = tools.optimizer
     trackers = [make() for make in get_reporting_integration_callbacks(list(log_to))]
-    for callback in (*tools.callbacks, MetricsFile(folder / "metrics.jsonl", stage.name), *trackers):
+    metrics = MetricsFile(folder / "metrics.jsonl", stage.name)
+    for callback in (*tools.callbacks, metrics, *trackers):
         made.add_callback(callback)  # the file and trackers are last: they hold what the others add to the log
     allocation = add_allocation(made, adapter)
-    with bar.progress, _threshold(model, stage):
+    with bar.progress, _threshold(model, stage), stop.watched():
         try:
-            made.train()
+            made.train(checkpoint)
         finally:  # accelerate leaves its autocast around the model's forward: what follows would not be float32
             made.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    stop.check(f"stage {stage.name}, step {made.state.global_step} of {made.state.max_steps}")
     counts = dict(getattr(made, "counts", {}))
     return counts if allocation is None else counts | record_allocation(allocation, folder, stage.name, len(held))
 
@@ -219,7 +229,8 @@ def _arguments(
         "logging_steps": float(max(1, round(steps / 50))),
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
-        "save_strategy": "no",
+        "save_strategy": "no",  # by SaveInTime
+        "save_total_limit": 1,
         "seed": seed,
         "bf16": bfloat16,
         "use_cpu": not torch.cuda.is_available(),  # bfloat16 is refused on a CPU that was not asked for

@@ -45,7 +45,7 @@ def run_again(comparison: Comparison, name: str, console: Console) -> dict[str, 
         recipe = load_recipe(cell.with_suffix(".yaml"))
         write_text(file, dump_recipe(recipe.model_copy(update={"output": str(file.with_suffix(""))})))
         threads = before.get("threads") or threads_of(comparison.processes)
-        in_a_process(file, False, threads, file.with_suffix(".claim"), Path.cwd())
+        in_a_process(file, False, threads, Path.cwd())
         after = json.loads(_result(file).read_text(encoding="utf-8"))
     then, now = ((final_row(one) or {"metrics": {}})["metrics"] for one in (before, after))
     console.print(_table(cell.stem, then, now))

@@ -14,10 +14,12 @@ from rich.console import Console
 from rankwise.analysis.columns import Number
 from rankwise.analysis.drawing import points
 from rankwise.analysis.ranks import split_module
-from rankwise.comparing.cells import VERSION
-from rankwise.errors import UserError
-from rankwise.files import write_json
+from rankwise.comparing.cells import VERSION, digest_of
+from rankwise.comparing.running import BUSY
+from rankwise.errors import Stopped, UserError
+from rankwise.files import InUse, write_json
 from rankwise.memory import peak_memory
+from rankwise.resuming import CHECKPOINTS
 
 
 def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
@@ -26,6 +28,8 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
     A user's mistake (a method that the model cannot carry, a loss that is no number) is a result too: it would occur
     again.
 
+    A run that was broken off goes on from its last checkpoint.
+
     Args:
         recipe_file: ``<cell>.yaml``; the run goes to the folder ``<cell>``, and ``<cell>.json`` is written last.
         keep_adapter: whether the stages and the finished adapter stay.
@@ -33,7 +37,12 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
     Returns:
         What was written: ``rows`` and ``columns`` of the results, ``parameters`` that were trained, ``step_seconds``,
         ``seconds``, ``peak_memory`` in bytes (before the updates are looked at), the last stage's training loss as
-        its ``curve``, ``ranks`` by layer, ``threads``, ``failed`` with the mistake or None, and ``version``.
+        its ``curve``, ``ranks`` by layer, ``threads``, ``failed`` with the mistake or None, and ``version``; the
+        file has a ``digest`` of it too.
+
+    Raises:
+        InUse: another process is at the cell.
+        Stopped: the process was asked to end.
     """
     import torch
 
@@ -42,33 +51,35 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
 
     recipe = load_recipe(recipe_file)
     folder = Path(recipe.output)
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was broken off
     started = time.perf_counter()
     found: dict[str, Any] = {"version": VERSION, "failed": None}
     try:
-        results = Run(recipe, Console(width=120))()
+        results = Run(recipe, Console(width=120), resume=True)()
         found |= {name: results[name] for name in ("rows", "columns", "counts", "parameters", "peak_memory")}
         found |= {"export": results["export"]} | {
             name: results.get(name) for name in ("updates", "drift", "not_looked_at")
         }
         found["step_seconds"] = step_seconds(folder / "metrics.jsonl")
         found |= {"curve": loss_curve(folder / "metrics.jsonl"), "ranks": layer_ranks(folder / "ranks.json")}
+    except InUse:
+        raise
     except (UserError, torch.OutOfMemoryError) as mistake:
         found["failed"] = str(mistake)
     found["threads"] = torch.get_num_threads()
     found |= {"seconds": round(time.perf_counter() - started, 2)}
     found.setdefault("peak_memory", peak_memory())
+    kept = json.loads(json.dumps(found))  # as it will be read
+    write_json(folder.with_name(folder.name + ".json"), kept | {"digest": digest_of(kept)})
     if not keep_adapter:
-        for name in ("stages", "adapter"):
+        for name in ("stages", "adapter", CHECKPOINTS):
             shutil.rmtree(folder / name, ignore_errors=True)
-    write_json(folder.with_name(folder.name + ".json"), found)
     return found
 
 
 def step_seconds(metrics: Path) -> float | None:
     """Mean time of an optimizer step of the last stage, as the trainer measured it; None where it was not."""
-    ends = [line for line in _lines(metrics) if line.get("train_runtime") and line.get("step")]
-    return ends[-1]["train_runtime"] / ends[-1]["step"] if ends else None
+    ends = [line for line in _lines(metrics) if line.get("train_runtime") and line.get("steps_timed")]
+    return ends[-1]["train_runtime"] / ends[-1]["steps_timed"] if ends else None
 
 
 def loss_curve(metrics: Path) -> list[list[Number]]:
@@ -91,4 +102,8 @@ def _lines(metrics: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    run_cell(Path(sys.argv[1]), sys.argv[2:] == ["--keep"])
+    try:
+        run_cell(Path(sys.argv[1]), sys.argv[2:] == ["--keep"])
+    except (InUse, Stopped) as reason:
+        print(reason)
+        sys.exit(BUSY if isinstance(reason, InUse) else 1)

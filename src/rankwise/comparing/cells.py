@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -92,7 +93,15 @@ class Cell:
                 f"{path} is of version {version}, and this is {VERSION}: give a new output, or remove it to run again"
             )
         result: dict[str, Any] = found
+        if result.get("digest", digest_of(result)) != digest_of(result):  # runs from before it was kept have none
+            raise UserError(f"{path} is not as it was written: remove it to run the cell again")
         return result
+
+
+def digest_of(result: Mapping[str, Any]) -> str:
+    """A hash of what a finished run keeps, but for the digest itself."""
+    text = json.dumps({name: value for name, value in result.items() if name != "digest"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def settings(comparison: Comparison, entry: MethodEntry) -> list[Setting]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +15,11 @@ from pathlib import Path
 
 from rankwise.comparing.cells import Cell
 from rankwise.errors import UserError
-from rankwise.files import write_text
+from rankwise.files import is_in_use, write_text
 from rankwise.recipes import dump_recipe
+from rankwise.stopping import stopped_by_sigterm
 
-BEAT = 20.0  # seconds after which a claim is renewed
-STALE = 300.0  # and those after which one that was not is taken over
+BUSY = 75  # the status of a cell's process that finds another one at it
 Told = Callable[[Cell], None]
 
 
@@ -35,6 +35,7 @@ def run_cells(cells: Sequence[Cell], processes: int, keep: bool, told: Told, clu
 
     Raises:
         UserError: a cell's process ended without a result (its log is named).
+        Stopped: SIGTERM came; what was training has saved a checkpoint.
     """
     waiting = []
     for cell in cells:
@@ -51,13 +52,15 @@ def run_cells(cells: Sequence[Cell], processes: int, keep: bool, told: Told, clu
         for _, cell in zip(over_cluster(_finish, jobs, models=True), waiting, strict=True):
             told(cell)
         return
-    with ThreadPoolExecutor(processes) as pool:
-        futures = [pool.submit(partial(_finish, threads=threads), job) for job in jobs]
+    children = Children()
+    with ThreadPoolExecutor(processes) as pool, stopped_by_sigterm():
+        futures = [pool.submit(partial(_finish, threads=threads, children=children), job) for job in jobs]
         try:
             for future, cell in zip(futures, waiting, strict=True):
                 future.result()
                 told(cell)
         except BaseException:
+            children.end()
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -82,88 +85,70 @@ def _written(cell: Cell) -> Path:
     return path
 
 
-def _finish(job: tuple[str, bool, str], threads: int | None = None) -> None:
+def _finish(job: tuple[str, bool, str], threads: int | None = None, children: Children | None = None) -> None:
     """Run a cell in a process of its own, unless it is finished; waits where another command is at it.
 
     Args:
         job: the cell's recipe, whether its adapters are kept, and the folder from which the recipe's paths are taken.
         threads: of the process; as they are where None.
+        children: knows the process, and ends it.
     """
     recipe, keep, folder = Path(job[0]), job[1], Path(job[2])
-    result = recipe.with_suffix("").with_name(recipe.name.removesuffix(".yaml") + ".json")
+    run = recipe.with_name(recipe.name.removesuffix(".yaml"))
+    result = run.with_name(run.name + ".json")
     while not result.is_file():
-        with _claimed(recipe.with_name(recipe.name + ".claim")) as claim:
-            if claim is None:
-                time.sleep(1.0)
-            elif not result.is_file():
-                in_a_process(recipe, keep, threads, claim, folder)
-                if not result.is_file():
-                    log = _log(recipe)
-                    last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] or ["it says nothing"]
-                    raise UserError(f"the run of {recipe} ended without a result: {last[0][:300]} (all of it: {log})")
+        if is_in_use(run):
+            time.sleep(1.0)
+            continue
+        status = in_a_process(recipe, keep, threads, folder, children)
+        if not result.is_file() and status != BUSY:
+            log = _log(recipe)
+            last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] or ["it says nothing"]
+            raise UserError(f"the run of {recipe} ended without a result: {last[0][:300]} (all of it: {log})")
 
 
-def in_a_process(recipe: Path, keep: bool, threads: int | None, claim: Path, folder: Path) -> None:
-    """Run it, and let the claim name the process that does: it outlives this one, where this one is killed."""
+def in_a_process(
+    recipe: Path, keep: bool, threads: int | None, folder: Path, children: Children | None = None
+) -> int | None:
+    """Run it; returns the process's status. The run's folder is in use meanwhile, also where this process is killed."""
     words = [sys.executable, "-m", "rankwise.comparing.cell_run", str(recipe), *(["--keep"] if keep else [])]
     environment = dict(os.environ) | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     with _log(recipe).open("w", encoding="utf-8") as log:
         process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=folder)
-        claim.write_text(_owner(process.pid), encoding="utf-8")
-        try:
-            while True:
-                try:
-                    process.wait(timeout=BEAT)
-                    return
-                except subprocess.TimeoutExpired:
-                    claim.touch()
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+        with (children or Children()).known(process):
+            return process.wait()
 
 
 def _log(recipe: Path) -> Path:
     return recipe.with_name(recipe.name.removesuffix(".yaml") + ".log")
 
 
-@contextmanager
-def _claimed(path: Path) -> Iterator[Path | None]:
-    """A file that says who runs a cell; None where another one that is alive does."""
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(_owner(os.getpid()))
-    except FileExistsError:
-        if _is_alive(path):
-            yield None
-            return
-        path.unlink(missing_ok=True)
-        yield None  # the next try takes it, or another command does
-        return
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
+class Children:
+    """Processes that end where this one does: each saves a checkpoint if it trains, and goes on from it next time."""
 
+    def __init__(self) -> None:
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._lock, self._ended = threading.Lock(), False
 
-def _owner(process: int) -> str:
-    return f"{socket.gethostname()} {process}"
+    @contextmanager
+    def known(self, process: subprocess.Popen[bytes]) -> Iterator[None]:
+        """End the process when :meth:`end` is called, or the block is left, before it has ended by itself."""
+        with self._lock:
+            self._processes.add(process)
+            if self._ended:
+                process.terminate()
+        try:
+            yield
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+            with self._lock:
+                self._processes.discard(process)
 
-
-def _is_alive(path: Path) -> bool:
-    """Whether a claim was renewed lately, and its process, where it is of this machine, runs."""
-    try:
-        host, _, number = path.read_text(encoding="utf-8").rpartition(" ")
-        if time.time() - path.stat().st_mtime > STALE:
-            return False
-    except FileNotFoundError:
-        return False
-    if host != socket.gethostname() or not number.isdigit():
-        return True
-    try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    def end(self) -> None:
+        """Ask all to end, and those that begin later."""
+        with self._lock:
+            self._ended = True
+            for process in self._processes:
+                process.terminate()

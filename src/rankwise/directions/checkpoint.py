@@ -183,6 +183,7 @@ def write_side(folder: Path, config: LoraConfig, base: Mapping[str, str]) -> Non
     settings = {
         name: sorted(value) if isinstance(value, set) else value for name, value in sorted(config.to_dict().items())
     }
+    settings["init_lora_weights"] = True  # False only in an adapter that was loaded, and computes no start
     write_json(folder / SIDE_FILE, {"format": FORMAT, "config": settings, "base": dict(base)})
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from rankwise.directions.milora import MiloraConfig
 from rankwise.errors import UserError
+from rankwise.files import check_folder
 
 DOWNLOAD = ("subfolder", "revision", "token", "cache_dir")
 
@@ -35,9 +36,11 @@ def load_checkpoint(
         The model with the adapter; ``model`` itself where that is a ``PeftModel``.
 
     Raises:
-        UserError: no checkpoint of MiLoRA, a base weight that is not the one it was begun on, tensors that do not
-            fit, a name that is taken, or a model with adapters of another kind.
+        UserError: no checkpoint of MiLoRA, a damaged one, a base weight that is not the one it was begun on, tensors
+            that do not fit, a name that is taken, or a model with adapters of another kind.
     """
+    if Path(folder).is_dir():
+        check_folder(Path(folder, options.get("subfolder") or ""))
     config = MiloraConfig.from_pretrained(folder, **{name: options[name] for name in DOWNLOAD if name in options})
     if not isinstance(model, PeftModel):
         return PeftModel.from_pretrained(model, folder, adapter, config=config, is_trainable=is_trainable, **options)

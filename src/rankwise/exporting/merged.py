@@ -136,6 +136,7 @@ def _merge(layer: BaseTunerLayer, adapter: str, file: Path) -> Loss:
 
 
 def _on_disk(weight: Tensor, file: Path) -> Tensor:
-    """A copy that lies in a file and is paged in and out of memory by the system."""
-    kept = torch.from_file(str(file), shared=True, size=weight.numel(), dtype=weight.dtype).reshape(weight.shape)
-    return kept.copy_(weight)
+    """A copy that lies in a file and is paged in by the system; written first, as a full disk ends what pages out."""
+    with file.open("wb") as opened:
+        opened.write(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return torch.from_file(str(file), size=weight.numel(), dtype=weight.dtype).reshape(weight.shape)

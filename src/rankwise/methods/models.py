@@ -17,7 +17,7 @@ from rankwise.directions.basehash import check_base
 from rankwise.directions.checkpoint import SIDE_FILE, read_side
 from rankwise.directions.saving import live_hashes
 from rankwise.errors import UserError
-from rankwise.files import new_folder
+from rankwise.files import check_folder, new_folder
 from rankwise.methods.bottleneck import BottleneckConfig
 from rankwise.methods.in_place import load_whole, save_whole, train_all, train_biases, trains_all
 from rankwise.methods.virtual_tokens import with_virtual_tokens
@@ -76,7 +76,9 @@ def stage_config(recipe: Recipe, task_type: str, stage: Path | None = None) -> P
     if stage is not None and (stage / SIDE_FILE).is_file():
         return MiloraConfig.from_pretrained(stage)
     if stage is not None and isinstance(recipe.adapter, AdaloraSettings):
-        return AdaLoraConfig.from_pretrained(stage)  # its rank_pattern says what the stage's weights fit
+        config = AdaLoraConfig.from_pretrained(stage)  # its rank_pattern says what the stage's weights fit
+        config.inference_mode = False
+        return config
     return adapter_config(recipe.adapter, task_type, recipe.seed)
 
 
@@ -162,8 +164,9 @@ def load_stage(model: PeftModel, folder: Path) -> None:
     """Put the weights of a saved stage into the model's adapter, or into the model where the stage holds a whole one.
 
     Raises:
-        UserError: the adapter was begun on another base, or its tensors do not fit.
+        UserError: the folder is damaged, the adapter was begun on another base, or its tensors do not fit.
     """
+    check_folder(folder)
     if (folder / WHOLE_MODEL).is_file():
         load_whole(model, folder)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,15 @@ class RunningMeans:
         for name, value in values.items():
             total = value.double().sum() if value.device.type != "mps" else value.sum()
             self._sums[name] = self._sums[name] + total if name in self._sums else total
+
+    def state(self) -> dict[str, Any]:
+        """What was added since the last :meth:`take`."""
+        return {"sums": dict(self._sums), "rows": self._rows}
+
+    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from what :meth:`state` returned."""
+        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self._rows = state["rows"]
 
     def take(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The means since the last call, or nothing where no row was added.

@@ -179,11 +179,11 @@ def check_resumed(
         dtype: in which they are computed, which says what rounding may do.
 
     Raises:
-        UserError: one differs by more.
+        UserError: one differs by more, or the checkpoint tells of no reference.
     """
     path = checkpoint / CHECK_FILE
     if not path.is_file():
-        return
+        raise UserError(f"{checkpoint} was trained without a reference, or by another trainer: begin anew")
     kept = json.loads(path.read_text(encoding="utf-8"))
     triples = zip(rows, values, kept, strict=False)
     if len(kept) != len(rows) or not all(_alike(row, one, other, dtype) for row, one, other in triples):

@@ -14,9 +14,9 @@ from accelerate.utils import DistributedType
 from jaxtyping import Bool, Float
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
+from rankwise.checkpoints import CheckpointedTrainer
 from rankwise.errors import UserError
 from rankwise.likelihood import unwrapped
 from rankwise.preferences.batches import BatchMaker, SequenceBatch, answer_totals, by_answer
@@ -37,6 +37,7 @@ from rankwise.preferences.reference_values import (
 )
 from rankwise.preferences.rows import PreferenceRow
 from rankwise.ranks.adalora.orthogonality import orthogonality_loss
+from rankwise.state_file import read_state, write_state
 from rankwise.tokenise import padding_token
 from rankwise.trees import TreeBatch, why_no_trees
 
@@ -46,10 +47,11 @@ REPLICATED = (
     DistributedType.MULTI_XPU,
     DistributedType.MULTI_NPU,
 )
+MEANS_FILE = "means-{}.safetensors"  # in a checkpoint, of each process
 
 
-class SoftmaxDPOTrainer(Trainer):
-    """``transformers.Trainer`` with the softmax-DPO loss.
+class SoftmaxDPOTrainer(CheckpointedTrainer):
+    """``transformers.Trainer`` with the softmax-DPO loss, and with safe checkpoints (:class:`CheckpointedTrainer`).
 
     Rows are mappings with ``prompt``, ``chosen`` and ``rejected``: texts, the last a list of them of any length (rows
     may differ), or chat messages, as :func:`rankwise.preferences.rows.encode_preferences` says. Prompt and answers are
@@ -140,7 +142,7 @@ class SoftmaxDPOTrainer(Trainer):
             warnings.warn(f"each answer is computed with its own copy of the prompt: {reason}", stacklevel=3)
         return BatchMaker(padding, self.args.prefix_tree and reason is None, self.args.tokens_per_row)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Compute the reference's log-probabilities where they are missing, then train.
 
         A training that goes on from a checkpoint needs the model as it was when it began, for the reference.
@@ -151,18 +153,14 @@ class SoftmaxDPOTrainer(Trainer):
         """
         if not any(value.requires_grad for value in self.model.parameters()):
             raise UserError("no weight of the model is trained: load its adapter with is_trainable=True, or give one")
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(self.args.output_dir)
-            if checkpoint is None:
-                raise UserError(f"there is no checkpoint in {self.args.output_dir} to resume from: give its path")
-        self._begin(Path(checkpoint) if checkpoint else None)
+        checkpoint = self._checkpoint_of(resume_from_checkpoint)
+        self._begin(checkpoint)
         self.compute_reference()
         self._ahead.clear()
         if self._negatives is not None:
             process = self.args.process_index
-            self._mined_before = self._negatives.take_mined(Path(checkpoint), process) if checkpoint else 0
-        return super().train(checkpoint or None, *args, **kwargs)
+            self._mined_before = self._negatives.take_mined(checkpoint, process) if checkpoint else 0
+        return super().train(checkpoint, *args, **kwargs)
 
     def _begin(self, checkpoint: Path | None) -> None:
         """See that the reference is the one of the checkpoint; keep it where it is needed while training goes on."""
@@ -176,15 +174,19 @@ class SoftmaxDPOTrainer(Trainer):
         if not self._known_before:
             self.reference.keep()
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Trainer's hook: keep what tells the reference, and what is mined for later, in the checkpoint too."""
-        super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save and self._first is not None:
+    def save_beside(self, folder: Path, process: int) -> None:
+        """Keep what tells the reference, what is mined for later, and what is to be logged, in a checkpoint too."""
+        if process == 0 and self._first is not None:
             write_check(folder, self._first)
         if self._ahead and self._negatives is not None:
             batches = [batch["rows"] for batch in self._ahead]
-            self._negatives.keep_mined(folder, self.args.process_index, batches)
+            self._negatives.keep_mined(folder, process, batches)
+        write_state(folder / MEANS_FILE.format(process), self._means.state())
+
+    def load_beside(self, folder: Path, process: int) -> None:
+        """Take what is to be logged from there; the rest was read before the reference was computed."""
+        if (folder / MEANS_FILE.format(process)).is_file():
+            self._means.restore(read_state(folder / MEANS_FILE.format(process)), self.args.device)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

@@ -13,7 +13,7 @@ from pathlib import Path
 import polars as pl
 
 from rankwise.errors import UserError
-from rankwise.files import new_folder, write_json, write_jsonl
+from rankwise.files import check_folder, new_folder, write_json, write_jsonl
 from rankwise.recommend.prompts import Template
 from rankwise.recommend.rows import BROKEN, Prepared
 
@@ -176,6 +176,7 @@ def read_store(folder: Path) -> Store:
     Raises:
         UserError: the folder is not there, or one of its files is missing or damaged.
     """
+    check_folder(folder)
     try:
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         titles, histories = (pl.read_parquet(folder / name) for name in (TITLES, HISTORIES))

@@ -114,9 +114,15 @@ class Recipe(Section):
     stages: list[AnyStage] = Field(min_length=1)
     evaluation: EvaluationSettings = EvaluationSettings()
     export: ExportSettings = ExportSettings()
-    output: str = Field(description="Folder of the run; must be new or empty.")
+    output: str = Field(description="Folder of the run; new or empty, or of the same run, unfinished.")
     seed: int = Field(0, ge=0, description="Of the data's draws, the adapter and the training.")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="Arithmetic of the training.")
+    checkpoint_seconds: float | None = Field(
+        600.0,
+        ge=0,
+        description="Between two checkpoints of a training, from which the same command goes on after a crash; null: "
+        "only one where it is stopped by SIGTERM or Ctrl-C.",
+    )
     log_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
         [], description="Also log training there, with what is installed of tensorboard, trackio and wandb."
     )

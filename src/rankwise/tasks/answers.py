@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
+from rankwise.checkpoints import CheckpointedTrainer
 from rankwise.errors import UserError
 from rankwise.models import load_language_model
 from rankwise.preferences.negatives import Catalogue
@@ -26,7 +27,7 @@ class AnswerTask:
     task_type = "CAUSAL_LM"
     labels: list[str] = []  # noqa: RUF012 - none, and never changed
     columns: tuple[str, ...] = ("loss", "perplexity")
-    trainer: Callable[..., Trainer] | None = None
+    trainer: Callable[..., CheckpointedTrainer] | None = None
     store: Store | None = None
 
     def __init__(self, kind: str, train: Rows, held_out: Rows, model: ModelSettings, counts: dict[str, int]) -> None:

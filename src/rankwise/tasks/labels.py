@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
+from rankwise.checkpoints import CheckpointedTrainer
 from rankwise.errors import UserError
 from rankwise.likelihood import evaluating
 from rankwise.models import load_classifier
@@ -26,7 +27,7 @@ from rankwise.tokenise import padding_token
 Rows = Sequence[Mapping[str, Any]]
 
 
-class LabelTrainer(Trainer):
+class LabelTrainer(CheckpointedTrainer):
     """``transformers.Trainer`` for a model whose loss is the mean over a batch's rows."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -89,7 +90,7 @@ class LabelTask:
             **{f"{name} rows cut to the context": number for name, (_, number) in encoded.items()},
         }
         self.counts = {**counts, **{name: count for name, count in cut.items() if count}}
-        self.trainer: Callable[..., Trainer] | None = partial(LabelTrainer, data_collator=self._collator())
+        self.trainer: Callable[..., CheckpointedTrainer] | None = partial(LabelTrainer, data_collator=self._collator())
 
     def load_model(self) -> PreTrainedModel:
         """The model with a new head."""

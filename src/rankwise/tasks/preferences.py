@@ -8,8 +8,9 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rankwise.checkpoints import CheckpointedTrainer
 from rankwise.counting import count
 from rankwise.errors import UserError
 from rankwise.likelihood import evaluating
@@ -90,7 +91,7 @@ class PreferenceTask:
     task_type = "CAUSAL_LM"
     labels: list[str] = []  # noqa: RUF012 - none, and never changed
     columns: tuple[str, ...] = ("reward accuracy", "accuracy", "accuracy per token", "loss")
-    trainer: Callable[..., Trainer] | None = None
+    trainer: Callable[..., CheckpointedTrainer] | None = None
     store: Store | None = None
 
     def __init__(

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rankwise.checkpoints import CheckpointedTrainer
 from rankwise.errors import UserError
 from rankwise.generation import generate_answers
 from rankwise.likelihood import evaluating
@@ -47,7 +48,7 @@ class RecommendationTask:
     kind = "recommend"
     task_type = "CAUSAL_LM"
     labels: list[str] = []  # noqa: RUF012 - none, and never changed
-    trainer: Callable[..., Trainer] | None = None
+    trainer: Callable[..., CheckpointedTrainer] | None = None
 
     def __init__(
         self,

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
+from rankwise.checkpoints import CheckpointedTrainer
 from rankwise.counting import count
 from rankwise.errors import UserError
 from rankwise.likelihood import evaluating
@@ -97,7 +98,9 @@ class SequenceTask:
         self.columns = (*self._measures, "loss", "perplexity")
         self.cases = len(self._held_out)
         self._collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
-        self.trainer: Callable[..., Trainer] | None = partial(LabelTrainer, data_collator=self._without_texts)
+        self.trainer: Callable[..., CheckpointedTrainer] | None = partial(
+            LabelTrainer, data_collator=self._without_texts
+        )
 
     def load_model(self) -> PreTrainedModel:
         """An encoder-decoder model."""

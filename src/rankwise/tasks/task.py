@@ -7,8 +7,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import polars as pl
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
+from rankwise.checkpoints import CheckpointedTrainer
 from rankwise.preferences.negatives import Catalogue
 from rankwise.recommend.store import Store
 
@@ -43,7 +44,7 @@ class Task(Protocol):
     counts: dict[str, int]
     task_type: str
     labels: list[str]
-    trainer: Callable[..., Trainer] | None
+    trainer: Callable[..., CheckpointedTrainer] | None
     store: Store | None
 
     def load_model(self) -> PreTrainedModel:

@@ -71,10 +71,19 @@ class AdaloraCallback(TrainerCallback):
             self.allocation.step(state.global_step + 1)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Put the allocator's state beside the checkpoint."""
+        """Put the allocator's state beside the checkpoint, where the trainer has not asked for it."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.allocation is not None and state.is_world_process_zero and folder.is_dir():
+        if folder.is_dir() and not (folder / ALLOCATOR).is_file():
+            self.save_beside(folder, 0 if state.is_world_process_zero else 1)
+
+    def save_beside(self, folder: Path, process: int) -> None:
+        """Put the allocator's state into the folder of a checkpoint."""
+        if self.allocation is not None and process == 0:
             self.allocation.save(folder / ALLOCATOR)
+
+    def load_beside(self, folder: Path, process: int) -> None:
+        """Go on from this folder: read when the training begins."""
+        self.checkpoint = folder
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """State the ranks."""

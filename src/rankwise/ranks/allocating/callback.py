@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.errors import UserError
+from rankwise.files import write_json
 from rankwise.peft_bridge import active_adapter, adapted_layers
 from rankwise.ranks.allocating.allocation import (
     allocation_steps,
@@ -25,6 +28,7 @@ from rankwise.ranks.allocating.allocation import (
 from rankwise.ranks.resizing import check_one_process, resize_adapter
 
 logger = logging.getLogger(__name__)
+EVENTS = "allocation_events.json"  # in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,8 @@ class AllocationCallback(TrainerCallback):
         adapter = check_adapter(model)
         check_count(self._count(model, adapter), _total(model, adapter))
         self.steps = allocation_steps(state.max_steps, self.events, self.first, self.last)
-        self.history = []
+        if not state.global_step:
+            self.history = []
         # All at once: a dataloader that is left half read makes accelerate believe that it is the one of the training.
         self.batches = list(self.trainer.get_eval_dataloader())
 
@@ -128,6 +133,14 @@ class AllocationCallback(TrainerCallback):
         """Trainer's hook: move directions where it is time to; gradients are gone by then."""
         if state.global_step in self.steps:
             self._move(model, optimizer, state.global_step)
+
+    def save_beside(self, folder: Path, process: int) -> None:
+        """Put the events so far into the folder of a checkpoint."""
+        write_json(folder / EVENTS, [asdict(event) for event in self.history])
+
+    def load_beside(self, folder: Path, process: int) -> None:
+        """Take them from there."""
+        self.history = [AllocationEvent(**event) for event in json.loads((folder / EVENTS).read_text("utf-8"))]
 
     def _move(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
         started = time.perf_counter()

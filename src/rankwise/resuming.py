@@ -1,0 +1,106 @@
+"""What a run's folder holds of an earlier run, and where that goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers.trainer_utils import get_last_checkpoint
+
+from rankwise.analysis.runfolder import read_entry
+from rankwise.errors import UserError
+from rankwise.files import UNFINISHED, check_folder, write_jsonl
+from rankwise.recipes import load_recipe
+from rankwise.schema import Recipe
+
+CHECKPOINTS = "checkpoints"
+REPORT = "report.html"  # written last: a run that has one is finished
+ELSEWHERE = {"output", "log_to", "checkpoint_seconds"}  # what may change while a run is unfinished
+
+
+def earlier_results(folder: Path, recipe: Recipe, again: bool = False) -> dict[str, Any]:
+    """Results of an unfinished run of the same recipe, nothing where there was none.
+
+    Args:
+        folder: of the run.
+        recipe: what is to be run.
+        again: whether a finished run is gone on with too.
+
+    Raises:
+        UserError: the folder is a file, holds something else, a run of another recipe, or a finished run.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output {folder} is a file: give a folder that is new or empty")
+    if not folder.is_dir() or all(path.match(f".*.{UNFINISHED}") for path in folder.iterdir()):
+        return {}
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"output {folder} is not empty: give another folder (output=...), or remove it first")
+    if not _is_run_of(folder / "recipe.yaml", recipe):
+        raise UserError(
+            f"output {folder} holds another run: give another folder (output=...), or remove it first; an unfinished "
+            "run goes on with its own recipe.yaml and no changes"
+        )
+    if (folder / REPORT).is_file() and not again:
+        raise UserError(
+            f"output {folder} holds this run, finished: give another folder (output=...), or remove it first; --resume "
+            "writes its adapter and report once more"
+        )
+    return _results(folder / "results.json")
+
+
+def _results(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not isinstance(found.get("rows", []), list):
+            raise ValueError("it holds no results")
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): remove {path.parent} and begin anew") from error
+    return found
+
+
+def _is_run_of(file: Path, recipe: Recipe) -> bool:
+    """Whether the recipe in a file is the same, but for what changes no result."""
+    try:
+        found = load_recipe(file)
+    except UserError:  # of another version, say
+        return False
+    return found.model_dump(exclude=ELSEWHERE) == recipe.model_dump(exclude=ELSEWHERE)
+
+
+def checkpoints_of(folder: Path, stage: str) -> Path:
+    """Where the checkpoints of a stage of a run lie."""
+    return folder / CHECKPOINTS / stage
+
+
+def whole_checkpoint(folder: Path, stage: str, console: Console) -> Path | None:
+    """The last checkpoint of a stage that was not finished, None where there is none; damaged ones are removed."""
+    home = checkpoints_of(folder, stage)
+    while home.is_dir() and (last := get_last_checkpoint(home)) is not None:
+        try:
+            check_folder(Path(last), whole=True)
+            return Path(last)
+        except UserError as error:
+            console.print(f"  {error}; this checkpoint is removed", highlight=False)
+            shutil.rmtree(last)
+    return None
+
+
+def forget_after(lines: Path, stage: str, step: int = 0) -> list[int]:
+    """Drop what a stage logged after a step, all if it is 0, and at its end; the file's last line may be half a line.
+
+    Returns:
+        The steps of the stage's lines that are left.
+    """
+    if not lines.exists():
+        return []
+    entries = (read_entry(line) for line in lines.read_text(encoding="utf-8").split("\n"))
+    kept = [entry for entry in entries if entry is not None]
+    own = [entry for entry in kept if entry.get("stage") == stage]
+    before = [entry for entry in own if 0 < entry.get("step", 0) <= step and "train_runtime" not in entry]
+    write_jsonl(lines, [entry for entry in kept if entry not in own or entry in before])
+    return [entry["step"] for entry in before]

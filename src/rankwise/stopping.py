@@ -1,0 +1,127 @@
+"""Asking a training to end: it saves a checkpoint first, so that the same command goes on from there."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rankwise.errors import Stopped
+
+GRACE = 25.0  # seconds from the request after which the training ends without another checkpoint
+SIGNALS = ("SIGTERM", "SIGINT")
+
+
+class StopRequest:
+    """Whether the process was asked to end, by SIGTERM or by Ctrl-C, while something was watched.
+
+    The first signal is a request. After a second one, or after ``GRACE`` seconds, the training ends at once.
+
+    Attributes:
+        name: of the signal; None where none came.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Take signals as requests while the block runs; elsewhere than in the main thread they stay as they are."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in SIGNALS}
+        for number in before:
+            if before[number] is not signal.SIG_IGN:
+                signal.signal(number, self._ask)
+        alarm = signal.signal(signal.SIGALRM, self._end) if hasattr(signal, "SIGALRM") else None
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            if hasattr(signal, "SIGALRM"):
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, alarm)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.name is not None:
+            self._end(number, frame)
+        self.name = signal.Signals(number).name
+        if hasattr(signal, "SIGALRM"):
+            signal.setitimer(signal.ITIMER_REAL, GRACE)
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        raise Stopped(f"stopped by {self.name} within a step: the same command goes on from the last checkpoint")
+
+    def check(self, where: str) -> None:
+        """End here, where a request came.
+
+        Raises:
+            Stopped: it came.
+        """
+        if self.name is not None:
+            raise Stopped(f"stopped by {self.name} at {where}, which is saved: the same command goes on from there")
+
+
+@contextlib.contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises ``Stopped`` while the block runs; elsewhere than in the main thread it stays as it is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped("stopped by SIGTERM: the same command goes on with what is not finished")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class SaveInTime(TrainerCallback):
+    """Has the trainer write a checkpoint every few seconds, and one where it is asked to stop; then the training ends.
+
+    Args:
+        every: seconds between two; 0 for each step, None for no others than the last.
+        stop: the request.
+    """
+
+    def __init__(self, every: float | None, stop: StopRequest) -> None:
+        self.every, self.stop = every, stop
+        self.last = time.monotonic()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Trainer's hook."""
+        self.last = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Trainer's hook; all processes do the same."""
+        due = self.every is not None and time.monotonic() - self.last >= self.every
+        due, stop = agreed(args, due, self.stop.name is not None)
+        if stop and self.stop.name is None:
+            self.stop.name = "a signal to another process"
+        control.should_save |= stop or (due and state.global_step < state.max_steps)
+        control.should_training_stop |= stop
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Trainer's hook: the time that saving takes is not counted."""
+        self.last = time.monotonic()
+
+
+def agreed(args: TrainingArguments, *wanted: bool) -> tuple[bool, ...]:
+    """What any of the processes wants."""
+    if args.world_size == 1:
+        return wanted
+    flags = torch.tensor(wanted, dtype=torch.int32, device=args.device)
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    return tuple(flag > 0 for flag in flags.tolist())
