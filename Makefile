@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # pip draws its progress bars in a terminal; in a log it stays silent.
 INSTALL = $(PIP) install $$([ -t 1 ] || echo --quiet)
 
-.PHONY: help install demo test lint format types bench lock clean FORCE
+.PHONY: help install demo test soak lint format types bench lock clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -31,6 +31,9 @@ demo: install ## run the whole main job on embedded data
 
 test: install ## run every test (WORKERS=2 processes; ARGS="-k name" for some)
 	@$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+soak: install ## kill commands at random moments, 150 times, and start them again (ARGS="--kills 500 --seed 1")
+	@$(BIN)/python tests/faults.py --kills 150 $(ARGS)
 
 lint: install ## check style and formatting
 	@$(BIN)/ruff check .

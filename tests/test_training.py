@@ -14,14 +14,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerControl, TrainerState, TrainingArguments
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 import small_runs
 from rankwise import training
 from rankwise.errors import UserError
 from rankwise.optimisation import training_tools
 from rankwise.preferences.datasets import BEYOND
-from rankwise.progress import ProgressBar, StopOnNan
+from rankwise.progress import ProgressBar
 from rankwise.ranks import SoraConfig, gates
 from rankwise.run import Run
 from rankwise.schema import LoraSettings, SftStage, SoftmaxDpoStage, SoraSettings
@@ -170,38 +170,6 @@ def test_long_stages_are_logged_fifty_times(
     stage = SftStage(kind="sft", name="sft", epochs=26.0, batch_size=1)
     train(adapted, tiny_tokenizer, tmp_path, stage, rows)
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == [1, *range(2, 105, 2)]
-
-
-@pytest.mark.parametrize(("steps", "bad"), [(4, 1), (105, 105)])
-def test_a_loss_that_is_no_number_stops_the_stage(
-    adapted: PeftModel,
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    rows: list[dict[str, list[int]]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    steps: int,
-    bad: int,
-) -> None:
-    """In the first step, and in a last one that has no log line of its own (of 105 steps every second is logged)."""
-    calls, exact = [], AnswerTrainer.compute_loss
-
-    def poisoned(self: AnswerTrainer, *args: Any, **kwargs: Any) -> Tensor:
-        calls.append(1)
-        return exact(self, *args, **kwargs) * (math.nan if len(calls) >= bad else 1.0)
-
-    monkeypatch.setattr(AnswerTrainer, "compute_loss", poisoned)
-    stage = SftStage(kind="sft", name="sft", epochs=steps / 4, batch_size=1)
-    with pytest.raises(UserError, match=rf"the loss is nan at step {bad}: lower the stage's learning_rate"):
-        train(adapted, tiny_tokenizer, tmp_path, stage, rows)
-
-
-def test_an_infinite_loss_is_no_number_either() -> None:
-    state, control = TrainerState(global_step=7), TrainerControl()
-    arguments = TrainingArguments(report_to="none", use_cpu=True)
-    with pytest.raises(UserError, match="the loss is inf at step 7"):
-        StopOnNan().on_log(arguments, state, control, logs={"loss": math.inf})
-    for logs in ({"loss": 2.0}, {"eval_runtime": 3.0}, {}, None):
-        StopOnNan().on_log(arguments, state, control, logs=logs)
 
 
 def test_a_sora_stage_logs_its_gates_and_makes_them_sparse(

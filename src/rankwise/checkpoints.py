@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from rankwise.errors import UserError
 from rankwise.files import check_folder, complete_folder
+from rankwise.finite import FiniteTrainer
 from rankwise.methods import load_stage
 from rankwise.methods.in_place import save_whole, trains_all
 from rankwise.state_file import read_state, write_state
@@ -38,13 +39,13 @@ class KeptBeside(Protocol):
         """Read it again, when a training that resumes begins; before or after a callback's ``on_train_begin``."""
 
 
-class CheckpointedTrainer(Trainer):
-    """``transformers.Trainer`` whose checkpoints survive what happens to them.
+class CheckpointedTrainer(FiniteTrainer):
+    """``transformers.Trainer`` whose checkpoints survive what happens to them, and which looks at each step.
 
     A checkpoint is in its place whole or not at all; it holds safetensors and JSON, no pickle, and a manifest with the
     SHA-256 of each file, without which, or with a file that is another, it is not read. A training that resumes in one
     process ends bit for bit as one that was not stopped; what it logs is the same too. Callbacks that are
-    :class:`KeptBeside` are saved and restored with it.
+    :class:`KeptBeside` are saved and restored with it. For steps that are no number see :class:`FiniteTrainer`.
 
     Attributes:
         checkpoint_folder: where checkpoints go; ``args.output_dir`` where it is None.
@@ -146,11 +147,13 @@ class CheckpointedTrainer(Trainer):
             "loss": self._tr_loss,
             "total_loss": self._total_loss_scalar,
             "logged_at": self._globalstep_last_logged,
+            "skipped": self.skipped,
         }
 
     def _restore_progress(self, kept: dict[str, Any]) -> None:
         self._tr_loss.copy_(kept["loss"])
         self._total_loss_scalar, self._globalstep_last_logged = kept["total_loss"], kept["logged_at"]
+        self.skipped = kept["skipped"]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Trainer's hook: the mean loss at the end is that of all steps, also of those before a resume."""

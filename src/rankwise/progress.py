@@ -1,11 +1,10 @@
-"""How a run is seen: a bar, a file of metrics, an early end where the loss is no number, and logs on the console."""
+"""How a run is seen: a bar, a file of metrics, and logs on the console."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rankwise.errors import UserError
 from rankwise.ranks import SoraConfig, gate_counts, gates
 from rankwise.resuming import forget_after
 
@@ -110,24 +108,6 @@ class MetricsFile(TrainerCallback):
         line |= {name: value if isinstance(value, int) else float(value) for name, value in (logs or {}).items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-
-class StopOnNan(TrainerCallback):
-    """Stop a training whose loss is no number, with the step."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        """Raise where the logged loss is NaN or infinite; after the last step only the mean of the stage is logged."""
-        found = logs or {}
-        loss = float(found.get("loss", found.get("train_loss", 0.0)))
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {state.global_step}: lower the stage's learning_rate")
 
 
 class ConsoleLog(logging.Handler):

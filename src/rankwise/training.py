@@ -27,7 +27,7 @@ from rankwise.optimisation import add_allocation, hold_out, record_allocation, t
 from rankwise.peft_bridge import active_adapter
 from rankwise.preferences import SoftmaxDPOConfig, SoftmaxDPOTrainer
 from rankwise.preferences.negatives import Catalogue
-from rankwise.progress import MetricsFile, ProgressBar, StopOnNan
+from rankwise.progress import MetricsFile, ProgressBar
 from rankwise.ranks import SoraConfig
 from rankwise.ranks.adalora.orthogonality import orthogonality_loss
 from rankwise.resuming import checkpoints_of
@@ -37,6 +37,7 @@ from rankwise.tokenise import AnswerCollator
 
 Rows = Sequence[Mapping[str, Any]]
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",), "wandb": ("wandb",)}
+SKIPPED = "steps left out, as their loss or gradient was no number"
 EVALUATED = 2  # rows of a batch of evaluation, for each of a batch of training
 
 
@@ -128,7 +129,7 @@ def train_stage(
     rows, held = hold_out(rows, adapter, EVALUATED * stage.batch_size, seed)
     settings = _arguments(stage, folder, seed, bfloat16, total_steps(stage, len(rows)))
     bar, stop = ProgressBar(stage.name, console), StopRequest()
-    callbacks = [bar, StopOnNan(), SaveInTime(every, stop)]
+    callbacks = [bar, SaveInTime(every, stop)]
     if isinstance(stage, SoftmaxDpoStage):
         arguments = SoftmaxDPOConfig(**settings, **_preference_settings(stage), max_length=context)
         made: CheckpointedTrainer = SoftmaxDPOTrainer(
@@ -152,7 +153,7 @@ def train_stage(
             callbacks=callbacks,
         )
     made.remove_callback(PrinterCallback)
-    made.checkpoint_folder = checkpoints_of(folder, stage.name)
+    made.checkpoint_folder, made.on_nan = checkpoints_of(folder, stage.name), stage.on_nan
     tools = training_tools(model, stage, adapter, total_steps(stage, len(made.train_dataset)))
     made.optimizer = tools.optimizer
     trackers = [make() for make in get_reporting_integration_callbacks(list(log_to))]
@@ -166,7 +167,7 @@ def train_stage(
         finally:  # accelerate leaves its autocast around the model's forward: what follows would not be float32
             made.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     stop.check(f"stage {stage.name}, step {made.state.global_step} of {made.state.max_steps}")
-    counts = dict(getattr(made, "counts", {}))
+    counts = dict(getattr(made, "counts", {})) | ({SKIPPED: made.skipped} if made.skipped else {})
     return counts if allocation is None else counts | record_allocation(allocation, folder, stage.name, len(held))
 
 

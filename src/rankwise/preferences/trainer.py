@@ -363,6 +363,10 @@ class SoftmaxDPOTrainer(CheckpointedTrainer):
         with self.accelerator.autocast():
             self._negatives.mine(self.model, rows, self._pass)
 
+    def _row_numbers(self, inputs: Any) -> list[int]:
+        """The base's hook: rows know their numbers."""
+        return [row.number for row in inputs["rows"]]
+
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:

@@ -30,6 +30,10 @@ class Stage(Section):
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="How the rate falls.")
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW; never on gates.")
     clip: Positive = Field(1.0, description="Largest norm of the gradient.")
+    on_nan: Literal["stop", "skip"] = Field(
+        "stop",
+        description="What a step does whose loss or gradient is no number: end the run, or be left out, counted.",
+    )
 
     def written_out(self) -> Sequence[Stage]:
         """The stages that this one stands for."""

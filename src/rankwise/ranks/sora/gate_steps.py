@@ -116,9 +116,10 @@ class GateSteps:
         self._add_l1()
 
     def _overflown(self) -> bool:
-        """Whether the optimizer itself will skip the step: a scaler tells fused ones, and does not call the others."""
+        """Whether the step will change nothing: a scaler tells fused optimizers, others are left without gradients."""
         found = getattr(self.optimizer, "found_inf", None)
-        return found is not None and bool(found)
+        groups = self.optimizer.param_groups
+        return (found is not None and bool(found)) or all(p.grad is None for one in groups for p in one["params"])
 
     def _add_l1(self) -> None:
         """Add the gradient of the L1 term, scaled as the gradients are where the optimizer unscales them itself."""

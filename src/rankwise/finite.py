@@ -1,0 +1,100 @@
+"""Steps whose loss or gradient is no number: told with the rows that they saw, before a weight is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rankwise.errors import UserError
+from rankwise.stopping import agreed
+
+OnNan = Literal["stop", "skip"]
+NAMED = 8  # rows that an error names
+
+
+class FiniteTrainer(Trainer):
+    """``transformers.Trainer`` that looks at the loss and the gradient of each step before the weights change.
+
+    Where one is NaN or infinite the training stops, with the step and its rows; or the step is left out and counted,
+    and the optimizer and its schedule of gates know nothing of it. Steps that a gradient scaler leaves out, to find
+    its scale, are its own. The gradient's norm is over what is trained.
+
+    Attributes:
+        on_nan: ``stop`` or ``skip``.
+        skipped: steps that were left out.
+    """
+
+    on_nan: OnNan = "stop"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.skipped = 0
+        self._seen: list[tuple[Any, Tensor]] = []  # the batches of this step, and their losses
+        self.add_callback(_LookAtSteps(self))
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Trainer's own; the batch and its loss are remembered until the step is taken."""
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        self._seen.append((inputs, loss))
+        return loss if self.on_nan == "stop" else loss.nan_to_num(0.0, 0.0, 0.0)
+
+    def look(self, model: nn.Module) -> None:
+        """Look at the step that is about to be taken.
+
+        Raises:
+            UserError: its loss or gradient is no number, and ``on_nan`` is ``stop``.
+        """
+        seen, self._seen = self._seen, []
+        losses = torch.stack([loss.detach().float() for _, loss in seen])
+        trained = [weight for weight in model.parameters() if weight.grad is not None]
+        norm = nn.utils.get_total_norm([weight.grad for weight in trained if weight.grad is not None])
+        scaled = self.accelerator.scaler is not None
+        (bad,) = agreed(self.args, not bool(losses.isfinite().all()) or not (scaled or bool(norm.isfinite())))
+        if not bad:
+            return
+        if self.on_nan == "stop":
+            raise UserError(self._told(losses, float(norm), [inputs for inputs, _ in seen]))
+        self.skipped += 1
+        for weight in trained:
+            weight.grad = None
+
+    def _told(self, losses: Tensor, norm: float, batches: list[Any]) -> str:
+        """What is not finite, where, and what to do."""
+        unlike = losses[~losses.isfinite()]
+        what = f"the loss is {float(unlike[0])}" if len(unlike) else f"the gradient's norm is {norm}"
+        rows = sorted({number for inputs in batches for number in self._row_numbers(inputs)})
+        named = ", ".join(map(str, rows[:NAMED])) + (f" and {len(rows) - NAMED} more" if len(rows) > NAMED else "")
+        where = f"at step {self.state.global_step + 1}" + (f", on rows {named} of the training data" if rows else "")
+        return (
+            f"{what} {where}: lower the stage's learning_rate, look at these rows, or leave such steps out (on_nan: "
+            "skip); the weights are as they were before the step"
+        )
+
+    def _row_numbers(self, inputs: Any) -> Iterable[int]:
+        """Which rows of the training data a batch was made of, from 1: those that have its tokens."""
+        if not isinstance(inputs, Mapping) or "input_ids" not in inputs or self.train_dataset is None:
+            return []
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+        batch = {tuple(ids[there.bool()].tolist()) for ids, there in zip(inputs["input_ids"], mask, strict=True)}
+        return [number for number, row in enumerate(self.train_dataset, 1) if tuple(row["input_ids"]) in batch]
+
+
+class _LookAtSteps(TrainerCallback):
+    """Has the trainer look at each step."""
+
+    def __init__(self, trainer: FiniteTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Trainer's hook: what an earlier training saw is forgotten."""
+        self.trainer._seen = []
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Trainer's hook; gradients of all batches and processes are there."""
+        self.trainer.look(model)
