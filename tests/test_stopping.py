@@ -1,0 +1,177 @@
+"""Runs that are asked to end, by SIGTERM or Ctrl-C; errors of the system; one process at a time."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import SafetensorError
+
+import rankwise.commands
+import rankwise.training
+import small_runs
+from rankwise import stopping
+from rankwise.cli import main
+from rankwise.errors import Stopped, UserError
+from rankwise.files import in_use
+from rankwise.recipes import dump_recipe
+from rankwise.resuming import checkpoints_of
+from rankwise.run import Run
+from rankwise.stopping import SaveInTime, StopRequest, stopped_by_sigterm
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+SHORT = small_runs.SFT | {"batch_size": 4}
+
+
+def send_at(step: int, monkeypatch: pytest.MonkeyPatch, *signals: signal.Signals, wait: float = 0.0) -> None:
+    """The process gets these signals when so many steps are taken."""
+
+    class Sending(SaveInTime):
+        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            if state.global_step == step:
+                for number in signals:
+                    os.kill(os.getpid(), number)
+                time.sleep(wait)
+            super().on_step_end(args, state, control, **more)
+
+    monkeypatch.setattr(rankwise.training, "SaveInTime", Sending)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("every", [None, 600.0])
+def test_a_training_that_is_asked_to_end_saves_a_checkpoint_first(
+    number: signal.Signals, every: float | None, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = small_runs.recipe("instructions", tmp_path / "whole", model_folder, stages=[SHORT])
+    expected = Run(whole, small_runs.silent())()
+    recipe = whole.model_copy(update={"output": str(tmp_path / "run"), "checkpoint_seconds": every})
+    handlers = [signal.getsignal(known) for known in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)]
+    with monkeypatch.context() as patch:
+        send_at(4, patch, number)
+        words = rf"stopped by {number.name} at stage sft, step 4 of \d+, which is saved: the same command goes on"
+        with pytest.raises(Stopped, match=words):
+            Run(recipe, small_runs.silent())()
+    assert [signal.getsignal(known) for known in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)] == handlers
+    assert [path.name for path in checkpoints_of(Path(recipe.output), "sft").iterdir()] == ["checkpoint-4"]
+    assert Run(recipe, small_runs.silent())()["rows"] == expected["rows"]
+    assert small_runs.hashes(Path(recipe.output) / "cases") == small_runs.hashes(Path(whole.output) / "cases")
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_second_signal_or_a_step_that_takes_too_long_ends_it_at_once(
+    again: bool, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_runs.recipe("instructions", tmp_path, model_folder, stages=[SHORT])
+    monkeypatch.setattr(stopping, "GRACE", 0.05)
+    signals = [signal.SIGTERM] * (2 if again else 1)
+    send_at(2, monkeypatch, *signals, wait=0.0 if again else 5.0)
+    with pytest.raises(Stopped, match="stopped by SIGTERM within a step: the same command goes on from the last"):
+        Run(recipe, small_runs.silent())()
+
+
+def test_the_command_says_it_in_one_line(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = small_runs.recipe("instructions", tmp_path, model_folder, stages=[SHORT])
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    with monkeypatch.context() as patch:
+        send_at(2, patch, signal.SIGTERM)
+        assert main(["train", str(tmp_path / "recipe.yaml")]) == 1
+    assert capsys.readouterr().err.startswith("rankwise: stopped by SIGTERM at stage sft, step 2")
+    assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
+    assert main(["train", str(tmp_path / "recipe.yaml")]) == 2
+    assert "holds this run, finished" in capsys.readouterr().err
+
+
+def test_elsewhere_than_in_the_main_thread_signals_stay_as_they_are() -> None:
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def watch() -> None:
+        with StopRequest().watched(), stopped_by_sigterm():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_what_waits_for_others_is_ended_by_sigterm() -> None:
+    with pytest.raises(Stopped, match="goes on with what is not finished"), stopped_by_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopRequest().watched() as _:
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_two_processes_do_not_write_in_one_run(model_folder: Path, tmp_path: Path) -> None:
+    recipe = small_runs.recipe("instructions", tmp_path, model_folder, stages=[SHORT])
+    with in_use(Path(recipe.output)), pytest.raises(UserError, match="is being written by another process"):
+        Run(recipe, small_runs.silent())()
+    assert list(Path(recipe.output).iterdir()) == []
+
+
+def test_a_damaged_checkpoint_is_removed_and_said(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_runs.recipe("instructions", tmp_path, model_folder, stages=[SHORT])
+    with monkeypatch.context() as patch:
+        send_at(4, patch, signal.SIGTERM)
+        with pytest.raises(Stopped):
+            Run(recipe, small_runs.silent())()
+    state = checkpoints_of(Path(recipe.output), "sft") / "checkpoint-4" / "state.safetensors"
+    content = bytearray(state.read_bytes())
+    content[-1] ^= 1
+    state.write_bytes(content)
+    console = small_runs.silent()
+    assert Run(recipe, console)()["rows"]
+    assert "state.safetensors is not as it was written" in small_runs.printed(console).replace("\n", "")
+    assert "sft: 1/" in small_runs.printed(console) or "sft: 2/" in small_runs.printed(console)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a/b"),
+            "a/b: No space left on device: free some space there",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), "a/b: Permission denied: give a folder that can"),
+        (OSError(errno.EROFS, "Read-only file system", "a"), "a: Read-only file system: give a folder that can be"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "(os error 28): free some space there"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def methods(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(rankwise.commands, "methods", methods)
+    assert main(["methods"]) == 1
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1 and "what was there before is as it was" in err
+
+
+def test_any_other_error_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def methods(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error", "a")
+
+    monkeypatch.setattr(rankwise.commands, "methods", methods)
+    assert main(["methods"]) == 1
+    assert "Traceback" in capsys.readouterr().err
