@@ -264,7 +264,7 @@ def _settle_folder(path: Path) -> None:
 
 
 def _exchange(made: Path, path: Path) -> None:
-    if not path.exists():
+    if not path.exists() or (sys.platform != "win32" and not any(path.iterdir())):  # an empty folder gives way
         made.rename(path)
         return
     aside = _beside(path, ASIDE)
