@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+import rankwise.run
 import small_runs
 from rankwise.errors import UserError
 from rankwise.finite import FiniteTrainer
@@ -108,3 +109,20 @@ def test_the_rows_are_those_of_the_batch(model_folder: Path, tmp_path: Path, mon
     assert all(len(batch) == 2 for batch in batches)
     rows = sorted(number for batch in batches for number in batch)
     assert rows == list(range(1, len(rows) + 1))
+
+
+def test_a_deterministic_run_has_torch_refuse_what_is_not_while_it_runs(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    exact = rankwise.run.train_stage
+
+    def watched(*args: Any, **more: Any) -> dict[str, int]:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return exact(*args, **more)
+
+    monkeypatch.setattr(rankwise.run, "train_stage", watched)
+    for wanted in (True, False):
+        recipe = small_runs.recipe("instructions", tmp_path / str(wanted), model_folder, deterministic=wanted)
+        Run(recipe, small_runs.silent())()
+    assert seen == [True, False] and not torch.are_deterministic_algorithms_enabled()

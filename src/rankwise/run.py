@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import shutil
 import time
@@ -85,7 +86,7 @@ class Run:
             Stopped: it was asked to end while it trained.
         """
         quiet_libraries()
-        with in_use(self.folder):
+        with in_use(self.folder), deterministic(self.recipe.deterministic):
             return self._run()
 
     def _run(self) -> dict[str, Any]:
@@ -273,6 +274,22 @@ class Run:
         yield
         seconds = self.results.setdefault("seconds", {})
         seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - started, 2)
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Torch takes no algorithm whose result differs from run to run while the block runs, and fails where none is left.
+
+    cuBLAS reads its setting when it is first used: a program that used it before sets ``CUBLAS_WORKSPACE_CONFIG``.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def whole_rows(rows: Rows) -> Rows:

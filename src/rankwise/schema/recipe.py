@@ -117,6 +117,9 @@ class Recipe(Section):
     output: str = Field(description="Folder of the run; new or empty, or of the same run, unfinished.")
     seed: int = Field(0, ge=0, description="Of the data's draws, the adapter and the training.")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="Arithmetic of the training.")
+    deterministic: bool = Field(
+        False, description="Refuse GPU kernels whose results differ from run to run; slower, and not needed on a CPU."
+    )
     checkpoint_seconds: float | None = Field(
         600.0,
         ge=0,
