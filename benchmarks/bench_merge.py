@@ -89,7 +89,7 @@ def compare(method: str, rank: int, steps: int, hidden: int, folder: Path) -> li
     rw.export(model, folder / "adapter")
     lost, rows = f"{merged.relative_error:.2%}", []
     for how, dtype in (("bfloat16 weights", torch.float64), ("all bfloat16", torch.bfloat16)):
-        whole = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=dtype).eval()
+        whole = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=dtype, trust_remote_code=False).eval()
         beside = PeftModel.from_pretrained(base(hidden).to(dtype), folder / "adapter").eval()
         rows.append(row(method, rank, f"merged, {how}", logits(whole, ids), exact, lost))
         rows.append(row(method, rank, f"unmerged, {how}", logits(beside, ids), exact, "0.00%"))

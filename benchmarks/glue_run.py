@@ -187,8 +187,10 @@ def run(spec: Spec) -> Entry:
     torch.set_num_threads(spec.threads)
     quiet_libraries()
     set_seed(spec.seed)
-    base = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=CLASSES[spec.task], **NO_DROPOUT)
-    tokenizer = AutoTokenizer.from_pretrained(minilm())
+    base = AutoModelForSequenceClassification.from_pretrained(
+        minilm(), num_labels=CLASSES[spec.task], trust_remote_code=False, **NO_DROPOUT
+    )
+    tokenizer = AutoTokenizer.from_pretrained(minilm(), trust_remote_code=False)
     rows = {name: encode(part, tokenizer) for name, part in splits(spec.task).items()}
     train_rows = rows["train" if spec.split == "dev" else "rest"]
     steps = total_steps(len(train_rows), spec)

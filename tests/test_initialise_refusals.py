@@ -65,6 +65,12 @@ def shard_missing(folder: Path) -> None:
     assert names["model_type"] == "llama"
 
 
+def shard_elsewhere(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
+    index = {"weight_map": {"model.embed_tokens.weight": "../model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
 def config_with(**changes):
     def change(folder: Path) -> None:
         path = folder / "config.json"
@@ -84,14 +90,16 @@ def config_with(**changes):
         (not_finite, "^model.layers.1.mlp.down_proj: .*NaN or infinity"),
         (index_cut_off, "index.json is no index of weights"),
         (shard_missing, "model-00001-of-00002.safetensors is not there"),
+        (shard_elsewhere, "names '../model.safetensors', a file elsewhere"),
         (config_with(architectures=["OakForCausalLM"]), "OakForCausalLM.*transformers has no such model"),
         (config_with(architectures=None), "transformers has no such model"),
+        (config_with(architectures=["Trainer"]), "Trainer.*transformers has no such model"),
         (config_with(model_type="oak"), "config.json cannot be used"),
         (config_with(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised checkpoint.*before"),
     ],
     ids=[
         "pickle", "no weights", "cut off", "a weight missing", "a shape", "not finite", "index", "shard",
-        "architecture", "no architecture", "model type", "quantised",
+        "shard elsewhere", "architecture", "no architecture", "no model", "model type", "quantised",
     ],
 )  # fmt: skip
 def test_models_that_are_refused(tmp_path, source, damage, message):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import ast
 import importlib.resources
 import itertools
 import re
@@ -52,71 +51,6 @@ def test_no_file_is_over_400_lines(path: Path) -> None:
 def test_shapes_are_checked_while_tests_run() -> None:
     with pytest.raises(jaxtyping.TypeCheckError, match="policy_rejected"):
         rankwise.softmax_dpo_loss(*(torch.zeros(shape) for shape in [2, (3, 1), 2, (2, 1)]), 1.0)
-
-
-# Nothing that runs code out of a file
-
-UNPICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-LOADERS = {"load", "load_all", "full_load", "full_load_all", "unsafe_load", "unsafe_load_all"}
-UNSAFE_CALLS = {"eval", "exec"} | {f"{module}.{loader}" for module in ("torch", "yaml") for loader in LOADERS}
-UNSAFE_SWITCHES = {"trust_remote_code", "allow_pickle"}
-
-
-def dangers(source: str) -> list[str]:
-    """Each use of something that can run code out of a data file, as `line: what`."""
-    return [f"{node.lineno}: {what}" for node in ast.walk(ast.parse(source)) if (what := danger(node))]
-
-
-def danger(node: ast.AST) -> str | None:
-    match node:
-        case ast.Import():
-            return next((alias.name for alias in node.names if alias.name.split(".")[0] in UNPICKLERS), None)
-        case ast.ImportFrom(module=str(module)):
-            loads = module in {"torch", "yaml"} and LOADERS & {alias.name for alias in node.names}
-            return module if loads or module.split(".")[0] in UNPICKLERS else None
-        case ast.Call() if ast.unparse(node.func) in UNSAFE_CALLS:
-            return ast.unparse(node.func)
-        case ast.keyword(arg=str(switch), value=value) if switch in UNSAFE_SWITCHES:
-            return None if isinstance(value, ast.Constant) and value.value is False else switch
-    return None
-
-
-@pytest.mark.parametrize("path", python_files(*CODE_FOLDERS), ids=relative)
-def test_nothing_runs_code_out_of_a_file(path: Path) -> None:
-    assert dangers(path.read_text(encoding="utf-8")) == []
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "import pickle",
-        "from joblib import load",
-        "torch.load(path)",
-        "from torch import load",
-        "yaml.load(text, Loader=yaml.SafeLoader)",
-        "yaml.unsafe_load(text)",
-        "yaml.full_load_all(text)",
-        "AutoModel.from_pretrained(name, trust_remote_code=True)",
-        "AutoModel.from_pretrained(name, trust_remote_code=flag)",
-        "numpy.load(path, allow_pickle=True)",
-        "eval(text)",
-    ],
-)
-def test_the_check_finds(source: str) -> None:
-    assert len(dangers(source)) == 1
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "yaml.safe_load(text)",
-        "model.eval()",
-        "json.load(file)",
-        "from_pretrained(name, trust_remote_code=False)",
-    ],
-)
-def test_the_check_lets_pass(source: str) -> None:
-    assert dangers(source) == []
 
 
 # Pages

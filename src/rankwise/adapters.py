@@ -18,13 +18,14 @@ from transformers import (
 )
 
 import rankwise.ranks  # noqa: F401  # so that PEFT knows SoRA's adapters
-from rankwise.analysis.ranks import CONFIG, WEIGHTS
+from rankwise.analysis.ranks import CONFIG
 from rankwise.directions import load_checkpoint
 from rankwise.directions.checkpoint import SIDE_FILE
 from rankwise.directions.model_files import model_class
 from rankwise.errors import UserError
 from rankwise.files import check_folder
-from rankwise.models import quiet_libraries, resolve
+from rankwise.models import quiet_libraries, reason, resolve
+from rankwise.peft_bridge import adapter_weights
 
 # What an adapter's own tensors have in their names; all others are of a trained head, or biases.
 OWN = re.compile(r"\.lora_|vera_|\.bottleneck_|prompt_embeddings")
@@ -59,8 +60,7 @@ def load_adapter_folder(folder: Path, model: str | None = None) -> PeftModel:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    if not (folder / WEIGHTS).is_file():
-        raise UserError(f"{folder} holds no {WEIGHTS}: give the folder of a whole adapter")
+    adapter_weights(folder)
     try:
         found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -82,23 +82,21 @@ def _base(place: str, task: str | None, folder: Path) -> PreTrainedModel:
             "SEQ_CLS": AutoModelForSequenceClassification,
             "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
         }
-        kind = kinds.get(task or "") or model_class(AutoConfig.from_pretrained(where), place)
-        base: PreTrainedModel = kind.from_pretrained(where, dtype="auto", use_safetensors=True, **options)
+        kind = kinds.get(task or "") or model_class(AutoConfig.from_pretrained(where, trust_remote_code=False), place)
+        base: PreTrainedModel = kind.from_pretrained(
+            where, dtype="auto", use_safetensors=True, trust_remote_code=False, **options
+        )
     except UserError:
         raise
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model {place} cannot be loaded: {reason}; give the base with --model") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"model {place} cannot be loaded: {reason(error)}; give the base with --model") from error
     return base.eval()
 
 
 def _labels(folder: Path) -> int:
     """Classes of a trained head: the fewest rows of its matrices, where it has several layers."""
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            shapes = [file.get_slice(key).get_shape() for key in file.keys() if not OWN.search(key)]
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder / WEIGHTS} cannot be read ({error}): save the adapter again") from error
+    with safe_open(adapter_weights(folder), framework="pt") as file:
+        shapes = [file.get_slice(key).get_shape() for key in file.keys() if not OWN.search(key)]
     rows = [shape[0] for shape in shapes if len(shape) == 2]
     if not rows:
         raise UserError(

@@ -11,6 +11,7 @@ from torch import nn
 from rankwise.directions.milora import MiloraConfig
 from rankwise.errors import UserError
 from rankwise.files import check_folder
+from rankwise.peft_bridge import adapter_weights
 
 DOWNLOAD = ("subfolder", "revision", "token", "cache_dir")
 
@@ -36,12 +37,14 @@ def load_checkpoint(
         The model with the adapter; ``model`` itself where that is a ``PeftModel``.
 
     Raises:
-        UserError: no checkpoint of MiLoRA, a damaged one, a base weight that is not the one it was begun on, tensors
-            that do not fit, a name that is taken, or a model with adapters of another kind.
+        UserError: no checkpoint of MiLoRA in safetensors, a damaged one, a base weight that is not the one it was begun
+            on, tensors that do not fit, a name that is taken, or a model with adapters of another kind.
     """
+    place = {name: options[name] for name in DOWNLOAD if name in options}
     if Path(folder).is_dir():
-        check_folder(Path(folder, options.get("subfolder") or ""))
-    config = MiloraConfig.from_pretrained(folder, **{name: options[name] for name in DOWNLOAD if name in options})
+        check_folder(Path(folder, place.get("subfolder") or ""))
+    config = MiloraConfig.from_pretrained(folder, **place)
+    adapter_weights(folder, **place)
     if not isinstance(model, PeftModel):
         return PeftModel.from_pretrained(model, folder, adapter, config=config, is_trainable=is_trainable, **options)
     if adapter in model.peft_config:

@@ -17,7 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from rankwise.errors import UserError
-from rankwise.models import resolve
+from rankwise.models import reason, resolve
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -36,8 +36,7 @@ def model_folder(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=wanted))
     except (OSError, ValueError) as error:  # what huggingface_hub raises comes from one of the two
-        reason = " ".join(str(error).split())
-        raise UserError(f"model {model} is no folder and cannot be downloaded: {reason[:300]}") from error
+        raise UserError(f"model {model} is no folder and cannot be downloaded: {reason(error)}") from error
 
 
 def meta_model(folder: Path) -> PreTrainedModel:
@@ -49,7 +48,7 @@ def meta_model(folder: Path) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be used: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{folder / 'config.json'} cannot be used: {reason(error)}") from error
     if getattr(config, "quantization_config", None):
         raise UserError(
             f"{folder} is a quantised checkpoint, whose weights are packed: give the checkpoint as it was before "
@@ -67,8 +66,8 @@ def model_class(config: PretrainedConfig, where: str | Path) -> type[PreTrainedM
         UserError: it names none that transformers has; ``where`` says where it was read.
     """
     names = config.architectures or []
-    kind: type[PreTrainedModel] | None = getattr(transformers, names[0], None) if names else None
-    if kind is None:
+    kind = getattr(transformers, names[0], None) if names else None
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise UserError(f"architectures {names} in {where}: transformers has no such model")
     return kind
 
@@ -141,8 +140,11 @@ def _files(folder: Path) -> dict[str, str]:
     if (folder / INDEX).is_file():
         try:
             found: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            outside = [name for name in found.values() if Path(name).name != name]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder / INDEX} is no index of weights ({error}): fetch the file again") from error
+        if outside:
+            raise UserError(f"{folder / INDEX} names {outside[0]!r}, a file elsewhere: fetch the file again")
         return found
     single = folder / SINGLE
     if not single.is_file():

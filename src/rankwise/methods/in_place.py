@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -124,10 +125,10 @@ def load_whole(model: PeftModel, folder: Path) -> None:
     base = model.get_base_model()
     try:
         saved, found = type(base).from_pretrained(
-            folder, dtype=base.dtype, use_safetensors=True, output_loading_info=True
+            folder, dtype=base.dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         if found["missing_keys"]:
             raise ValueError(f"it lacks {min(found['missing_keys'])}")
         base.load_state_dict(saved.state_dict())
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} holds no weights of this model: {' '.join(str(error).split())[:300]}") from error

@@ -18,7 +18,7 @@ from transformers import (
 
 from rankwise.errors import UserError
 from rankwise.methods.models import with_adapter
-from rankwise.models import quiet_libraries, resolve
+from rankwise.models import quiet_libraries, reason, resolve
 from rankwise.recipes import make_recipe
 from rankwise.schema import METHODS, Recipe
 
@@ -89,9 +89,9 @@ def method_table(rows: list[dict[str, Any]]) -> Table:
 def _config(path: str, classes: int | None) -> Any:
     options = {} if classes is None else {"num_labels": classes}
     try:
-        config = AutoConfig.from_pretrained(resolve(path), **options)
+        config = AutoConfig.from_pretrained(resolve(path), trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
-        raise UserError(f"model {path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"model {path} cannot be loaded: {reason(error)}") from error
     language = config.is_encoder_decoder or any(
         name.endswith(DECODERS) for name in config.architectures or ["ForCausalLM"]
     )
@@ -109,7 +109,7 @@ def _task_type(config: Any, classes: int | None) -> str:
 def _shapes(config: Any, classes: int | None) -> PreTrainedModel:
     kind = MODELS[_task_type(config, classes)]
     with torch.device("meta"):
-        model: PreTrainedModel = kind.from_config(config)
+        model: PreTrainedModel = kind.from_config(config, trust_remote_code=False)
     return model
 
 

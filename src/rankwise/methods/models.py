@@ -21,7 +21,7 @@ from rankwise.files import check_folder, new_folder
 from rankwise.methods.bottleneck import BottleneckConfig
 from rankwise.methods.in_place import load_whole, save_whole, train_all, train_biases, trains_all
 from rankwise.methods.virtual_tokens import with_virtual_tokens
-from rankwise.peft_bridge import active_adapter
+from rankwise.peft_bridge import active_adapter, adapter_weights
 from rankwise.ranks import SoraConfig, match_ranks
 from rankwise.schema import (
     AdaloraSettings,
@@ -164,7 +164,7 @@ def load_stage(model: PeftModel, folder: Path) -> None:
     """Put the weights of a saved stage into the model's adapter, or into the model where the stage holds a whole one.
 
     Raises:
-        UserError: the folder is damaged, the adapter was begun on another base, or its tensors do not fit.
+        UserError: the stage is damaged, was begun on another base, or its tensors do not fit.
     """
     check_folder(folder)
     if (folder / WHOLE_MODEL).is_file():
@@ -174,4 +174,4 @@ def load_stage(model: PeftModel, folder: Path) -> None:
     if (folder / SIDE_FILE).is_file():
         check_base(read_side(folder).base, live_hashes(model, adapter))
     match_ranks(model, folder)
-    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"), adapter)
+    set_peft_model_state_dict(model, load_file(adapter_weights(folder)), adapter)

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -48,6 +49,14 @@ def resolve(path: str) -> str:
     return str(folder) if folder.is_dir() else path
 
 
+def reason(error: Exception) -> str:
+    """Why a model cannot be loaded, in one line: what the library says, but for its advice to run a model's code."""
+    said = " ".join(str(error).split())
+    if "trust_remote_code" in said:
+        return "it needs Python code from its own files, which is never run: take a model that transformers has"
+    return said[:300]
+
+
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
@@ -56,7 +65,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """
     place = resolve(path)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _unavailable(path, error) from error
     return tokenizer
@@ -106,9 +115,10 @@ def context_limit(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, v
         UserError: more is wanted than the model has positions for, or there is no such model.
     """
     try:
-        config = AutoConfig.from_pretrained(resolve(settings.path)).get_text_config()
+        whole = AutoConfig.from_pretrained(resolve(settings.path), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _unavailable(settings.path, error) from error
+    config = whole.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048
     # A tokenizer knows the limit of models whose first positions are taken (RoBERTa); where it does not, it says 1e30.
     limit = min(int(positions), int(tokenizer.model_max_length))
@@ -124,13 +134,16 @@ def context_limit(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, v
 def _load(kind: type, settings: ModelSettings, **options: object) -> PreTrainedModel:
     try:
         model: PreTrainedModel = kind.from_pretrained(  # type: ignore[attr-defined]
-            resolve(settings.path), dtype=getattr(torch, settings.dtype), use_safetensors=True, **options
+            resolve(settings.path),
+            dtype=getattr(torch, settings.dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            **options,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _unavailable(settings.path, error) from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _unavailable(path: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())
-    return UserError(f"model.path {path} cannot be loaded: {reason[:300]}")
+    return UserError(f"model.path {path} cannot be loaded: {reason(error)}")

@@ -9,7 +9,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 
 from rankwise.errors import UserError
-from rankwise.peft_bridge import Kind, active_adapter, adapted_layers
+from rankwise.peft_bridge import Kind, active_adapter, adapted_layers, adapter_weights
 from rankwise.ranks.resizing import remove_from_layer
 
 
@@ -26,7 +26,7 @@ def match_ranks(model: PeftModel, folder: Path) -> None:
         folder: that ``save_pretrained`` wrote.
 
     Raises:
-        UserError: the saved adapter is of another kind, or does not fit the model.
+        UserError: the saved adapter cannot be read, is of another kind, or does not fit the model.
     """
     adapter = active_adapter(model)
     live: LoraConfig = model.peft_config[adapter]
@@ -58,7 +58,7 @@ def _replace(model: PeftModel, adapter: str, config: LoraConfig) -> None:
 
 
 def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+    with safe_open(adapter_weights(folder), framework="pt") as file:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys() if ".lora_" in key}
 
 
