@@ -83,7 +83,7 @@ $(VENV)/.torch: $(VENV)/.torch-wanted
 
 $(VENV)/.installed: $(VENV)/.torch requirements.lock pyproject.toml
 	@echo "[3/4] installing $$(grep -c == requirements.lock) pinned packages"
-	@$(INSTALL) --no-deps -r requirements.lock
+	@$(INSTALL) --no-deps --require-hashes -r requirements.lock
 	@echo "[4/4] installing rankwise itself, editable"
 	@$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@touch $@

@@ -94,14 +94,18 @@ def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
 
 # Exact versions
 
+PIN = r"^(?:TORCH \?= )?([a-z0-9-]+)==([0-9][0-9a-z.]*)"
+LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+
+
+def test_every_pin_has_hashes_and_pip_asks_for_them() -> None:
+    entries = re.sub(r"^#.*\n", "", LOCK, flags=re.MULTILINE)
+    assert re.fullmatch(rf"(?:{PIN}(?: \\\n    --hash=sha256:[0-9a-f]{{64}})+\n)+", entries, flags=re.MULTILINE)
+    assert "--no-deps --require-hashes -r requirements.lock" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
 
 def pins() -> dict[str, str]:
-    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if not line.startswith("#")]
-    assert [line for line in kept if not re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line)] == []
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    [torch] = re.findall(r"^TORCH \?= (torch==\S+)$", makefile, flags=re.MULTILINE)
-    return dict(line.split("==") for line in [*kept, torch])
+    return dict(re.findall(PIN, LOCK + (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
 
 
 def test_every_requirement_is_pinned_within_its_range() -> None:
