@@ -14,11 +14,12 @@ TORCH ?= torch==2.13.0
 
 VENV := .venv
 BIN := $(VENV)/bin
+AUDIT := $(VENV)/audit
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # pip draws its progress bars in a terminal; in a log it stays silent.
 INSTALL = $(PIP) install $$([ -t 1 ] || echo --quiet)
 
-.PHONY: help install demo test soak lint format types bench lock clean FORCE
+.PHONY: help install demo test soak lint format types bench lock audit clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -54,6 +55,13 @@ bench: install ## run the benchmarks
 
 lock: ## write requirements.lock from the versions that .venv holds
 	@$(BIN)/python scripts/lock.py
+
+audit: ## look the pinned packages up among the known vulnerabilities (asks the package index)
+	@mkdir -p $(AUDIT)
+	@[ -x $(AUDIT)/bin/pip-audit ] || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/pip install --quiet pip-audit==2.10.1; }
+	@{ grep -o '^[^# ]*==[^ ]*' requirements.lock; echo $(firstword $(TORCH)); } > $(AUDIT)/pins.txt
+	@$(AUDIT)/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off -r $(AUDIT)/pins.txt $(ARGS) || { \
+		echo "make audit: a package is vulnerable, or the data could not be had: the lines above say which" >&2; exit 1; }
 
 clean: ## remove what the tools leave behind (.venv stays; to start afresh, delete it)
 	rm -rf dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
