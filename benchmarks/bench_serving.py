@@ -71,7 +71,8 @@ class Load:
 
 @contextlib.contextmanager
 def served(run: Path, batch: int, log: Path) -> Iterator[Server]:
-    words = [sys.executable, "-m", "rankwise.cli", "serve", str(run), "--port", "0", "--batch", str(batch)]
+    words = [sys.executable, "-m", "rankwise.cli", "serve", str(run), "--port", "0"]
+    words += ["--batch", str(batch), "--rate", "1e9"]
     with log.open("w") as file:
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=file, text=True)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
@@ -10,8 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import polars as pl
 import pytest
+from starlette.responses import JSONResponse
 from starlette.testclient import TestClient
 from transformers import PreTrainedTokenizerFast
 
@@ -22,7 +25,9 @@ from rankwise.recommend.prompts import load_template
 from rankwise.recommend.recommender import Recommender
 from rankwise.recommend.store import Store
 from rankwise.run import BASE
+from rankwise.serving.guard import Guard
 from rankwise.serving.pages import PAGES
+from rankwise.serving.rate import Rate
 from rankwise.serving.settings import MOST_BODY, ServerSettings, read_token
 from rankwise.serving.stages import Stages
 
@@ -182,6 +187,8 @@ def test_a_token_comes_from_a_file_or_the_environment(tmp_path: Path) -> None:
         ({"queue": 0}, "--queue 0 is not possible"),
         ({"timeout": 0.0}, "--timeout 0 is not possible"),
         ({"timeout": float("nan")}, "--timeout nan is not possible"),
+        ({"rate": 0.0}, "--rate 0 is not possible"),
+        ({"rate": float("nan")}, "--rate nan is not possible"),
         ({"token": "short"}, "the token has 5 characters: take 16 or more"),
         ({"token": "sixteen letters with spaces"}, "the token has spaces"),
         ({"host": "0.0.0.0"}, "--host 0.0.0.0 can be reached from other machines, and there is no token"),
@@ -252,6 +259,71 @@ def _until(holds: Any) -> None:
             return
         time.sleep(0.05)
     raise AssertionError("it did not come about within 30 s")
+
+
+def test_who_asks_too_often_is_told_to_wait(stages: Stages) -> None:
+    with serving_runs.client(stages, rate=0.3) as client:
+        assert [client.get(path).status_code for path in ("/", "/health", "/stages")] == [200] * 3
+        refused = client.post("/recommend", json=ASKED)
+        assert refused.status_code == 429 and refused.headers["connection"] == "close"
+        assert 1 <= int(refused.headers["retry-after"]) <= 10
+        assert "more than 0.3 requests a second from one address: try again in" in refused.json()["detail"]
+
+
+def test_requests_are_counted_by_address_and_anew_after_a_while() -> None:
+    now = [100.0]
+    rate = Rate(0.2, lambda: now[0])
+    assert [rate.wait("a") for _ in range(3)] == [0, 0, 10]
+    assert rate.wait("b") == 0
+    now[0] += 9.5
+    assert rate.wait("a") == 1
+    now[0] += 0.5
+    assert rate.wait("a") == 0
+    assert [Rate(0.001).wait("a") for _ in range(2)] == [0, 0]
+
+
+def test_more_requests_than_are_answered_at_once_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rankwise.serving.settings.SPARE", 0)
+
+    async def run() -> list[Any]:
+        go = asyncio.Event()
+
+        async def slow(scope: Any, receive: Any, send: Any) -> None:
+            await go.wait()
+            await JSONResponse({})(scope, receive, send)
+
+        transport = httpx2.ASGITransport(Guard(slow, ServerSettings(batch=1, queue=1), []))
+        async with httpx2.AsyncClient(transport=transport, base_url=serving_runs.ADDRESS) as client:
+            held = [asyncio.create_task(client.get("/")) for _ in range(2)]
+            await asyncio.sleep(0.1)  # both are inside
+            refused = await client.get("/")
+            go.set()
+            return [refused, *await asyncio.gather(*held), await client.get("/")]
+
+    refused, *answered = asyncio.run(run())
+    assert [answer.status_code for answer in (refused, *answered)] == [503, 200, 200, 200]
+    assert refused.headers["retry-after"] == "1" and refused.json()["detail"].startswith("too many requests at once")
+
+
+def test_no_answer_has_the_token(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("the model broke")
+
+    monkeypatch.setattr(stages.recommender, "recommend", fail)
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    wrong = {"authorization": f"Basic {TOKEN}"}
+    with serving_runs.client(stages, token=TOKEN) as client:
+        answers = [client.post("/recommend", json=ASKED, headers=headers), client.get("/stages", headers=wrong)]
+        answers.append(client.post("/recommend", json={"user": TOKEN[:-1], "top": -1}, headers=headers))
+        answers += [client.get(path, headers=headers) for path in ("/metrics", "/stages", "/no", "/openapi.json", "/")]
+    assert [answer.status_code for answer in answers] == [500, 401, 422, 200, 200, 404, 200, 200]
+    assert not [answer for answer in answers if TOKEN in answer.text + str(answer.headers)]
+
+
+@pytest.mark.parametrize("path", ["/../pyproject.toml", "/%2e%2e/page.css", "/page.css/../../app.py", "//etc/passwd"])
+def test_paths_do_not_leave_what_is_served(stages: Stages, path: str) -> None:
+    with serving_runs.client(stages) as client:
+        assert client.get(httpx2.URL(serving_runs.ADDRESS, raw_path=path.encode())).status_code == 404
 
 
 # What an answer carries

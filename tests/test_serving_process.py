@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
@@ -24,7 +25,9 @@ SLOW = """
 import sys, time
 from rankwise.cli import main
 from rankwise.recommend.recommender import Recommender
+from rankwise.serving import connection
 
+connection.HEAD_SECONDS = {head}
 own = Recommender.recommend
 def recommend(self, histories, top=10, **options):
     if top == 7:
@@ -112,8 +115,8 @@ class Served:
 
 
 @contextmanager
-def served(run: Path, *options: str, seconds: float = 2.0) -> Iterator[Served]:
-    command = [sys.executable, "-c", SLOW.format(seconds=seconds), str(run), "--port", "0", *options]
+def served(run: Path, *options: str, seconds: float = 2.0, head: float = 10) -> Iterator[Served]:
+    command = [sys.executable, "-c", SLOW.format(seconds=seconds, head=head), str(run), "--port", "0", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     server = Served(process)
     try:
@@ -198,6 +201,52 @@ def test_a_client_that_leaves_is_forgotten(run: Path) -> None:
         assert "".join(server.lines).count("begun") == 1
         server.process.terminate()
         assert server.end() == 0
+
+
+# Connections
+
+
+def wait_until_closed(connection: socket.socket) -> None:
+    """Read what is left, until the server closes the connection."""
+    with contextlib.suppress(ConnectionResetError):
+        while connection.recv(1024):
+            pass
+
+
+def test_connections_on_which_nobody_asks_are_closed(run: Path) -> None:
+    with served(run, head=1) as server:
+        silent, slow, done = server.connect(), server.connect(), server.connect()
+        done.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /health HTTP/1.1\r\n")
+        assert done.recv(4096).startswith(b"HTTP/1.1 200")
+        asked = threading.Thread(target=lambda: server.ask(7))  # for longer than a head may take
+        asked.start()
+        with contextlib.suppress(OSError):
+            for letter in b"GET /health HTTP/1.1":
+                slow.sendall(bytes([letter]))
+                time.sleep(0.1)
+        for one in (silent, slow, done):
+            wait_until_closed(one)
+        asked.join(timeout=60)
+        server.wait_for("POST /recommend 200")
+        for one in (silent, slow, done):
+            one.close()
+
+
+def test_more_connections_than_there_may_be_are_told_so(run: Path) -> None:
+    with served(run, "--batch", "1", "--queue", "1") as server:  # 132
+        idle = [server.connect() for _ in range(131)]
+        with server.connect() as refused:
+            text = b"".join(iter(lambda: refused.recv(4096), b""))
+        assert text.startswith(b"HTTP/1.1 503 ") and b"\r\nretry-after: 10\r\n" in text
+        assert b'{"detail":"too many connections: try again in 10 s"}' in text
+        for one in idle:
+            one.close()
+        for _ in range(600):
+            if httpx2.get(f"http://127.0.0.1:{server.port}/health").status_code == 200:
+                break
+            time.sleep(0.05)
+        else:
+            raise AssertionError("it never answers again")
 
 
 # The benchmark

@@ -210,6 +210,7 @@ def _serve_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("--batch", type=int, default=16, help="most requests answered together (%(default)s)")
     made.add_argument("--queue", type=int, default=128, help="most requests that wait (%(default)s)")
     made.add_argument("--timeout", type=float, default=30.0, help="seconds for each request (%(default)s)")
+    made.add_argument("--rate", type=float, default=100.0, help="requests a second from one address (%(default)s)")
 
 
 def _pair(word: str) -> tuple[str, int]:

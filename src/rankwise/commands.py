@@ -148,7 +148,7 @@ def serve(arguments: Arguments, console: Console) -> Any:
     from rankwise.serving.settings import ServerSettings, read_token
 
     token = read_token(None if arguments.token_file is None else Path(arguments.token_file))
-    names = ("host", "port", "batch", "queue", "timeout")
+    names = ("host", "port", "batch", "queue", "timeout", "rate")
     limits = {name: getattr(arguments, name) for name in names}
     settings = ServerSettings(token=token, hosts=tuple(arguments.allow_host), **limits)
     try:

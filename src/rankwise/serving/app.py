@@ -152,7 +152,7 @@ def _add_titles(app: FastAPI, store: Store) -> None:
 
 def _add_recommend(app: FastAPI, stages: Stages, worker: Worker, settings: ServerSettings) -> None:
     store = stages.recommender.store
-    problems = _problems(401, 404, 413, 422, 503, 504)
+    problems = _problems(401, 404, 413, 422, 504)
 
     @app.post("/recommend", dependencies=TOKEN, responses=problems, response_model=Answer)
     async def recommend(asked: Asked, request: Request) -> Answer | Response:
@@ -190,7 +190,7 @@ TOKEN = [Security(HTTPBearer(auto_error=False, description="Where the server was
 
 
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": Problem} for status in statuses}
+    return {status: {"model": Problem} for status in (*statuses, 429, 503)}
 
 
 def _history(store: Store, asked: Asked) -> list[str]:

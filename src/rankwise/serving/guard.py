@@ -13,11 +13,13 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rankwise.serving.metrics import Metrics
+from rankwise.serving.rate import Rate
 from rankwise.serving.settings import MOST_BODY, ServerSettings
 
 logger = logging.getLogger("rankwise.serving")
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+CHALLENGE = {"www-authenticate": "Bearer"}
 GONE = 499  # the status, in the metrics, of a request whose client did not wait for the answer
 HEADERS = {
     "content-security-policy": (
@@ -78,7 +80,7 @@ class Watch:
 
 
 class Guard:
-    """Refuses requests for another host, without the token, or with too much in them.
+    """Refuses requests for another host, without the token, with too much in them, too often or too many at once.
 
     Args:
         app: what answers the others.
@@ -91,14 +93,22 @@ class Guard:
         own = LOOPBACK if settings.local else ()
         self._hosts = {name.casefold() for name in (*own, settings.host, *settings.hosts)}
         self._any_host = not settings.local and not settings.hosts
+        self._rate, self._inside = Rate(settings.rate), 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or refuse it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        self._inside += 1
+        try:
+            await self._answer(scope, receive, send)
+        finally:
+            self._inside -= 1
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        refusal = self._refusal(scope["path"], headers)
+        refusal = self._too_much(scope) or self._refusal(scope["path"], headers)
         if refusal is None:
             try:
                 async with asyncio.timeout(self._settings.timeout):
@@ -112,12 +122,21 @@ class Guard:
                     receive = _replayed(body, receive)
         await (refusal or self._app)(scope, receive, send)
 
+    def _too_much(self, scope: Scope) -> JSONResponse | None:
+        client, _ = scope["client"] or ("", 0)
+        if seconds := self._rate.wait(client):
+            detail = f"more than {self._settings.rate:g} requests a second from one address: try again in {seconds} s"
+            return _refuse(429, detail, {"retry-after": str(seconds)})
+        if self._inside > self._settings.at_once:
+            return _refuse(503, "too many requests at once: try again in 1 s", {"retry-after": "1"})
+        return None
+
     def _refusal(self, path: str, headers: Mapping[str, str]) -> JSONResponse | None:
         # A page of another site can have its own name lead to this machine; its requests then name that host.
         if not self._any_host and _host_name(headers.get("host", "")) not in self._hosts:
             return _refuse(421, "this server does not answer for the host of this address: see --allow-host")
         if self._settings.token is not None and path not in self._open and not self._authorised(headers):
-            return _refuse(401, "a token is needed: send it as 'Authorization: Bearer TOKEN'", "Bearer")
+            return _refuse(401, "a token is needed: send it as 'Authorization: Bearer TOKEN'", CHALLENGE)
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > MOST_BODY:
             return TOO_LARGE
@@ -129,10 +148,9 @@ class Guard:
         return hmac.compare_digest(given.strip().encode("latin-1"), wanted) and kind.casefold() == "bearer"
 
 
-def _refuse(status: int, detail: str, challenge: str | None = None) -> JSONResponse:
+def _refuse(status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     # Its body is not read: the connection cannot be used again.
-    headers = {"connection": "close"} | ({"www-authenticate": challenge} if challenge else {})
-    return JSONResponse({"detail": detail}, status, headers)
+    return JSONResponse({"detail": detail}, status, {"connection": "close", **(headers or {})})
 
 
 TOO_LARGE = _refuse(413, f"the request's body is above {MOST_BODY} bytes: send fewer or shorter titles")

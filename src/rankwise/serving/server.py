@@ -16,6 +16,7 @@ from rich.console import Console
 
 from rankwise.errors import UserError
 from rankwise.serving.app import create_app
+from rankwise.serving.connection import Connection
 from rankwise.serving.settings import ServerSettings
 from rankwise.serving.stages import Stages, load_stages
 
@@ -46,6 +47,8 @@ def serve_run(run: Path, names: list[str] | None, settings: ServerSettings, cons
             log_level="warning",
             access_log=False,  # it would hold what people type
             server_header=False,
+            http=Connection,
+            limit_concurrency=2 * settings.at_once,  # connections: some are between two requests
             ws="none",
             timeout_graceful_shutdown=math.ceil(settings.timeout) + 1,
         )

@@ -13,6 +13,7 @@ from rankwise.errors import UserError
 TOKEN = "RANKWISE_TOKEN"  # of the environment
 SHORTEST_TOKEN = 16  # characters
 MOST_BODY = 128 * 1024  # bytes
+SPARE = 64  # requests that are answered beside those that the model has or that wait for it
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class ServerSettings:
         batch: most requests that the model answers together.
         queue: most requests that wait; one more is refused.
         timeout: seconds after which a request is given up.
+        rate: most requests a second from one address, on average over ten seconds; one more is refused.
         hosts: names by which the server may be asked, beside those of this machine where it listens there: that of a
             reverse proxy, say. Any name where there are none and it listens elsewhere.
 
@@ -40,6 +42,7 @@ class ServerSettings:
     batch: int = 16
     queue: int = 128
     timeout: float = 30.0
+    rate: float = 100.0
     hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -50,6 +53,8 @@ class ServerSettings:
                 raise UserError(f"--{name} {getattr(self, name)} is not possible: it must be 1 or more")
         if not 0 < self.timeout <= 3600:
             raise UserError(f"--timeout {self.timeout:g} is not possible: it must be above 0 and at most 3600 seconds")
+        if not self.rate > 0:
+            raise UserError(f"--rate {self.rate:g} is not possible: it must be above 0 requests a second")
         if self.token is not None:
             _check_token(self.token)
         elif not self.local:
@@ -57,6 +62,11 @@ class ServerSettings:
                 f"--host {self.host} can be reached from other machines, and there is no token: give --token-file "
                 f"FILE or set {TOKEN}"
             )
+
+    @property
+    def at_once(self) -> int:
+        """Most requests at a time."""
+        return self.batch + self.queue + SPARE
 
     @property
     def local(self) -> bool:
