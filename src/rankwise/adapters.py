@@ -30,6 +30,9 @@ from rankwise.peft_bridge import adapter_weights
 # What an adapter's own tensors have in their names; all others are of a trained head, or biases.
 OWN = re.compile(r"\.lora_|vera_|\.bottleneck_|prompt_embeddings")
 
+# Where the configs of some of PEFT's kinds name further files, which PEFT would load: pickles and models with code too.
+ELSEWHERE = ("adapters", "shadow_model", "prompt_tuning_init_state_dict_path")
+
 
 def load_adapter_folder(folder: Path, model: str | None = None) -> PeftModel:
     """The base with a saved adapter: plain LoRA, SoRA, or a checkpoint or start of MiLoRA.
@@ -67,6 +70,8 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / CONFIG} is not JSON ({error}): save the adapter again") from error
     if not isinstance(found, dict):
         raise UserError(f"{folder / CONFIG} holds no JSON object: save the adapter again")
+    if named := next((name for name in ELSEWHERE if found.get(name) not in (None, "mirror")), None):
+        raise UserError(f"{folder / CONFIG} has {named} {found[named]!r} loaded too: take an adapter that stands alone")
     return found
 
 
