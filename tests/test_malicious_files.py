@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
 import small_runs
+import test_milora_trainers as trainers
 import tiny
 import tiny_starts
 from rankwise.adapters import load_adapter_folder
@@ -56,7 +58,7 @@ class Attack:
         """Put the pickle where another file may be: as torch writes one where it would be torch's, else by itself."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        if path.suffix in (".bin", ".pt"):
+        if path.suffix in (".bin", ".pt", ".pth"):
             torch.save(Payload(self.marker), path)
         else:
             path.write_bytes(pickle.dumps(Payload(self.marker)))
@@ -182,6 +184,16 @@ def test_the_store_of_a_run(attack: Attack, tmp_path: Path, finished: Path, name
     store = shutil.copytree(finished / "store", tmp_path / "store")
     attack.write(store / name)
     attack.refused(read_store, store, match="is damaged")
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_of_transformers_trainer(attack: Attack, tmp_path: Path, name: str) -> None:
+    model = peft.get_peft_model(tiny.make("llama"), trainers.milora())
+    trainers.trainer(model, tmp_path, 2).train()
+    attack.write(tmp_path / "checkpoint-2" / name)
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        trainers.trainer(model, tmp_path, 4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert not attack.marker.exists()
 
 
 # Caches
