@@ -249,6 +249,13 @@ def test_more_connections_than_there_may_be_are_told_so(run: Path) -> None:
             raise AssertionError("it never answers again")
 
 
+def test_a_header_does_not_make_another_address(run: Path) -> None:
+    with served(run, "--rate", "0.3") as server:
+        address = f"http://127.0.0.1:{server.port}/health"
+        answers = [httpx2.get(address, headers={"x-forwarded-for": f"10.0.0.{number}"}) for number in range(4)]
+        assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
+
+
 # The benchmark
 
 

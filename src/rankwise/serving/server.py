@@ -47,6 +47,7 @@ def serve_run(run: Path, names: list[str] | None, settings: ServerSettings, cons
             log_level="warning",
             access_log=False,  # it would hold what people type
             server_header=False,
+            proxy_headers=False,  # a header that says another address would get round the limits
             http=Connection,
             limit_concurrency=2 * settings.at_once,  # connections: some are between two requests
             ws="none",
