@@ -17,6 +17,7 @@ from rankwise.files import (
     check_writable,
     in_use,
     new_folder,
+    remove_folder,
     write_json,
     write_jsonl,
     write_text,
@@ -267,6 +268,18 @@ def test_a_manifest_names_nothing_outside_of_its_folder(tmp_path, name):
     path.write_text(path.read_text().replace("one", name))
     with pytest.raises(UserError, match="damaged"):
         check_folder(tmp_path / "folder")
+
+
+def test_a_folder_is_gone_before_its_files_are(tmp_path, monkeypatch):
+    fill(tmp_path / "run" / "folder", one="1")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", crash)
+        with pytest.raises(Crash):
+            remove_folder(tmp_path / "run" / "folder")
+    assert not (tmp_path / "run" / "folder").exists() and len(tree(tmp_path / "run")) == 2
+    with in_use(tmp_path / "run"):
+        assert tree(tmp_path / "run") == {}
+    remove_folder(tmp_path / "run" / "folder")
 
 
 def test_one_process_writes_in_a_folder_at_a_time(tmp_path):

@@ -15,10 +15,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
 from rankwise.errors import UserError
-from rankwise.files import check_folder, complete_folder
+from rankwise.files import check_folder, complete_folder, remove_folder
 from rankwise.finite import FiniteTrainer
 from rankwise.methods import load_stage
 from rankwise.methods.in_place import save_whole, trains_all
@@ -108,11 +108,17 @@ class CheckpointedTrainer(FiniteTrainer):
                 self.state.save_to_json(str(aside / name / "trainer_state.json"))
             complete_folder(aside / name, home / name)
             shutil.rmtree(aside)
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(
-                output_dir=str(home), save_total_limit=self.args.save_total_limit, best_model_checkpoint=best
-            )
+            self._remove_older(home)
         self.accelerator.wait_for_everyone()
+
+    def _remove_older(self, home: Path) -> None:
+        """Keep ``save_total_limit`` checkpoints, and the best one beside the last."""
+        limit, best = self.args.save_total_limit or 0, self.state.best_model_checkpoint
+        known = sort_checkpoints(output_dir=str(home), best_model_checkpoint=best)
+        if limit == 1 and best is not None and known[-1] != best:
+            limit = 2
+        for old in known[:-limit] if limit > 0 else []:
+            remove_folder(Path(old))
 
     def _parts(self) -> Iterator[KeptBeside]:
         for part in (self, *self.callback_handler.callbacks):

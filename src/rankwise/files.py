@@ -94,7 +94,7 @@ def in_use(folder: Path) -> Iterator[None]:
     if not is_free:
         raise InUse(f"{folder} is being written by another process: wait for it, or give another folder")
     try:
-        for left in folder.glob(f".*.{UNFINISHED}"):
+        for left in [*folder.rglob(f".*.{UNFINISHED}")]:
             if left.is_file():
                 left.unlink()
             else:
@@ -210,6 +210,13 @@ def _remove_leftovers(path: Path) -> None:
         aside.pop().rename(path)
     for folder in (*path.parent.glob(unfinished), *aside):
         _remove_unlocked(folder)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, in one step for those who look for it under its name; nothing where it is not there."""
+    if path.is_dir():
+        aside = path.rename(_beside(path))
+        shutil.rmtree(aside)
 
 
 def _remove_unlocked(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from rankwise.analysis.runfolder import read_entry
 from rankwise.errors import UserError
-from rankwise.files import UNFINISHED, check_folder, write_jsonl
+from rankwise.files import UNFINISHED, check_folder, remove_folder, write_jsonl
 from rankwise.recipes import load_recipe
 from rankwise.schema import Recipe
 
@@ -86,7 +85,7 @@ def whole_checkpoint(folder: Path, stage: str, console: Console) -> Path | None:
             return Path(last)
         except UserError as error:
             console.print(f"  {error}; this checkpoint is removed", highlight=False)
-            shutil.rmtree(last)
+            remove_folder(Path(last))
     return None
 
 

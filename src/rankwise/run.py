@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import shutil
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -28,7 +27,7 @@ from rankwise.analysis.runfolder import CASES
 from rankwise.analysis.tables import result_table
 from rankwise.errors import UserError
 from rankwise.exporting import export
-from rankwise.files import in_use, new_folder, write_json, write_text
+from rankwise.files import in_use, new_folder, remove_folder, write_json, write_text
 from rankwise.measuring import measured, measured_row, row_line
 from rankwise.memory import peak_memory
 from rankwise.methods import base_of, load_stage, save_stage, with_adapter
@@ -155,7 +154,7 @@ class Run:
         self.results["counts"] |= {f"{stage.name}: {name}": count for name, count in counts.items()}
         save_stage(model, self.folder / "stages" / stage.name)
         self._measure(task, model, stage.name)
-        shutil.rmtree(checkpoints_of(self.folder, stage.name), ignore_errors=True)
+        remove_folder(checkpoints_of(self.folder, stage.name))
 
     def _train(self, task: Task, model: PeftModel, stage: AnyStage) -> dict[str, int]:
         catalogue = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from rankwise.analysis.ranks import split_module
 from rankwise.comparing.cells import VERSION, digest_of
 from rankwise.comparing.running import BUSY
 from rankwise.errors import Stopped, UserError
-from rankwise.files import InUse, write_json
+from rankwise.files import InUse, remove_folder, write_json
 from rankwise.memory import peak_memory
 from rankwise.resuming import CHECKPOINTS
 
@@ -72,7 +71,7 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
     write_json(folder.with_name(folder.name + ".json"), kept | {"digest": digest_of(kept)})
     if not keep_adapter:
         for name in ("stages", "adapter", CHECKPOINTS):
-            shutil.rmtree(folder / name, ignore_errors=True)
+            remove_folder(folder / name)
     return found
 
 
