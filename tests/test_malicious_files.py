@@ -25,6 +25,7 @@ from rankwise.directions import initialise, load_checkpoint
 from rankwise.directions.cache import StartCache, start_key
 from rankwise.directions.triplets import triplets
 from rankwise.errors import UserError
+from rankwise.files import MANIFEST
 from rankwise.methods.listing import method_rows
 from rankwise.models import EMBEDDED_FOLDER, context_limit, load_language_model, load_tokenizer
 from rankwise.preferences.reference_cache import ReferenceCache
@@ -55,9 +56,13 @@ class Attack:
         self.marker = folder / "the-pickle-was-run"
 
     def write(self, path: Path) -> None:
-        """Put the pickle where another file may be: as torch writes one where it would be torch's, else by itself."""
+        """Put the pickle where another file may be: as torch writes one where it would be torch's, else by itself.
+
+        The manifest is removed, as who attacks does: that of a changed file is refused before anything is looked at.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
+        (path.parent / MANIFEST).unlink(missing_ok=True)
         if path.suffix in (".bin", ".pt", ".pth"):
             torch.save(Payload(self.marker), path)
         else:
@@ -117,6 +122,7 @@ def test_adapters(attack: Attack, tmp_path: Path, adapter: Path, name: str, mess
 @pytest.mark.parametrize("name", ["adapters", "shadow_model", "prompt_tuning_init_state_dict_path"])
 def test_adapters_that_name_other_files(attack: Attack, tmp_path: Path, adapter: Path, name: str) -> None:
     folder = shutil.copytree(adapter / "adapter", tmp_path / "adapter")
+    (folder / MANIFEST).unlink()
     change(folder / "adapter_config.json", **{name: str(tmp_path / "elsewhere.bin")})
     attack.refused(load_adapter_folder, folder, str(adapter / "base"), match=f"has {name} '.*elsewhere.bin' loaded too")
 
