@@ -93,7 +93,7 @@ def test_a_wrong_template_is_one_clear_error(tmp_path: Path, changes: dict[str, 
 def test_an_unknown_name_gives_the_nearest_and_a_missing_file_is_said() -> None:
     with pytest.raises(UserError, match="unknown template 'film'; did you mean 'films'"):
         load_template("film")
-    with pytest.raises(UserError, match="no such template file"):
+    with pytest.raises(UserError, match=r"template nowhere/mine\.yaml does not exist: give the path of a YAML file"):
         load_template("nowhere/mine.yaml")
 
 

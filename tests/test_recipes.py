@@ -295,7 +295,10 @@ def test_later_overrides_win():
         ("stages.1={kind: sft}", "'1' is no position in a list of 1"),
         ("output.folder=x", "override 'output.folder=x': 'output' holds a value, no mapping or list"),
         ("seed=[1", "override 'seed=[1' is no valid YAML"),
-        ("seed=!!python/name:os.system ''", "is no valid YAML: could not determine a constructor"),
+        (
+            "seed=!!python/name:os.system ''",
+            "is no valid YAML: the tag tag:yaml.org,2002:python",
+        ),
         ("sed=1", "sed is unknown: did you mean 'seed'?"),
         ("stages.0.epochs=-2", "stages.0.epochs -2: Input should be greater than 0"),
     ],
@@ -308,7 +311,7 @@ def test_mistakes_in_overrides(override, message):
     ("text", "message"),
     [
         ("output: [1", "is no valid YAML: while parsing a flow sequence"),
-        ("output: !!python/object/apply:os.system ['touch x']", "is no valid YAML: could not determine a constructor"),
+        ("output: !!python/object/apply:os.system ['touch x']", "is no valid YAML: the tag tag:yaml.org,2002:python"),
         ("", "is no mapping: it needs the keys name, model, adapter, data, stages"),
         ("- output", "is no mapping"),
         ("just words", "is no mapping"),
@@ -370,3 +373,41 @@ def test_overrides_leave_the_given_values_alone():
     values = copy.deepcopy(TEXT)
     make_recipe(values, ["seed=3", "stages.0.epochs=2"])
     assert values == TEXT
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 5000, "more than 32 lists and mappings within one another"),
+        ("a: " + "{b: " * 40, "more than 32 lists and mappings within one another"),
+        ("a: &a [1]\nb: [*a, *a]", "the alias *a is not read"),
+        ("a: &a [*a]", "the alias *a is not read"),
+        ("seed: !!int 1", "the tag tag:yaml.org,2002:int is not read"),
+        (f"seed: {'9' * 5000}", "is no whole number of 64 bits"),
+        (f"seed: 0x{'f' * 17}", "is no whole number of 64 bits"),
+        ("seed: 0b_", "'0b_' is no whole number of 64 bits"),
+        ('name: "\\ud800"', "surrogates not allowed"),
+        ('name: "\\U00110000"', "is no valid YAML"),
+        ('name: "\\UFFFFFFFF"', "is no valid YAML"),
+        ("date: 2020-99-99", "is no valid YAML"),
+        ("[1]: 2", "[1] is no key"),
+        ("#" * 2**17 + "\n", "has more than 131072 bytes"),
+        ('{output: "a\\0b", data: {kind: text, train: a}, stages: [{kind: sft}]}', "no file can have this name"),
+        (
+            f"{{output: {'a' * 256}, data: {{kind: text, train: a}}, stages: [{{kind: sft}}]}}",
+            "no file can have this name",
+        ),
+        ("".join(f"k{n}: 1\n" for n in range(9000)), "data is missing"),
+    ],
+)
+def test_broken_yaml_is_one_short_line(tmp_path, text, message):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_recipe(tmp_path / "recipe.yaml")
+    assert message in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 3000
+
+
+@pytest.mark.parametrize("key", ["stages.²", f"stages.{'9' * 5000}", ".".join("a" * 40), f"stages.{'x' * 9999}"])
+def test_a_broken_key_of_an_override_is_one_short_line(key):
+    message = mistake(TEXT, f"{key}=1")
+    assert "override" in message and len(message) < 600

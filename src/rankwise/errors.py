@@ -21,11 +21,21 @@ class Stopped(RuntimeError):
     """A training ended because its process was asked to: the message says where, and how it goes on."""
 
 
+def shown(value: object) -> str:
+    """A value as Python writes it, cut where it is long."""
+    return cut(repr(value), 80)
+
+
+def cut(text: str, most: int) -> str:
+    """The first characters of a text, at most so many; dots say that there were more."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint for an unknown ``word``: the closest known one, or all of them where none is close."""
     options = sorted(known)
     close = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(options)}"
+    return f"did you mean {close[0]!r}?" if close else f"known: {cut(', '.join(options), 1000)}"
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, Tag, ValidationError
 
-from rankwise.errors import UserError, nearest
+from rankwise.errors import UserError, cut, nearest, shown
+from rankwise.reading import DEPTH, parse_yaml, read_yaml
 from rankwise.schema import Comparison, Recipe, Section
 
 Read = TypeVar("Read", bound=Section)
@@ -47,13 +48,7 @@ def make_comparison(values: dict[str, Any], overrides: Sequence[str] = (), sourc
 
 def _values(path: Path, kind: type[Section], what: str) -> dict[str, Any]:
     """What a YAML file holds, a mapping."""
-    if not path.is_file():
-        raise UserError(f"{what} {path} does not exist: give the path of a YAML file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what} {path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
-    values = _parse(text, str(path))
+    values = read_yaml(path, what)
     if not isinstance(values, dict):
         raise UserError(f"{what} {path} is no mapping: it needs the keys {', '.join(kind.model_fields)}")
     return values
@@ -64,8 +59,8 @@ def _checked(kind: type[Read], values: dict[str, Any], overrides: Sequence[str],
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            raise UserError(f"override {override!r} has no '=': write it as key=value, as in stages.0.epochs=2")
-        _put(values, key.split("."), _parse(value, f"override {override!r}"), override)
+            raise UserError(f"override {shown(override)} has no '=': write it as key=value, as in stages.0.epochs=2")
+        _put(values, key, parse_yaml(value, f"override {shown(override)}"), shown(override))
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -77,35 +72,18 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which takes a key that stands twice for the mistake it is."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for place, key in enumerate(keys) if key in keys[:place]]
-        if twice:
-            raise yaml.YAMLError(f"the key {twice[0]!r} stands twice{node.start_mark}")
-        return super().construct_mapping(node, deep)
-
-
-def _parse(text: str, source: str) -> Any:
-    loader = _Loader(text)
-    try:
-        return loader.get_single_data()
-    except yaml.YAMLError as error:
-        raise UserError(f"{source} is no valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _put(values: Any, keys: list[str], value: Any, override: str) -> None:
+def _put(values: Any, keys: str, value: Any, override: str) -> None:
     """Set a value deep in mappings and lists; missing mappings are made."""
-    *path, last = keys
+    *path, last = keys.split(".")
+    if len(path) > DEPTH:
+        raise UserError(f"override {override}: a key has at most {DEPTH + 1} parts")
     for key in path:
         if isinstance(values, list):
             values = _item(values, key, override)
         else:
             values = values.setdefault(key, {})
         if not isinstance(values, dict | list):
-            raise UserError(f"override {override!r}: {key!r} holds a value, no mapping or list")
+            raise UserError(f"override {override}: {shown(key)} holds a value, no mapping or list")
     if isinstance(values, list):
         _item(values, last, override)
         values[int(last)] = value
@@ -114,8 +92,8 @@ def _put(values: Any, keys: list[str], value: Any, override: str) -> None:
 
 
 def _item(values: list[Any], key: str, override: str) -> Any:
-    if not key.isdigit() or int(key) >= len(values):
-        raise UserError(f"override {override!r}: {key!r} is no position in a list of {len(values)}, counted from 0")
+    if not key.isdecimal() or len(key) > 9 or int(key) >= len(values):
+        raise UserError(f"override {override}: {shown(key)} is no position in a list of {len(values)}, counted from 0")
     return values[int(key)]
 
 
@@ -123,21 +101,21 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> str:
     """The first mistake, as one line: where, what was given, what would be accepted."""
     first = error.errors(include_url=False)[0]
     location, section = _walk(first["loc"], root)
-    place = ".".join(map(str, location))
+    place = cut(".".join(map(str, location)), 200)
     if first["type"] == "extra_forbidden":
         return f"{place} is unknown: {nearest(str(location[-1]), section.model_fields)}"
     if first["type"] == "union_tag_invalid":
         known = first["ctx"]["expected_tags"].replace("'", "").split(", ")
-        return f"{place}.kind {first['ctx']['tag']!r} is unknown: {nearest(first['ctx']['tag'], known)}"
+        return f"{place}.kind {shown(first['ctx']['tag'])} is unknown: {nearest(first['ctx']['tag'], known)}"
     if first["type"] == "union_tag_not_found":
         return f"{place}.kind is missing: it says what {place} is"
     if first["type"] == "missing":
         return f"{place} is missing"
     if first["type"] == "literal_error" and isinstance(first["input"], str):
         known = re.findall(r"'([^']*)'", first["ctx"]["expected"])
-        return f"{place} {first['input']!r} is unknown: {nearest(first['input'], known)}"
+        return f"{place} {shown(first['input'])} is unknown: {nearest(first['input'], known)}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{place} {first['input']!r}: {message}" if place else message
+    return f"{place} {shown(first['input'])}: {message}" if place else message
 
 
 def _walk(location: Sequence[Any], root: type[BaseModel]) -> tuple[list[Any], type[BaseModel]]:

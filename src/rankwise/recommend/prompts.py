@@ -6,12 +6,11 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Any
 
-import yaml
-
-from rankwise.errors import UserError, nearest
+from rankwise.errors import UserError, cut, nearest, shown
+from rankwise.reading import parse_yaml, read_yaml
 
 RATING, TITLE = "rating", "title"
 _TAKEN = ("item", "items", "popularity", "user")  # what other columns are called
@@ -99,31 +98,25 @@ def load_template(name: str | Path | Template) -> Template:
     if isinstance(name, Template):
         return name
     if isinstance(name, Path) or name.endswith((".yaml", ".yml")) or "/" in name:
-        path = Path(name)
-        if not path.is_file():
-            raise UserError(f"{path}: no such template file")
-        return _parse(path, str(path))
+        return _parse(read_yaml(Path(name), "template"), str(name))
     if name not in template_names():
         raise UserError(
             f"unknown template {name!r}; {nearest(name, template_names())}, or give the path of a YAML file"
         )
-    return _parse(resources.files("rankwise.recommend") / "templates" / f"{name}.yaml", name)
+    file = resources.files("rankwise.recommend") / "templates" / f"{name}.yaml"
+    return _parse(parse_yaml(file.read_text(encoding="utf-8"), f"template {name}"), name)
 
 
-def _parse(file: Path | Traversable, source: str) -> Template:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"template {source}: no valid YAML ({' '.join(str(error).split())})") from error
+def _parse(content: Any, source: str) -> Template:
     known = [field.name for field in fields(Template)]
     if not isinstance(content, dict):
         raise UserError(f"template {source}: must be a mapping with {', '.join(known)}")
     for key in content:
         if key not in known:
-            raise UserError(f"template {source}: unknown key {key!r}; {nearest(str(key), known)}")
+            raise UserError(f"template {source}: unknown key {shown(key)}; {nearest(str(key), known)}")
     for key in known:
         if not isinstance(content.get(key, getattr(Template, key, None)), str):
-            raise UserError(f"template {source}: {key} = {content.get(key)!r} must be a text")
+            raise UserError(f"template {source}: {key} = {shown(content.get(key))} must be a text")
     return _checked(Template(**{**content, "prompt": content["prompt"].rstrip()}), source)
 
 
@@ -135,7 +128,7 @@ def _checked(template: Template, source: str) -> Template:
     if taken:
         raise UserError(f"template {source}: a column {taken[0]!r} cannot be told in item: give it another name")
     if not template.answer[0].isspace():
-        raise UserError(f"template {source}: answer = {template.answer!r} must begin with a space or a line break")
+        raise UserError(f"template {source}: answer = {shown(template.answer)} must begin with a space or a line break")
     if not template.separator:
         raise UserError(f"template {source}: separator is empty, so that titles would run together")
     return template
@@ -148,9 +141,10 @@ def _check_placeholders(text: str, source: str, key: str, required: str, known: 
         raise UserError(f"template {source}: {key}: {error}; a brace that is meant is written twice") from error
     for name in found:
         if known is None and not name.isidentifier():
-            raise UserError(f"template {source}: {{{name}}} in {key} is no name of a column")
+            raise UserError(f"template {source}: {{{cut(name, 80)}}} in {key} is no name of a column")
         if known is not None and name not in known:
-            raise UserError(f"template {source}: unknown placeholder {{{name}}} in {key}; {nearest(name, known)}")
+            hint = nearest(name, known)
+            raise UserError(f"template {source}: unknown placeholder {{{cut(name, 80)}}} in {key}; {hint}")
     if required not in found:
         raise UserError(f"template {source}: {key} has no {{{required}}}")
 

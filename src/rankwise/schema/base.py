@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import date
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -19,12 +20,20 @@ def _expand(path: str) -> str:
     return expanded
 
 
+def _possible(path: str) -> str:
+    """A path that a system takes: an impossible one would not even be looked for."""
+    if "\0" in path or any(len(os.fsencode(part)) > 255 for part in Path(path).parts):
+        raise ValueError("no file can have this name: give the path of one")
+    return path
+
+
 def _iso(value: object) -> object:
     """A date as text: YAML reads one that is not quoted as a date."""
     return value.isoformat() if isinstance(value, date) else value
 
 
-File = Annotated[str, AfterValidator(_expand)]
+FileName = Annotated[str, AfterValidator(_possible)]
+File = Annotated[FileName, AfterValidator(_expand), AfterValidator(_possible)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]

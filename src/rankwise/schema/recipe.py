@@ -18,7 +18,7 @@ from rankwise.schema.adapters import (
     SoraSettings,
     VeraSettings,
 )
-from rankwise.schema.base import EMBEDDED, Count, File, Layout, Section, Share
+from rankwise.schema.base import EMBEDDED, Count, File, FileName, Layout, Section, Share
 from rankwise.schema.data import (
     ChoiceData,
     ClassificationData,
@@ -114,7 +114,7 @@ class Recipe(Section):
     stages: list[AnyStage] = Field(min_length=1)
     evaluation: EvaluationSettings = EvaluationSettings()
     export: ExportSettings = ExportSettings()
-    output: str = Field(description="Folder of the run; new or empty, or of the same run, unfinished.")
+    output: FileName = Field(description="Folder of the run; new or empty, or of the same run, unfinished.")
     seed: int = Field(0, ge=0, description="Of the data's draws, the adapter and the training.")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="Arithmetic of the training.")
     deterministic: bool = Field(

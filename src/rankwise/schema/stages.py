@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from rankwise.schema.base import Count, Positive, Section
+from rankwise.schema.base import Count, FileName, Positive, Section
 from rankwise.schema.negatives import negatives_misfit
 
 Threshold = Annotated[float, Field(ge=0)]
@@ -137,7 +137,7 @@ class SoftmaxDpoStage(Stage):
     reference: Literal["start", "base", "none"] = Field(
         "start", description="The model as it is when the stage begins, the base without the adapter, or none."
     )
-    reference_cache: str | None = Field(None, description="Folder in which the reference's values are kept.")
+    reference_cache: FileName | None = Field(None, description="Folder in which the reference's values are kept.")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of the target that goes to the rejected.")
     length_normalised: bool = Field(False, description="Log-probabilities per token of an answer, not their sum.")
     sft_weight: float = Field(0.0, ge=0, description="Weight of the chosen answer's cross-entropy in the loss.")
