@@ -124,7 +124,7 @@ def another_base(folder: Path) -> None:
         (no_weights, "holds no adapter_model.safetensors"),
         (half_a_config, "is not JSON"),
         (no_base, "names no base model: give it with --model"),
-        (another_base, "does not fit .*other"),
+        (another_base, "on .*other cannot be loaded: .*; save the adapter again, or give its base with --model"),
     ],
     ids=["no weights", "half a config", "no base", "another base"],
 )

@@ -250,7 +250,7 @@ def test_plain_lora_of_what_has_none(tmp_path: Path) -> None:
 
 def test_a_whole_model_that_is_not_this_one(tmp_path: Path) -> None:
     tiny.make("llama").save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="holds no weights of this model"):
+    with pytest.raises(UserError, match=r"the whole model in .* cannot be loaded"):
         load_stage(with_adapter(tiny.make("gpt2"), recipe("full"), "CAUSAL_LM"), tmp_path)
 
 

@@ -234,7 +234,7 @@ def test_a_module_that_a_layer_lacks_is_left_blank():
 
 def test_a_damaged_side_file_is_named(adapter):
     (adapter / "milora.json").write_text('{"format": 1, "conf')
-    with pytest.raises(UserError, match=r"milora\.json is damaged"):
+    with pytest.raises(UserError, match=r"milora\.json is not JSON"):
         read_adapter(adapter)
 
 

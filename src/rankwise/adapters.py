@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,8 +22,10 @@ from rankwise.directions.checkpoint import SIDE_FILE
 from rankwise.directions.model_files import model_class
 from rankwise.errors import UserError
 from rankwise.files import check_folder
-from rankwise.models import quiet_libraries, reason, resolve
+from rankwise.models import loading, quiet_libraries, resolve
+from rankwise.models.index import read_index
 from rankwise.peft_bridge import adapter_weights
+from rankwise.reading import open_tensors, read_json
 
 # What an adapter's own tensors have in their names; all others are of a trained head, or biases.
 OWN = re.compile(r"\.lora_|vera_|\.bottleneck_|prompt_embeddings")
@@ -54,22 +54,13 @@ def load_adapter_folder(folder: Path, model: str | None = None) -> PeftModel:
     base = _base(place, settings.get("task_type"), folder)
     if (folder / SIDE_FILE).is_file():
         return load_checkpoint(base, folder)
-    try:
+    with loading(f"{folder} on {place}", "save the adapter again, or give its base with --model"):
         return PeftModel.from_pretrained(base, folder)
-    except UserError:
-        raise
-    except (RuntimeError, ValueError) as error:  # PEFT's and torch's words for tensors and targets that do not fit
-        raise UserError(f"{folder} does not fit {place}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _settings(folder: Path) -> dict[str, Any]:
     adapter_weights(folder)
-    try:
-        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{folder / CONFIG} is not JSON ({error}): save the adapter again") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{folder / CONFIG} holds no JSON object: save the adapter again")
+    found: dict[str, Any] = read_json(folder / CONFIG, dict, "save the adapter again")
     if named := next((name for name in ELSEWHERE if found.get(name) not in (None, "mirror")), None):
         raise UserError(f"{folder / CONFIG} has {named} {found[named]!r} loaded too: take an adapter that stands alone")
     return found
@@ -80,27 +71,23 @@ def _base(place: str, task: str | None, folder: Path) -> PreTrainedModel:
     options: dict[str, Any] = {}
     if task == "SEQ_CLS":  # the base's own head, of other classes, gives way to the adapter's
         options = {"num_labels": _labels(folder), "ignore_mismatched_sizes": True}
-    try:
+    with loading(f"model {place}", "give the base with --model"):
         where = resolve(place)
+        read_index(Path(where))
         kinds = {
             "CAUSAL_LM": AutoModelForCausalLM,
             "SEQ_CLS": AutoModelForSequenceClassification,
             "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
         }
+        options |= {"use_safetensors": True, "trust_remote_code": False}
         kind = kinds.get(task or "") or model_class(AutoConfig.from_pretrained(where, trust_remote_code=False), place)
-        base: PreTrainedModel = kind.from_pretrained(
-            where, dtype="auto", use_safetensors=True, trust_remote_code=False, **options
-        )
-    except UserError:
-        raise
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"model {place} cannot be loaded: {reason(error)}; give the base with --model") from error
+        base: PreTrainedModel = kind.from_pretrained(where, dtype="auto", **options)
     return base.eval()
 
 
 def _labels(folder: Path) -> int:
     """Classes of a trained head: the fewest rows of its matrices, where it has several layers."""
-    with safe_open(adapter_weights(folder), framework="pt") as file:
+    with open_tensors(adapter_weights(folder), "save the adapter again") as file:
         shapes = [file.get_slice(key).get_shape() for key in file.keys() if not OWN.search(key)]
     rows = [shape[0] for shape in shapes if len(shape) == 2]
     if not rows:

@@ -208,7 +208,7 @@ def open_tensors(path: Path, remedy: str, framework: str = "pt") -> Iterator[Any
         with safe_open(path, framework=framework) as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not readable as safetensors ({error}): {remedy}") from error
+        raise UserError(f"{path} is not readable as safetensors ({first_line(error)}): {remedy}") from error
 
 
 def is_file_name(name: object) -> bool:

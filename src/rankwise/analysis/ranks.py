@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import operator
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rankwise.analysis.spectra import effective_rank
-from rankwise.errors import UserError
+from rankwise.errors import UserError, cut, shown
+from rankwise.reading import open_tensors, read_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SIDE_FILE = "milora.json"  # beside an adapter that stores its start: as directions.checkpoint writes it
@@ -82,12 +82,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     missing = [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder} is no adapter, it lacks {' and '.join(missing)}: give a run's adapter folder")
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{folder / CONFIG} is not JSON ({error}): save the adapter again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / CONFIG} holds no JSON object: save the adapter again")
+    config: dict[str, Any] = read_json(folder / CONFIG, dict, "save the adapter again")
     return config
 
 
@@ -95,17 +90,14 @@ def _read_tensors(path: Path) -> tuple[dict[str, dict[str, Tensor]], Counter[str
     """LoRA tensors by module and part, and the counts of the other tensors."""
     modules: dict[str, dict[str, Tensor]] = {}
     ignored: Counter[str] = Counter()
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():
-                found = _KEY.match(key)
-                if found is None:
-                    ignored["tensors other than LoRA"] += 1
-                else:
-                    part = found["part"].removeprefix("embedding_")
-                    modules.setdefault(found["module"], {})[part] = file.get_tensor(key)
-    except SafetensorError as error:
-        raise UserError(f"{path} is not readable as safetensors ({error}): save the adapter again") from error
+    with open_tensors(path, "save the adapter again") as file:
+        for key in file.keys():
+            found = _KEY.match(key)
+            if found is None:
+                ignored["tensors other than LoRA"] += 1
+            else:
+                part = found["part"].removeprefix("embedding_")
+                modules.setdefault(found["module"], {})[part] = file.get_tensor(key)
     return modules, ignored
 
 
@@ -192,26 +184,35 @@ def update_spectrum(up: Float[Tensor, "out rank"], down: Float[Tensor, "rank in"
 
 
 def _configured_rank(module: str, config: Mapping[str, Any]) -> int | None:
+    """The rank that a configuration gives a module, which may be none that PEFT would write."""
+    try:
+        return _rank_of(module, config)
+    except (AttributeError, KeyError, TypeError, OverflowError) as error:
+        raise UserError(f"{CONFIG} gives {cut(module, 200)} no rank ({error!r}): save the adapter again") from error
+
+
+def _rank_of(module: str, config: Mapping[str, Any]) -> int | None:
     """The rank that the configuration gives a module: by the first pattern, as peft matches, or ``r``.
 
     AdaLoRA's has what was allocated, a mask for each module by its full name, and begins with ``init_r``.
     """
     if config.get("peft_type") == "ADALORA":
         masks = config.get("rank_pattern") or {}
-        return sum(masks[key]) if (key := f"{module}.lora_E") in masks else int(config["init_r"])
+        return sum(masks[key]) if (key := f"{module}.lora_E") in masks else operator.index(config["init_r"])
     for pattern, rank in (config.get("rank_pattern") or {}).items():
         try:
             found = re.match(rf"(.*\.)?({pattern})$", module)
         except re.error as error:
-            raise UserError(f"rank_pattern {pattern!r} is no regular expression ({error}): correct it") from error
+            raise UserError(f"rank_pattern {shown(pattern)} is no regular expression ({error}): correct it") from error
         if found:
-            return int(rank)
-    return int(config["r"]) if config.get("r") is not None else None
+            return operator.index(rank)
+    return operator.index(config["r"]) if config.get("r") is not None else None
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
     """A sort key that puts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    parts = re.split(r"([0-9]{1,18})", name)
+    return [(-1, part) if place % 2 == 0 else (int(part), "") for place, part in enumerate(parts)]
 
 
 def split_module(module: str) -> tuple[str, str]:

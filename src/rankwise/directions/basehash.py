@@ -14,7 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from rankwise.errors import UserError
+from rankwise.errors import UserError, cut
 
 CHUNK = 2**24  # numbers that are copied and widened at a time
 NARROW = (torch.float16, torch.bfloat16)
@@ -120,8 +120,8 @@ def base_hashes(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
             module = model.get_submodule(name)
         except AttributeError as error:
             raise UserError(
-                f"{name} is adapted in the checkpoint, and the model has no such module: load the model that the "
-                "adapter was begun on"
+                f"{cut(name, 200)} is adapted in the checkpoint, and the model has no such module: load the model that "
+                "the adapter was begun on"
             ) from error
         modules[name] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     return module_hashes(modules)
@@ -140,7 +140,7 @@ def check_base(saved: Mapping[str, str], found: Mapping[str, str]) -> None:
     changed = [name for name in others if _kind(saved[name]) == _kind(found.get(name, ""))]
     if changed:
         raise UserError(
-            f"{changed[0]}: the base weight is not the one that this adapter was begun on ({len(changed)} of "
+            f"{cut(changed[0], 200)}: the base weight is not the one that this adapter was begun on ({len(changed)} of "
             f"{len(saved)} weights differ): load the model that it was begun on, or start a new adapter"
         )
     if others:

@@ -7,7 +7,6 @@ beside it says that the lower half is the start, and on which base weights the a
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,8 +18,9 @@ from jaxtyping import Float
 from peft import LoraConfig
 from torch import Tensor
 
-from rankwise.errors import UserError
+from rankwise.errors import UserError, shown
 from rankwise.files import write_json
+from rankwise.reading import read_json
 
 SIDE_FILE = "milora.json"
 FORMAT = 1
@@ -201,13 +201,10 @@ def read_side(folder: str | Path, subfolder: str | None = None, **download: Any)
     path = Path(folder, subfolder or "", SIDE_FILE)
     if not path.is_file():
         path = _downloaded(str(folder), subfolder, path, download)
-    try:
-        side = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON's and UTF-8's errors both
-        raise UserError(f"{path} is damaged ({error}): {WRITE_AGAIN}") from error
-    if not isinstance(side, dict) or side.get("format") != FORMAT:
-        found = side.get("format") if isinstance(side, dict) else None
-        raise UserError(f"{path} has the format {found!r}, where {FORMAT} is known: update rankwise, or {WRITE_AGAIN}")
+    side = read_json(path, dict, WRITE_AGAIN)
+    if side.get("format") != FORMAT:
+        found = shown(side.get("format"))
+        raise UserError(f"{path} has the format {found}, where {FORMAT} is known: update rankwise, or {WRITE_AGAIN}")
     config, base = side.get("config"), side.get("base")
     if not isinstance(config, dict) or not isinstance(base, dict) or not all(isinstance(v, str) for v in base.values()):
         raise UserError(f"{path} is damaged (it needs an object 'config' and an object 'base'): {WRITE_AGAIN}")

@@ -8,9 +8,11 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
+from rankwise.directions.checkpoint import WRITE_AGAIN
 from rankwise.directions.milora import MiloraConfig
 from rankwise.errors import UserError
 from rankwise.files import check_folder
+from rankwise.models import loading
 from rankwise.peft_bridge import adapter_weights
 
 DOWNLOAD = ("subfolder", "revision", "token", "cache_dir")
@@ -46,7 +48,10 @@ def load_checkpoint(
     config = MiloraConfig.from_pretrained(folder, **place)
     adapter_weights(folder, **place)
     if not isinstance(model, PeftModel):
-        return PeftModel.from_pretrained(model, folder, adapter, config=config, is_trainable=is_trainable, **options)
+        with loading(f"{folder}", WRITE_AGAIN):
+            return PeftModel.from_pretrained(
+                model, folder, adapter, config=config, is_trainable=is_trainable, **options
+            )
     if adapter in model.peft_config:
         raise UserError(f"adapter {adapter!r} exists already: choose another name, or delete_adapter it first")
     if model.peft_type != config.peft_type:
@@ -56,9 +61,11 @@ def load_checkpoint(
         )
     config.inference_mode = not is_trainable
     kept = {name: options[name] for name in ("low_cpu_mem_usage", "autocast_adapter_dtype") if name in options}
-    model.add_adapter(adapter, config, **kept)
+    with loading(f"{folder}", WRITE_AGAIN):
+        model.add_adapter(adapter, config, **kept)
     try:
-        model.load_adapter(folder, adapter, is_trainable=is_trainable, **options)
+        with loading(f"{folder}", WRITE_AGAIN):
+            model.load_adapter(folder, adapter, is_trainable=is_trainable, **options)
     except BaseException:
         model.delete_adapter(adapter)
         raise

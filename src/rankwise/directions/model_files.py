@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,16 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from rankwise.errors import UserError
-from rankwise.models import reason, resolve
+from rankwise.errors import UserError, shown
+from rankwise.models import loading, resolve
+from rankwise.models.index import INDEX, read_index
+from rankwise.reading import open_tensors
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
@@ -45,17 +44,15 @@ def meta_model(folder: Path) -> PreTrainedModel:
     Raises:
         UserError: the config cannot be read, is of a quantised model, or names no architecture of transformers.
     """
-    try:
+    with loading(f"{folder / 'config.json'}"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be used: {reason(error)}") from error
     if getattr(config, "quantization_config", None):
         raise UserError(
             f"{folder} is a quantised checkpoint, whose weights are packed: give the checkpoint as it was before "
             "quantisation; the start then loads on the quantised model"
         )
     kind = model_class(config, folder / "config.json")
-    with torch.device("meta"):
+    with torch.device("meta"), loading(f"the model of {folder / 'config.json'}"):
         return kind(config)
 
 
@@ -66,9 +63,9 @@ def model_class(config: PretrainedConfig, where: str | Path) -> type[PreTrainedM
         UserError: it names none that transformers has; ``where`` says where it was read.
     """
     names = config.architectures or []
-    kind = getattr(transformers, names[0], None) if names else None
+    kind = getattr(transformers, str(names[0]), None) if names else None
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
-        raise UserError(f"architectures {names} in {where}: transformers has no such model")
+        raise UserError(f"architectures {shown(names)} in {where}: transformers has no such model")
     return kind
 
 
@@ -112,11 +109,8 @@ class ModelFiles:
         """
         key = self._key(name)
         path = self.folder / self._files[key]
-        try:
-            with safe_open(path, framework="pt") as file:
-                weight: Tensor = file.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read for {key}: {error}; fetch the file again") from error
+        with open_tensors(path, "fetch the file again") as file:
+            weight: Tensor = file.get_tensor(key)
         if tuple(weight.shape) != self._shapes[name]:
             raise UserError(
                 f"{key} in {path} has shape {tuple(weight.shape)} where the model of config.json has "
@@ -137,23 +131,13 @@ class ModelFiles:
 
 def _files(folder: Path) -> dict[str, str]:
     """The file of each key of the checkpoint."""
-    if (folder / INDEX).is_file():
-        try:
-            found: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            outside = [name for name in found.values() if Path(name).name != name]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder / INDEX} is no index of weights ({error}): fetch the file again") from error
-        if outside:
-            raise UserError(f"{folder / INDEX} names {outside[0]!r}, a file elsewhere: fetch the file again")
+    if found := read_index(folder):
         return found
     single = folder / SINGLE
     if not single.is_file():
         raise UserError(f"{folder} holds no {SINGLE} and no {INDEX}: {_remedy(folder)}")
-    try:
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), SINGLE)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{single} cannot be read: {error}; fetch the file again") from error
+    with open_tensors(single, "fetch the file again") as file:
+        return dict.fromkeys(file.keys(), SINGLE)
 
 
 def _remedy(folder: Path) -> str:

@@ -29,10 +29,11 @@ from rankwise.directions.checkpoint import (
     write_side,
 )
 from rankwise.directions.variants import START, find_twin
-from rankwise.errors import UserError
+from rankwise.errors import UserError, cut
 from rankwise.peft_bridge import adapted_layers
 from rankwise.peft_bridge.matrices import factor_parameters
 from rankwise.peft_bridge.tuner import VariantModel
+from rankwise.reading import first_line
 
 # Two computations of one start on one base differ by their solvers' rounding, far below this.
 SAME_START = 1e-2
@@ -76,12 +77,14 @@ class CheckpointedConfig(LoraConfig):
         settings, base = read_side(folder, subfolder, **kwargs)
         path = folder / (subfolder or "") / SIDE_FILE
         if unknown := settings.keys() - {field.name for field in dataclasses.fields(cls)}:
-            raise UserError(f"{path} has settings not known here ({', '.join(sorted(unknown))}): update rankwise")
+            raise UserError(
+                f"{path} has settings not known here ({cut(', '.join(sorted(unknown)), 300)}): update rankwise"
+            )
         start = {"init_lora_weights": False} if base or not _is_config_alone(path.parent) else {}
         try:
             config = cls(**settings | start | {"inference_mode": False})
         except (TypeError, ValueError) as error:
-            raise UserError(f"{path} is damaged ({error}): {WRITE_AGAIN}") from error
+            raise UserError(f"{path} is damaged ({first_line(error)}): {WRITE_AGAIN}") from error
         config.base_hashes = base
         return config
 

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rankwise.errors import UserError
+from rankwise.models import loading
+from rankwise.models.index import read_index
 
 KEPT = "_weights_before_training"
 
@@ -123,12 +125,11 @@ def load_whole(model: PeftModel, folder: Path) -> None:
         UserError: the folder holds none, or one that does not fit.
     """
     base = model.get_base_model()
-    try:
+    read_index(folder)
+    with loading(f"the whole model in {folder}"):
         saved, found = type(base).from_pretrained(
             folder, dtype=base.dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         if found["missing_keys"]:
             raise ValueError(f"it lacks {min(found['missing_keys'])}")
         base.load_state_dict(saved.state_dict())
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder} holds no weights of this model: {' '.join(str(error).split())[:300]}") from error

@@ -18,7 +18,7 @@ from transformers import (
 
 from rankwise.errors import UserError
 from rankwise.methods.models import with_adapter
-from rankwise.models import quiet_libraries, reason, resolve
+from rankwise.models import loading, quiet_libraries, resolve
 from rankwise.recipes import make_recipe
 from rankwise.schema import METHODS, Recipe
 
@@ -88,10 +88,8 @@ def method_table(rows: list[dict[str, Any]]) -> Table:
 
 def _config(path: str, classes: int | None) -> Any:
     options = {} if classes is None else {"num_labels": classes}
-    try:
+    with loading(f"model {path}"):
         config = AutoConfig.from_pretrained(resolve(path), trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {path} cannot be loaded: {reason(error)}") from error
     language = config.is_encoder_decoder or any(
         name.endswith(DECODERS) for name in config.architectures or ["ForCausalLM"]
     )

@@ -8,8 +8,7 @@ from typing import Any
 
 import peft
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, VeraConfig
-from peft.utils import set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PreTrainedModel
 
 from rankwise.directions import MiloraConfig
@@ -21,8 +20,10 @@ from rankwise.files import check_folder, new_folder
 from rankwise.methods.bottleneck import BottleneckConfig
 from rankwise.methods.in_place import load_whole, save_whole, train_all, train_biases, trains_all
 from rankwise.methods.virtual_tokens import with_virtual_tokens
+from rankwise.models import loading
 from rankwise.peft_bridge import active_adapter, adapter_weights
 from rankwise.ranks import SoraConfig, match_ranks
+from rankwise.reading import open_tensors
 from rankwise.schema import (
     AdaloraSettings,
     AdapterSettings,
@@ -76,7 +77,8 @@ def stage_config(recipe: Recipe, task_type: str, stage: Path | None = None) -> P
     if stage is not None and (stage / SIDE_FILE).is_file():
         return MiloraConfig.from_pretrained(stage)
     if stage is not None and isinstance(recipe.adapter, AdaloraSettings):
-        config = AdaLoraConfig.from_pretrained(stage)  # its rank_pattern says what the stage's weights fit
+        with loading(f"{stage}", "run the stage again"):
+            config = AdaLoraConfig.from_pretrained(stage)  # its rank_pattern says what the stage's weights fit
         config.inference_mode = False
         return config
     return adapter_config(recipe.adapter, task_type, recipe.seed)
@@ -174,4 +176,9 @@ def load_stage(model: PeftModel, folder: Path) -> None:
     if (folder / SIDE_FILE).is_file():
         check_base(read_side(folder).base, live_hashes(model, adapter))
     match_ranks(model, folder)
-    set_peft_model_state_dict(model, load_file(adapter_weights(folder)), adapter)
+    with open_tensors(adapter_weights(folder), "run the stage again") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    if missing := get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False).keys() - tensors:
+        raise UserError(f"{folder} does not fit the model: it lacks {min(missing)}: run the stage again")
+    with loading(f"the adapter in {folder}", "run the stage again"):
+        set_peft_model_state_dict(model, tensors, adapter)

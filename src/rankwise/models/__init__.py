@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,7 +21,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from rankwise.errors import UserError
+from rankwise.errors import UserError, cut
+from rankwise.models.index import read_index
 from rankwise.schema import EMBEDDED, ModelSettings
 
 EMBEDDED_FOLDER = Path(__file__).parent / "reviews"
@@ -43,18 +47,12 @@ def resolve(path: str) -> str:
     if path == EMBEDDED:
         return str(EMBEDDED_FOLDER)
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    folder = Path(path).expanduser()
-    if looks_local and not (folder / "config.json").is_file():
-        raise UserError(f"model.path {path}: no model's folder (it has no config.json); give a folder or a hub id")
-    return str(folder) if folder.is_dir() else path
-
-
-def reason(error: Exception) -> str:
-    """Why a model cannot be loaded, in one line: what the library says, but for its advice to run a model's code."""
-    said = " ".join(str(error).split())
-    if "trust_remote_code" in said:
-        return "it needs Python code from its own files, which is never run: take a model that transformers has"
-    return said[:300]
+    # Not by Path, which fails for a user who is not there and for names that are too long.
+    folder = os.path.expanduser(path)  # noqa: PTH111
+    if looks_local and not os.path.isfile(f"{folder}/config.json"):  # noqa: PTH113
+        place = cut(path, 300)
+        raise UserError(f"model.path {place}: no model's folder (it has no config.json); give a folder or a hub id")
+    return folder if os.path.isdir(folder) else path  # noqa: PTH112
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -64,10 +62,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         UserError: it cannot be loaded.
     """
     place = resolve(path)
-    try:
+    with loading(f"model.path {path}"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _unavailable(path, error) from error
     return tokenizer
 
 
@@ -114,14 +110,11 @@ def context_limit(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, v
     Raises:
         UserError: more is wanted than the model has positions for, or there is no such model.
     """
-    try:
-        whole = AutoConfig.from_pretrained(resolve(settings.path), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _unavailable(settings.path, error) from error
-    config = whole.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048
-    # A tokenizer knows the limit of models whose first positions are taken (RoBERTa); where it does not, it says 1e30.
-    limit = min(int(positions), int(tokenizer.model_max_length))
+    with loading(f"model.path {settings.path}"):
+        config = AutoConfig.from_pretrained(resolve(settings.path), trust_remote_code=False).get_text_config()
+        positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048
+        # A tokenizer knows the limit of models whose first positions are taken (RoBERTa); else it says 1e30.
+        limit = min(int(positions), int(tokenizer.model_max_length))
     if virtual >= limit:
         raise UserError(f"adapter.tokens {virtual} leaves no room in the model's {limit} positions: lower it")
     if settings.context is not None and settings.context > limit - virtual:
@@ -132,18 +125,42 @@ def context_limit(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, v
 
 
 def _load(kind: type, settings: ModelSettings, **options: object) -> PreTrainedModel:
-    try:
+    place = resolve(settings.path)
+    read_index(Path(place))
+    with loading(f"model.path {settings.path}"):
         model: PreTrainedModel = kind.from_pretrained(  # type: ignore[attr-defined]
-            resolve(settings.path),
+            place,
             dtype=getattr(torch, settings.dtype),
             use_safetensors=True,
             trust_remote_code=False,
             **options,
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _unavailable(settings.path, error) from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _unavailable(path: str, error: Exception) -> UserError:
-    return UserError(f"model.path {path} cannot be loaded: {reason(error)}")
+@contextmanager
+def loading(what: str, remedy: str = "") -> Iterator[None]:
+    """Have a model's files read by a library, which raises anything at all where one is broken.
+
+    Args:
+        what: is read, as messages name it.
+        remedy: said at the end, where there is one.
+
+    Raises:
+        UserError: the block raises an error of the library's.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        end = f"; {remedy}" if remedy else ""
+        raise UserError(f"{cut(what, 600)} cannot be loaded: {_reason(error)}{end}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Why, in one line: what the library says, but for its advice to run a model's code."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    if "trust_remote_code" in said:
+        return "it needs Python code from its own files, which is never run: take a model that transformers has"
+    return cut(said, 300)

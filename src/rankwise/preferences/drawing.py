@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -13,11 +12,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rankwise.counting import count
+from rankwise.errors import UserError
 from rankwise.files import write_json
 from rankwise.preferences.config import OWN, SoftmaxDPOConfig
 from rankwise.preferences.mining import answer_trie, mine_hard
 from rankwise.preferences.negatives import Catalogue, Drawn, check_negatives, draw_negatives, negatives_at
 from rankwise.preferences.rows import PreferenceRow
+from rankwise.reading import read_json
 from rankwise.tokenise import padding_token
 
 FROM_CATALOGUE = ("uniform", "popularity", "hard")
@@ -109,9 +110,16 @@ class Negatives:
         path = checkpoint / MINED_FILE.format(process)
         if not path.is_file():
             return 0
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        self._mined = {int(number): texts for number, texts in kept["answers"].items()}
-        return int(kept["batches"])
+        kept = read_json(path, dict, "resume from another checkpoint")
+        try:
+            mined = {
+                int(number): [text for text in texts if self._ids[text]] for number, texts in kept["answers"].items()
+            }
+            batches = int(kept["batches"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({error!r}): resume from another checkpoint") from error
+        self._mined = mined
+        return batches
 
     def _own(self, row: PreferenceRow, wanted: int, number: int) -> PreferenceRow:
         """With some of its own answers, and what is known of them."""

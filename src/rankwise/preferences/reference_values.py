@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -22,6 +21,7 @@ from rankwise.preferences.fingerprint import fingerprint, tokenizer_label
 from rankwise.preferences.reference import Reference
 from rankwise.preferences.reference_cache import TOLERANCES, ReferenceCache
 from rankwise.preferences.rows import PreferenceRow
+from rankwise.reading import read_json
 
 CHECKED = 8  # rows whose values a checkpoint keeps
 CHECK_FILE = "reference.json"
@@ -184,7 +184,9 @@ def check_resumed(
     path = checkpoint / CHECK_FILE
     if not path.is_file():
         raise UserError(f"{checkpoint} was trained without a reference, or by another trainer: begin anew")
-    kept = json.loads(path.read_text(encoding="utf-8"))
+    kept = read_json(path, list, "resume from another checkpoint")
+    if not all(isinstance(one, list) and all(isinstance(value, int | float) for value in one) for one in kept):
+        raise UserError(f"{path} holds no log-probabilities of rows: resume from another checkpoint")
     triples = zip(rows, values, kept, strict=False)
     if len(kept) != len(rows) or not all(_alike(row, one, other, dtype) for row, one, other in triples):
         raise UserError(

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.utils import get_peft_model_state_dict
-from safetensors import safe_open
 
 from rankwise.errors import UserError
+from rankwise.models import loading
 from rankwise.peft_bridge import Kind, active_adapter, adapted_layers, adapter_weights
 from rankwise.ranks.resizing import remove_from_layer
+from rankwise.reading import open_tensors
 
 
 def match_ranks(model: PeftModel, folder: Path) -> None:
@@ -35,7 +36,8 @@ def match_ranks(model: PeftModel, folder: Path) -> None:
     saved = _saved_shapes(folder)
     if _live_shapes(model, adapter) == saved:
         return
-    config = PeftConfig.from_pretrained(folder)
+    with loading(f"the config in {folder}", "save the adapter again"):
+        config = PeftConfig.from_pretrained(folder)
     if config.peft_type != live.peft_type:
         raise UserError(
             f"{folder} holds an adapter of {type(config).__name__}, and the model's is {type(live).__name__}"
@@ -58,7 +60,7 @@ def _replace(model: PeftModel, adapter: str, config: LoraConfig) -> None:
 
 
 def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    with safe_open(adapter_weights(folder), framework="pt") as file:
+    with open_tensors(adapter_weights(folder), "save the adapter again") as file:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys() if ".lora_" in key}
 
 

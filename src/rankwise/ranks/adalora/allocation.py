@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.adalora import RankAllocator
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
@@ -20,6 +19,7 @@ from rankwise.errors import UserError
 from rankwise.files import write_bytes
 from rankwise.peft_bridge import adapted_layers
 from rankwise.ranks.adalora.checks import adalora_config, check_adapter, check_schedule
+from rankwise.reading import open_tensors, parse_json
 
 COUNTS = ("step", "skipped", "history")  # in the metadata of a saved allocation
 
@@ -198,12 +198,16 @@ class AdaloraAllocation:
         if counts.get("step") != step or any(shapes.get(key) != tensor.shape for key, tensor in tensors.items()):
             raise UserError(f"{file} is of another step than {step}, or of another adapter: resume from its own folder")
         held = {name: p for name, p in here.items() if f"importance.{name}" in tensors}
+        try:
+            uncertainty = {name: tensors[f"uncertainty.{name}"].to(p) for name, p in held.items()}
+            history, skipped = [Allocated(*map(int, entry)) for entry in counts["history"]], int(counts["skipped"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{file} is damaged ({error!r}): resume from another checkpoint") from error
         self.allocator.ipt = {name: torch.zeros_like(p) for name, p in held.items()}
         self.allocator.exp_avg_ipt = {name: tensors[f"importance.{name}"].to(p) for name, p in held.items()}
-        self.allocator.exp_avg_unc = {name: tensors[f"uncertainty.{name}"].to(p) for name, p in held.items()}
+        self.allocator.exp_avg_unc = uncertainty
         self._kept = {name: tensors[f"kept.{name}"].tolist() for name in here if f"kept.{name}" in tensors}
-        self.history = [Allocated(*entry) for entry in counts["history"]]
-        self.skipped, self._done = counts["skipped"], step
+        self.history, self.skipped, self._done = history, skipped, step
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What the allocator looks at, by the names that it uses."""
@@ -237,9 +241,9 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{file} does not exist, and AdaLoRA cannot go on without the importance that it gathered: resume from a "
             "checkpoint that AdaloraCallback wrote, give its folder as AdaloraCallback(checkpoint=...), or start anew"
         )
+    with open_tensors(file, "resume from another checkpoint") as opened:
+        metadata, tensors = opened.metadata() or {}, {key: opened.get_tensor(key) for key in opened.keys()}
     try:
-        with safe_open(file, framework="pt") as opened:
-            counts = {name: json.loads(value) for name, value in (opened.metadata() or {}).items() if name in COUNTS}
-            return counts, {key: opened.get_tensor(key) for key in opened.keys()}
-    except SafetensorError as error:
-        raise UserError(f"{file} is not readable as safetensors ({error}): resume from another checkpoint") from error
+        return {name: parse_json(value) for name, value in metadata.items() if name in COUNTS}, tensors
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}): resume from another checkpoint") from error
