@@ -104,7 +104,7 @@ def test_the_command_writes_it_again(results: dict[str, Any], tmp_path: Path) ->
     with pytest.raises(UserError, match="is of version None"):
         write_comparison_report(tmp_path / "out")
     (tmp_path / "out" / "summary.json").write_text("[]")
-    with pytest.raises(UserError, match="is no finished comparison"):
+    with pytest.raises(UserError, match=r"summary.json holds no JSON object: run `rankwise compare` again"):
         write_comparison_report(tmp_path / "out")
 
 

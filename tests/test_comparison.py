@@ -83,7 +83,7 @@ def test_cases_that_do_not_belong_together_are_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"DPO\.parquet has no column 'group'"):
         read_cases(read_run(folder))
     (folder / "cases" / "DPO.parquet").write_bytes(b"broken")
-    with pytest.raises(UserError, match=r"DPO\.parquet cannot be read"):
+    with pytest.raises(UserError, match=r"DPO\.parquet is not readable as Parquet"):
         read_cases(read_run(folder))
 
 

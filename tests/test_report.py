@@ -200,11 +200,11 @@ def test_folders_that_are_no_run(run, tmp_path):
         {"columns": [], "rows": [{"metrics": {}}]},
     ):
         write(run / "results.json", broken)
-        with pytest.raises(UserError, match="lacks columns and rows"):
+        with pytest.raises(UserError, match=r"results\.json: (columns|rows\.0\.(metrics|name)): Field required"):
             write_report(run)
     (run / "results.json").unlink()
     (run / "recipe.yaml").write_text("a: [")
-    with pytest.raises(UserError, match=r"recipe\.yaml is not YAML"):
+    with pytest.raises(UserError, match=r"recipe\.yaml is no valid YAML"):
         write_report(run)
     assert not (run / "report.html").exists()
 
@@ -212,7 +212,7 @@ def test_folders_that_are_no_run(run, tmp_path):
 def test_a_failure_leaves_the_old_page(run):
     before = write_report(run).read_bytes()
     write(run / "ranks.json", [{"module": "a"}])
-    with pytest.raises(UserError, match="lacks rows with module and rank"):
+    with pytest.raises(UserError, match=r"ranks\.json: 0\.rank: Field required: export the adapter again"):
         write_report(run)
     assert (run / "report.html").read_bytes() == before
 
@@ -305,3 +305,28 @@ def test_figures_are_drawn_in_a_browser(run, tmp_path):
 @NEEDS_CHROMIUM
 def test_it_is_no_wider_than_a_phone(run, tmp_path):
     check_on_a_phone(write_report(run), tmp_path / "profile")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("results.json", {"columns": ["loss"], "rows": [{"name": "a", "metrics": {"loss": "low"}}]}),
+        ("results.json", {"columns": "loss", "rows": []}),
+        ("results.json", {"columns": [], "rows": [], "seconds": ["a"]}),
+        ("results.json", {"columns": [], "rows": [], "labels": [1]}),
+        ("results.json", []),
+        ("ranks.json", [{"module": "a", "rank": -1}]),
+        ("ranks.json", [{"module": 1, "rank": 1}]),
+        ("versions.json", ["a"]),
+        ("updates.json", {}),
+    ],
+)
+def test_files_that_are_not_what_a_run_writes(run, name, content):
+    write(run / name, content)
+    with pytest.raises(UserError, match=name):
+        write_report(run)
+
+
+def test_a_recipe_of_other_forms_is_shown_as_it_is(run):
+    (run / "recipe.yaml").write_text("stages: 0.5\nadapter: [1]\n")
+    assert "stages: 0.5" in write_report(run).read_text()

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from rankwise.adapters import load_adapter_folder
 from rankwise.analysis.ranks import CONFIG
-from rankwise.analysis.runfolder import read_results
+from rankwise.analysis.results import read_results
 from rankwise.analysis.tables import result_table
 from rankwise.errors import UserError, nearest
 from rankwise.exporting import ExportReport, Layout, export

@@ -97,7 +97,7 @@ def forget_after(lines: Path, stage: str, step: int = 0) -> list[int]:
     """
     if not lines.exists():
         return []
-    entries = (read_entry(line) for line in lines.read_text(encoding="utf-8").split("\n"))
+    entries = (read_entry(line) for line in lines.read_text(encoding="utf-8", errors="replace").split("\n"))
     kept = [entry for entry in entries if entry is not None]
     own = [entry for entry in kept if entry.get("stage") == stage]
     before = [entry for entry in own if 0 < entry.get("step", 0) <= step and "train_runtime" not in entry]

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
-from rankwise.analysis.runfolder import read_results
+from rankwise.analysis.results import read_results
 from rankwise.chat_template import render, require_template
 from rankwise.errors import UserError
 from rankwise.evaluation import open_run, trained_stage

@@ -11,6 +11,7 @@ import polars as pl
 from rankwise.analysis.markup import Cell, muted, section, table
 from rankwise.analysis.runfolder import CASES, Run
 from rankwise.errors import UserError
+from rankwise.reading import read_parquet
 from rankwise.recommend.cases import ABOUT, ACTIVITY, values
 from rankwise.recommend.uncertainty import Comparison, by_group, compare_paired
 
@@ -34,7 +35,7 @@ def read_cases(run: Run) -> dict[str, pl.DataFrame]:
     found: dict[str, pl.DataFrame] = {}
     for row in run.results.get("rows") or []:
         path = run.folder / CASES / f"{row['name']}.parquet"
-        if path.is_file():
+        if path.parent == run.folder / CASES and path.is_file():
             found[str(row["name"])] = _read(path)
     names = list(found)
     for name in names[1:]:
@@ -44,10 +45,7 @@ def read_cases(run: Run) -> dict[str, pl.DataFrame]:
 
 
 def _read(path: Path) -> pl.DataFrame:
-    try:
-        cases = pl.read_parquet(path)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}): evaluate the run again") from error
+    cases: pl.DataFrame = read_parquet(path, "evaluate the run again")
     if missing := [name for name in ABOUT if name not in cases.columns]:
         raise UserError(f"{path} has no column {missing[0]!r}: evaluate the run again")
     return cases
@@ -56,7 +54,8 @@ def _read(path: Path) -> pl.DataFrame:
 def reference_row(run: Run, names: list[str]) -> str | None:
     """The row that the others are compared with: that of the first stage, which the later ones begin with."""
     stages = run.recipe.get("stages")
-    first = [str(one["name"]) for one in stages if isinstance(one, Mapping) and "name" in one] if stages else []
+    named = stages if isinstance(stages, list) else []
+    first = [str(one["name"]) for one in named if isinstance(one, Mapping) and "name" in one]
     return next((name for name in first if name in names), names[-1] if names else None)
 
 

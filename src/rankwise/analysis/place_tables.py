@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from rankwise.analysis.markup import Cell, muted, plot, section, table
 from rankwise.analysis.places import SHARES, places_by_kind, spectra_by_kind
 from rankwise.analysis.runfolder import Run
 from rankwise.errors import UserError
+from rankwise.reading import read_json
 
 PLACES = "updates.json"
 TITLE = "Where the updates lie"
@@ -61,13 +61,15 @@ def place_section(run: Run) -> str:
     if not path.is_file():
         return ""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = read_json(path, list, "remove it, or run again")
         texts, kinds = _texts_by_kind(rows), places_by_kind(rows)
         words = f"over all modules, of what chance would have: {times_chance(kinds[-1])}"
         figures = plot(place_figure({kind["kind"]: kind for kind in kinds}), "places", words)
         if all("spectra" in row for row in rows):  # not where an earlier version looked
             figures += plot(spectrum_figure(rows)[0], "spectra", spectrum_figure(rows)[1])
-    except (ValueError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} is no list of updates ({error!r}): remove it, or run again") from error
     cells: list[list[Cell]] = [[(text, "") for text in row] for row in texts]
     note = muted(MEANING.format(rank=max(row["rank"] for row in rows)))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rankwise.analysis.ranks import CONFIG, read_adapter
+from rankwise.analysis.results import read_rank_rows, read_results
 from rankwise.errors import UserError
+from rankwise.reading import parse_json, parse_yaml, read_json, read_yaml_text
 
 CASES = "cases"  # a folder of Parquet files, one a row of the results
 WITHOUT_RANKS = ("full", "bitfit", "bottleneck", "prompt", "prefix", "vera")
@@ -73,38 +72,16 @@ def read_run(folder: Path) -> Run:
         metrics,
         read_results(folder),
         ranks,
-        _read_json(folder / "versions.json", dict) or {},
+        _read_versions(folder / "versions.json"),
         absent | absent_ranks,
         {"lines of metrics.jsonl": unread} if unread else {},
     )
 
 
-def read_results(folder: Path) -> dict[str, Any]:
-    """``results.json`` of a run, checked; empty where there is none."""
-    path = Path(folder) / "results.json"
-    results: dict[str, Any] = _read_json(path, dict) or {}
-    if not results:
-        return {}
-    columns, rows = results.get("columns"), results.get("rows")
-    whole = isinstance(columns, list) and isinstance(rows, list) and all(map(_is_row, rows))
-    if not whole:
-        raise UserError(f"{path} lacks columns and rows with a name and metrics: evaluate the run again")
-    return results
-
-
-def _is_row(row: Any) -> bool:
-    if not isinstance(row, Mapping) or "name" not in row or not isinstance(row.get("metrics"), Mapping):
-        return False
-    return all(value is None or isinstance(value, int | float) for value in row["metrics"].values())
-
-
 def _ranks(folder: Path, recipe: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Ranks as the run wrote them, or as its adapter has them; zero padding is no rank where it is known."""
-    path = folder / "ranks.json"
-    rows: list[dict[str, Any]] | None = _read_json(path, list)
+    rows = read_rank_rows(folder)
     if rows is not None:
-        if not all(isinstance(row, Mapping) and "module" in row and isinstance(row.get("rank"), int) for row in rows):
-            raise UserError(f"{path} lacks rows with module and rank: export the adapter again")
         return [row | {"rank": row.get("live", row["rank"])} for row in rows], {}
     if isinstance(adapter := recipe.get("adapter"), Mapping) and adapter.get("kind") in WITHOUT_RANKS:
         return [], {}
@@ -125,13 +102,8 @@ def _ranks(folder: Path, recipe: Mapping[str, Any]) -> tuple[list[dict[str, Any]
 def _read_recipe(path: Path) -> tuple[str, dict[str, Any]]:
     if not path.is_file():
         return "", {}
-    text = path.read_text(encoding="utf-8")
-    try:
-        recipe = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"{path} is not YAML ({' '.join(str(error).split())}): restore it from the run's start"
-        ) from error
+    text = read_yaml_text(path, "recipe")
+    recipe = parse_yaml(text, f"recipe {path}")
     return text, recipe if isinstance(recipe, dict) else {}
 
 
@@ -147,24 +119,15 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
 def read_entry(line: str) -> dict[str, Any] | None:
     """One line of ``metrics.jsonl``, or None where it is no whole JSON object."""
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
     except ValueError:
         return None
     return entry if isinstance(entry, dict) else None
 
 
-def _read_json(path: Path, kind: type) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): run the step that writes it again") from error
-    if not isinstance(value, kind):
-        raise UserError(
-            f"{path} holds a {type(value).__name__}, not a {kind.__name__}: run the step that writes it again"
-        )
-    return value
+def _read_versions(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(path, dict, "remove it, or run again") if path.is_file() else {}
+    return found
 
 
 def settings(recipe: Mapping[str, Any] | Sequence[Any], prefix: str = "") -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rankwise.analysis.results import check_results
 from rankwise.comparing.cells import CELLS
 from rankwise.comparing.choosing import final_row
 from rankwise.comparing.running import in_a_process, threads_of
 from rankwise.comparing.summary import restore
 from rankwise.errors import UserError, nearest
 from rankwise.files import write_text
+from rankwise.reading import read_json
 from rankwise.recipes import dump_recipe, load_recipe
 from rankwise.schema import Comparison
 
@@ -39,18 +40,18 @@ def run_again(comparison: Comparison, name: str, console: Console) -> dict[str, 
     folder = Path(comparison.output)
     restore(folder)
     cell = _named(folder / CELLS, name)
-    before = json.loads(cell.read_text(encoding="utf-8"))
+    before = _result(cell)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / f"{cell.stem}.yaml"
         recipe = load_recipe(cell.with_suffix(".yaml"))
         write_text(file, dump_recipe(recipe.model_copy(update={"output": str(file.with_suffix(""))})))
         threads = before.get("threads") or threads_of(comparison.processes)
         in_a_process(file, False, threads, Path.cwd())
-        after = json.loads(_result(file).read_text(encoding="utf-8"))
+        after = _result(_written(file))
     then, now = ((final_row(one) or {"metrics": {}})["metrics"] for one in (before, after))
     console.print(_table(cell.stem, then, now))
     for one in (before, after):
-        if one["failed"]:
+        if one.get("failed"):
             console.print(f"  {one['failed']}", style="dim", highlight=False)
     return {"run": cell.stem, "then": then, "now": now, "same": then == now}
 
@@ -68,7 +69,15 @@ def _named(cells: Path, name: str) -> Path:
     return found[0]
 
 
-def _result(recipe: Path) -> Path:
+def _result(path: Path) -> dict[str, Any]:
+    remedy = "remove it to run the cell again"
+    result: dict[str, Any] = read_json(path, dict, remedy)
+    if not result.get("failed"):
+        check_results(path, result, remedy)
+    return result
+
+
+def _written(recipe: Path) -> Path:
     result = recipe.with_suffix(".json")
     if not result.is_file():
         log = recipe.with_suffix(".log").read_text(encoding="utf-8").strip().splitlines()[-1:]

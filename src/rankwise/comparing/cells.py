@@ -11,7 +11,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from rankwise.errors import UserError
+from rankwise.analysis.results import check_results
+from rankwise.errors import UserError, shown
+from rankwise.reading import read_json
 from rankwise.recipes import make_recipe
 from rankwise.schema import METHODS, Comparison, MethodEntry, Recipe
 
@@ -83,18 +85,17 @@ class Cell:
         path = self.beside(".json")
         if not path.is_file():
             return None
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            version = found["version"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is no result of a run: remove it to run the cell again") from error
+        result: dict[str, Any] = read_json(path, dict, "remove it to run the cell again")
+        version = result.get("version")
         if version != VERSION:
             raise UserError(
-                f"{path} is of version {version}, and this is {VERSION}: give a new output, or remove it to run again"
+                f"{path} is of version {shown(version)}, and this is {VERSION}: give a new output, or remove it to "
+                "run again"
             )
-        result: dict[str, Any] = found
         if result.get("digest", digest_of(result)) != digest_of(result):  # runs from before it was kept have none
             raise UserError(f"{path} is not as it was written: remove it to run the cell again")
+        if not result.get("failed"):
+            check_results(path, result, "remove it to run the cell again")
         return result
 
 

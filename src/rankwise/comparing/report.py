@@ -19,8 +19,9 @@ from rankwise.comparing.figures import cost_figure, forgetting_figure, forgotten
 from rankwise.comparing.statistics import holm, paired
 from rankwise.comparing.summary import grid
 from rankwise.comparing.training_figures import training_figures
-from rankwise.errors import UserError
+from rankwise.errors import UserError, shown
 from rankwise.files import write_text
+from rankwise.reading import read_json
 
 LEVEL = 0.05
 FEW = 10  # times fewer parameters than the best are few
@@ -37,13 +38,15 @@ def write_comparison_report(folder: Path) -> Path:
     path = Path(folder) / SUMMARY
     again = "run `rankwise compare` again"
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = read_json(path, dict, again)
         version = results.get("version")
         text = render_comparison(results) if version == SUMMARY_VERSION else ""
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} is no finished comparison's ({error!r}): {again}") from error
     if version != SUMMARY_VERSION:
-        raise UserError(f"{path} is of version {version}, and this is {SUMMARY_VERSION}: {again}")
+        raise UserError(f"{path} is of version {shown(version)}, and this is {SUMMARY_VERSION}: {again}")
     write_text(path.with_name("report.html"), text)
     return path.with_name("report.html")
 

@@ -20,6 +20,7 @@ from rankwise.comparing.choosing import Key, deciding_metric, final_row, is_lowe
 from rankwise.comparing.statistics import holm, paired, spread
 from rankwise.errors import UserError
 from rankwise.files import write_bytes
+from rankwise.reading import is_file_name, read_parquet
 from rankwise.recipes import dump_recipe
 from rankwise.schema import METHODS, Comparison
 
@@ -109,11 +110,10 @@ def restore(folder: Path) -> int:
     path = folder / RUNS
     if (folder / CELLS).is_dir() or not path.is_file():
         return 0
-    try:
-        kept = pl.read_parquet(path, columns=["run", "recipe", "result"])
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{path} holds no runs of a comparison: remove it, or give another output") from error
-    if stray := [name for name in kept["run"] if Path(name).name != name]:
+    kept = read_parquet(path, "remove it, or give another output", ["run", "recipe", "result"])
+    if set(kept.dtypes) != {pl.String} or sum(kept.null_count().row(0)):
+        raise UserError(f"{path} holds no runs of a comparison: remove it, or give another output")
+    if stray := [name for name in kept["run"] if not is_file_name(name)]:
         raise UserError(f"{path}: run {stray[0]!r} is no file name: remove it, or give another output")
     made = folder / f"{CELLS}.part"
     shutil.rmtree(made, ignore_errors=True)
