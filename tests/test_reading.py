@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,7 +9,8 @@ import polars as pl
 import pytest
 
 from rankwise.errors import UserError
-from rankwise.recommend.logs.reading import find_column, find_optional_column, read_table
+from rankwise.recommend.logs.reading import Form, find_column, find_optional_column, read_batches, read_table
+from rankwise.recommend.logs.reading.text import LONGEST
 
 
 def test_csv_is_text_with_quotes_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
@@ -72,3 +74,33 @@ def test_quotes_are_plain_characters_in_the_header_too(tmp_path: Path) -> None:
     path.write_text('id\t"title"\n1\t12" disk\n')
     table, _ = read_table(path, quoting=False)
     assert table.to_dicts() == [{"id": "1", '"title"': '12" disk'}]
+
+
+@pytest.mark.parametrize("name", ["log.csv.gz", "log.csv", "log.jsonl.gz"])
+def test_a_line_without_end_is_refused(tmp_path: Path, name: str) -> None:
+    """A small compressed file can hold a line that fills the memory."""
+    opened = gzip.open if name.endswith(".gz") else open
+    with opened(tmp_path / name, "wb") as file:
+        file.write(b"user,item,time\n" + b"0" * (LONGEST + 1))
+    with pytest.raises(UserError, match=r"a line has more than 16777216 bytes"):
+        list(read_batches(tmp_path / name))
+
+
+@pytest.mark.parametrize("cut", [5, 30, -4])
+def test_a_broken_compressed_file_is_refused(tmp_path: Path, cut: int) -> None:
+    (tmp_path / "log.csv.gz").write_bytes(gzip.compress(b"user,item,time\n" + bytes(range(256)) * 9)[:cut])
+    with pytest.raises(UserError, match=r"log\.csv\.gz: not readable as CSV"):
+        list(read_batches(tmp_path / "log.csv.gz"))
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "..", "", 1, "a" * 300])
+def test_a_saved_dataset_stays_within_its_folder(tmp_path: Path, name: object) -> None:
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+    with pytest.raises(UserError, match=r"state\.json: .* is no file of this folder"):
+        list(read_batches(tmp_path))
+
+
+def test_a_literal_with_half_a_character_is_a_broken_row(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{'user': 'a'}\n{'u\\ud800ser': 'b'}\n")
+    table, broken = read_table(tmp_path / "a.json", Form(literals=True))
+    assert (table.to_dicts(), broken["row"].to_list()) == ([{"user": "a"}], [2])

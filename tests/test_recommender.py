@@ -204,11 +204,13 @@ def test_a_store_is_written_and_read(tmp_path: Path) -> None:
     assert found.histories.equals(made.histories)
     assert (found.template, found.most_history) == (made.template, made.most_history)
     (tmp_path / "store" / "titles.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match=r"titles\.parquet is not readable as Parquet .*: run its recipe again"):
+        read_store(tmp_path / "store")
+    (tmp_path / "store" / "settings.json").write_text("{")
+    with pytest.raises(UserError, match=r"settings\.json is not JSON .*: run its recipe again"):
         read_store(tmp_path / "store")
     (tmp_path / "store" / "histories.parquet").unlink()
-    (tmp_path / "store" / "settings.json").write_text("{")
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match=r"no histories\.parquet: recommendations need a finished run"):
         read_store(tmp_path / "store")
     with pytest.raises(UserError, match=r"no settings\.json: recommendations need a finished run"):
         read_store(tmp_path)

@@ -129,7 +129,7 @@ def test_a_huge_field_is_read_and_the_limit_put_back(tmp_path: Path) -> None:
         ("t.jsonl", "\n \n", r"no usable row"),
         ("t.json", "[1, 2", r"not valid JSON"),
         ("t.json", "[]", r"no usable row"),
-        ("t.parquet", "nonsense", r"not a readable Parquet"),
+        ("t.parquet", "nonsense", r"not readable as Parquet"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import polars as pl
 
 from rankwise.errors import UserError
 from rankwise.files import write_bytes, write_json
+from rankwise.reading import read_json
 from rankwise.recommend.recommender import Recommender
 
 PART = 1000  # users of a file
@@ -93,7 +93,7 @@ def _open(folder: Path, settings: dict[str, Any]) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not path.is_file():
             raise UserError(f"{folder} is there, and holds no recommendations: choose another folder")
-        if json.loads(path.read_text(encoding="utf-8")) != settings:
+        if read_json(path, dict, "choose another folder") != settings:
             raise UserError(f"{folder} holds recommendations of other users or settings: choose another folder")
     write_json(path, settings)
 

@@ -5,14 +5,14 @@ There are no users in it: a case is named by its file and place. Both fix the or
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rankwise.errors import UserError
+from rankwise.errors import UserError, shown
+from rankwise.reading import parse_json
 from rankwise.recommend.logs.leaks import leaks_of_cases
 from rankwise.recommend.prompts import Template, load_template
 from rankwise.recommend.rows import Prepared, RowSettings, build, check_rows
@@ -148,8 +148,8 @@ def read_names(path: Path) -> dict[int, str]:
         identifier, mark, name = line.partition("::")
         if not line.strip():
             continue
-        if not mark or not identifier.strip().isdecimal() or not name.strip():
-            raise UserError(f"{path}: line {number} is {line!r}, not ID::NAME")
+        if not mark or not identifier.strip().isdecimal() or len(identifier) > 19 or not name.strip():
+            raise UserError(f"{path}: line {number} is {shown(line)}, not ID::NAME")
         names[int(identifier)] = name.strip()
     return names
 
@@ -180,10 +180,10 @@ def read_windows(path: Path, names: Mapping[int, str], minimum: int = 3) -> tupl
 def _window_case(name: str, line: str, names: Mapping[int, str], padding: int, minimum: int) -> Case | str:
     """The case, or the reason why it is none."""
     try:
-        value = json.loads(line)
+        value = parse_json(line)
         ids = [int(identifier) for identifier in value["seq"] if identifier != padding]
         target = int(value["next"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, LookupError, OverflowError):
         return "unparsable windows"
     if len(ids) < max(minimum, 1):
         return "windows with too short a history"
@@ -215,8 +215,8 @@ def _text(path: Path) -> str:
 
 def _load(path: Path) -> Any:
     try:
-        return json.loads(_text(path))
-    except json.JSONDecodeError as error:
+        return parse_json(_text(path))
+    except ValueError as error:
         raise UserError(f"{path}: no valid JSON ({error})") from error
 
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
-from rankwise.errors import UserError
+from rankwise.errors import UserError, cut, shown
 from rankwise.files import check_folder, new_folder, write_json, write_jsonl
+from rankwise.reading import read_json, read_parquet
 from rankwise.recommend.prompts import Template
 from rankwise.recommend.rows import BROKEN, Prepared
 
 STORE = "store"  # of a run's folder
 TITLES, HISTORIES, SETTINGS = "titles.parquet", "histories.parquet", "settings.json"
+AGAIN = "run its recipe again with --resume"
 CLOSEST = 3  # known names that an unknown one is answered with
 
 
@@ -176,21 +178,38 @@ def read_store(folder: Path) -> Store:
     Raises:
         UserError: the folder is not there, or one of its files is missing or damaged.
     """
+    for name in (SETTINGS, TITLES, HISTORIES):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder} has no {name}: recommendations need a finished run on interactions or published lists"
+            )
     check_folder(folder)
+    settings = read_json(folder / SETTINGS, dict, AGAIN)
+    titles, histories = (read_parquet(folder / name, AGAIN) for name in (TITLES, HISTORIES))
     try:
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        titles, histories = (pl.read_parquet(folder / name) for name in (TITLES, HISTORIES))
-        template = Template(**_texts(settings["template"]))
-        return Store(titles, histories, template, int(settings["most_history"]))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{folder} has no {Path(str(error.filename or TITLES)).name}: recommendations need a finished run on"
-            " interactions or published lists"
-        ) from error
-    except (ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder} is damaged ({reason}): run its recipe again with --resume") from error
+        template = Template(**{name: str(value) for name, value in settings["template"].items()})
+        template.render(["a title"], about={}), template.render_answer("a title")
+        told = dict.fromkeys(template.attributes, pl.String)
+        _check(titles, {"title": pl.String, "items": pl.List(pl.String), **told})
+        _check(histories, {"user": pl.String, "titles": pl.List(pl.String)})
+        titles = titles.with_columns(pl.col("popularity").cast(pl.Int64))
+        return Store(titles, histories, template, _count(settings["most_history"]))
+    except (ValueError, LookupError, TypeError, AttributeError, pl.exceptions.PolarsError) as error:
+        raise UserError(f"{folder} is damaged ({cut(str(error), 200)}): {AGAIN}") from error
 
 
-def _texts(values: Mapping[str, object]) -> dict[str, str]:
-    return {name: str(value) for name, value in values.items()}
+def _check(table: pl.DataFrame, columns: Mapping[str, Any]) -> None:
+    """See that a table has these columns, and in the first of them a name for each row."""
+    for name, kind in columns.items():
+        if table.schema.get(name) != kind:
+            raise ValueError(f"there is no column {name} of {kind}")
+    name = next(iter(columns))
+    if table[name].null_count() or table[name].is_duplicated().any():
+        raise ValueError(f"a {name} is missing, or is there twice")
+
+
+def _count(value: object) -> int:
+    """A whole number from 0."""
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{shown(value)} is no count")
+    return value

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 MOST_TITLES = 200  # of a history or of candidates
 MOST_TOP = 100
 MOST_CHARACTERS = 500  # of a title
+MOST_NODES = 2**16  # tokens of titles that a search reads, whose keys and values stay in memory
 MOST_FOUND = 50  # titles that a search gives
 
 Title = Annotated[str, StringConstraints(min_length=1, max_length=MOST_CHARACTERS)]
@@ -43,6 +44,7 @@ class Asked(BaseModel):
     most_nodes: int | None = Field(
         None,
         ge=1,
+        le=MOST_NODES,
         strict=True,
         description="Tokens of a whole catalogue's titles to read at most; the ranking may then not be exact.",
     )

@@ -7,10 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-import polars as pl
-
 from rankwise.counting import UNPARSABLE, count
 from rankwise.errors import UserError, nearest
+from rankwise.reading import read_parquet
 from rankwise.tasks.delimited import DELIMITERS, parse_delimited
 
 Row = dict[str, Any]
@@ -174,7 +173,5 @@ def _has_half_character(value: Row) -> bool:
 
 
 def _read_parquet(path: Path, counts: dict[str, int]) -> list[Row]:
-    try:
-        return pl.read_parquet(path, glob=False).to_dicts()
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{path} is not a readable Parquet file: {error}") from None
+    rows: list[Row] = read_parquet(path, "write it again").to_dicts()
+    return rows

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
 
-from rankwise.errors import UserError
+from rankwise.errors import UserError, shown
+from rankwise.reading import first_line, is_file_name, read_json
 from rankwise.recommend.logs.reading.columns import as_text
 from rankwise.recommend.logs.reading.forms import ACCEPTED, COLUMNAR, COMPRESSED, SUFFIXES, Form
-from rankwise.recommend.logs.reading.text import ROW, Tables, broken_rows, objects, separated
+from rankwise.recommend.logs.reading.text import ROW, Tables, broken_rows, check_lines, objects, separated
 
 ROWS = 250_000  # of a batch
 NO_ROWS = "it is empty but for its header"
+BROKEN = (pl.exceptions.PolarsError, pl.exceptions.PanicException, UnicodeDecodeError, OSError, EOFError, zlib.error)
 _STATE, _SPLITS = "state.json", "dataset_dict.json"  # of a folder that the datasets library wrote
 
 
@@ -57,10 +59,10 @@ def read_batches(
                     yield Batch(file, table, broken)
         except pl.exceptions.NoDataError:
             continue
-        except (pl.exceptions.PolarsError, UnicodeDecodeError, OSError) as error:
+        except BROKEN as error:
             kind = _suffix(file)[1:].upper() or "text"
             encoding = form.encoding.upper() if form and form.encoding != "utf8" else "UTF-8"
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             hint = "; a quotation mark may be open: where they are plain characters set quoting: false"
             quoted = '"' in reason or "CSV malformed" in reason
             raise UserError(f"{file}: not readable as {kind} in {encoding} ({reason}){hint * quoted}") from error
@@ -116,11 +118,14 @@ def _folder(path: Path) -> list[Path]:
 
 
 def _saved_dataset(path: Path) -> list[Path]:
+    state = read_json(path / _STATE, dict, "save the dataset again")
     try:
-        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        files, selected = [path / file["filename"] for file in state["_data_files"]], state.get("_indices_files")
-    except (ValueError, KeyError, TypeError) as error:
+        names, selected = [file["filename"] for file in state["_data_files"]], state.get("_indices_files")
+    except (KeyError, TypeError) as error:
         raise UserError(f"{path / _STATE}: not what the datasets library writes: save the dataset again") from error
+    if stray := [name for name in names if not is_file_name(name)]:
+        raise UserError(f"{path / _STATE}: {shown(stray[0])} is no file of this folder: save the dataset again")
+    files = [path / name for name in names]
     if selected:
         raise UserError(f"{path}: a dataset with a selection of its rows: save its flatten_indices() to disk")
     missing = [file.name for file in files if not file.is_file()]
@@ -139,6 +144,7 @@ def _tables(path: Path, form: Form | None, quoting: bool, choose: Choose | None)
     suffix = _suffix(path)
     if form is None and suffix in COLUMNAR:
         return _columnar(path, suffix, choose)
+    check_lines(path)
     chosen = form or replace(SUFFIXES[suffix], quoting=quoting)
     return separated(path, chosen, ROWS) if chosen.separator else objects(path, chosen, ROWS)
 

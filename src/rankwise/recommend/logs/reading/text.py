@@ -18,6 +18,8 @@ TOO_LONG, NO_OBJECT = "more fields than columns", "no JSON object"
 _OVERFLOW = ["\0first", "\0second", "\0third"]  # fields that the header does not name; the first may be empty
 _TWICE = "_duplicated_0"  # what polars adds to a name that was there before
 _BROKEN: dict[str, type[pl.DataType]] = {"row": pl.Int64, "reason": pl.String, "content": pl.String}
+LARGEST = 2**32  # bytes of a compressed file that is read as a whole
+LONGEST = 2**24  # bytes of a line; to read one takes ten times as many
 Tables = Iterator[tuple[pl.DataFrame, pl.DataFrame]]  # rows, and the broken ones
 
 
@@ -30,6 +32,24 @@ def broken_rows(rows: pl.DataFrame, reason: str) -> pl.DataFrame:
 def _filled(fields: Sequence[str | None]) -> list[str | None]:
     last = max((place for place, field in enumerate(fields) if field is not None), default=-1)
     return list(fields[: last + 1])
+
+
+def check_lines(path: Path) -> None:
+    """See that no line of a text file is too long for memory, which a small compressed file can hold; not of ``.zst``.
+
+    Raises:
+        UserError: one is.
+        OSError, EOFError, zlib.error: the file is broken.
+    """
+    if path.suffix.lower() == ".zst":
+        return
+    begun = 0  # bytes of a line that has not ended
+    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+        while chunk := file.read(2**20):
+            last = chunk.rfind(b"\n")
+            if begun + (chunk.find(b"\n") if last >= 0 else len(chunk)) > LONGEST:
+                raise UserError(f"{path}: a line has more than {LONGEST} bytes: break it, or write the file again")
+            begun = len(chunk) - 1 - last if last >= 0 else begun + len(chunk)
 
 
 def separated(path: Path, form: Form, rows: int) -> Tables:
@@ -116,10 +136,20 @@ def _source(path: Path, form: Form) -> Path | bytes:
     if form.encoding == "utf8":
         return path
     if path.suffix.lower() == ".gz":
-        return gzip.decompress(path.read_bytes()).decode(form.encoding).encode()
+        return _unpacked(path).decode(form.encoding).encode()
     if path.suffix.lower() == ".zst":
         raise UserError(f"{path}: a file in {form.encoding} is not read compressed: unpack it first")
     return path.read_text(encoding=form.encoding).encode()
+
+
+def _unpacked(path: Path) -> bytes:
+    with gzip.open(path) as file:
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise UserError(
+            f"{path}: it has more than {LARGEST} bytes, too many for a file that is not in UTF-8: convert it"
+        )
+    return content
 
 
 def _json_object(line: str) -> dict[str, object] | None:
@@ -135,7 +165,7 @@ def _json_object(line: str) -> dict[str, object] | None:
 def _literal(line: str) -> dict[str, object] | None:
     try:
         value = ast.literal_eval(line)
-        repr(value).encode()
+        json.dumps(value, ensure_ascii=False, skipkeys=True, default=str).encode()  # as for JSON
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
     return value if isinstance(value, dict) and value and all(isinstance(key, str) for key in value) else None
