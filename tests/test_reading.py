@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 
 from rankwise.errors import UserError
+from rankwise.recommend.logs.items import read_items
 from rankwise.recommend.logs.reading import Form, find_column, find_optional_column, read_batches, read_table
 from rankwise.recommend.logs.reading.text import LONGEST
 
@@ -104,3 +105,10 @@ def test_a_literal_with_half_a_character_is_a_broken_row(tmp_path: Path) -> None
     (tmp_path / "a.json").write_text("{'user': 'a'}\n{'u\\ud800ser': 'b'}\n")
     table, broken = read_table(tmp_path / "a.json", Form(literals=True))
     assert (table.to_dicts(), broken["row"].to_list()) == ([{"user": "a"}], [2])
+
+
+def test_a_long_name_of_a_column_is_cut_in_the_message(tmp_path: Path) -> None:
+    (tmp_path / "items.csv").write_text(f"item,{'title' * 2000},{'title' * 2000}\n1,2,3\n")
+    with pytest.raises(UserError) as caught:
+        read_items(tmp_path / "items.csv")
+    assert len(str(caught.value)) < 400

@@ -35,7 +35,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """A hint for an unknown ``word``: the closest known one, or all of them where none is close."""
     options = sorted(known)
     close = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"known: {cut(', '.join(options), 1000)}"
+    return f"did you mean {shown(close[0])}?" if close else f"known: {cut(', '.join(options), 1000)}"
 
 
 @contextmanager

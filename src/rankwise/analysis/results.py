@@ -78,13 +78,13 @@ def read_rank_rows(folder: Path) -> list[dict[str, Any]] | None:
     return found
 
 
-def check_results(path: Path, value: Any, remedy: str) -> None:
-    """See that a file holds results, at least of one row.
+def check_rows(path: Path, value: dict[str, Any], remedy: str) -> None:
+    """See that a file of results has columns, and at least one row.
 
     Raises:
         UserError: it does not.
     """
-    _check(path, value, _IS_RESULTS, remedy)
+    _check(path, {name: value.get(name) for name in ("columns", "rows")}, _IS_RESULTS, remedy)
     if not value["rows"]:
         raise UserError(f"{path} has no row of results: {remedy}")
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rankwise.analysis.results import check_results
+from rankwise.analysis.results import check_rows
 from rankwise.comparing.cells import CELLS
 from rankwise.comparing.choosing import final_row
 from rankwise.comparing.running import in_a_process, threads_of
@@ -73,7 +73,7 @@ def _result(path: Path) -> dict[str, Any]:
     remedy = "remove it to run the cell again"
     result: dict[str, Any] = read_json(path, dict, remedy)
     if not result.get("failed"):
-        check_results(path, result, remedy)
+        check_rows(path, result, remedy)
     return result
 
 

@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from rankwise.analysis.results import check_results
+from rankwise.analysis.results import check_rows
 from rankwise.errors import UserError, shown
 from rankwise.reading import read_json
 from rankwise.recipes import make_recipe
@@ -95,7 +95,7 @@ class Cell:
         if result.get("digest", digest_of(result)) != digest_of(result):  # runs from before it was kept have none
             raise UserError(f"{path} is not as it was written: remove it to run the cell again")
         if not result.get("failed"):
-            check_results(path, result, "remove it to run the cell again")
+            check_rows(path, result, "remove it to run the cell again")
         return result
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rankwise.counting import UNPARSABLE, count
-from rankwise.errors import UserError
+from rankwise.errors import UserError, shown
 
 Row = dict[str, str]
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".txt": None}
@@ -41,7 +41,7 @@ def parse_delimited(
     names = list(columns) if columns is not None else next(lines, [])
     if len(set(names)) < len(names):
         repeated = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{path}: column {repeated!r} is named twice")
+        raise UserError(f"{path}: column {shown(repeated)} is named twice")
     return _rows(names, lines, counts)
 
 

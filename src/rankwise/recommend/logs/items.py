@@ -9,7 +9,7 @@ from pathlib import Path
 
 import polars as pl
 
-from rankwise.errors import UserError
+from rankwise.errors import UserError, shown
 from rankwise.recommend.logs.reading import Form, find_column, read_table
 
 ITEM = (
@@ -66,7 +66,9 @@ def read_items(
     known = listed.filter(pl.col("item").is_not_null())
     titled = known.filter(pl.col("title").is_not_null())
     if titled.is_empty():
-        raise UserError(f"{path}: no row has both an item in {item!r} and a title in {title!r}; check the column names")
+        raise UserError(
+            f"{path}: no row has both an item in {shown(item)} and a title in {shown(title)}; check the column names"
+        )
     items = titled.unique(subset="item", keep="first", maintain_order=True)
     if tidy:
         items = items.with_columns(pl.col("title").map_elements(tidy_title, return_dtype=pl.String))

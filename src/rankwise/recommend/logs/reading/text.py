@@ -10,7 +10,7 @@ from pathlib import Path
 
 import polars as pl
 
-from rankwise.errors import UserError
+from rankwise.errors import UserError, shown
 from rankwise.recommend.logs.reading.forms import Form
 
 ROW = "\0row"  # the number of a row in its file, from 1
@@ -88,7 +88,7 @@ def _header(path: Path, form: Form) -> list[str]:
     names = read.collect_schema().names()
     twice = [name.removesuffix(_TWICE) for name in names if name.endswith(_TWICE)]
     if twice:
-        raise UserError(f"{path}: the header names the column {twice[0]!r} twice; rename one of them")
+        raise UserError(f"{path}: the header names the column {shown(twice[0])} twice; rename one of them")
     return names
 
 
