@@ -112,3 +112,9 @@ def test_a_long_name_of_a_column_is_cut_in_the_message(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         read_items(tmp_path / "items.csv")
     assert len(str(caught.value)) < 400
+
+
+def test_names_of_columns_stay_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "items.csv").write_text('"a\nb",c\n1,2\n')
+    with pytest.raises(UserError, match="no column found for the item, name it; known: a b, c"):
+        read_items(tmp_path / "items.csv")

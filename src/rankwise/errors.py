@@ -35,7 +35,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """A hint for an unknown ``word``: the closest known one, or all of them where none is close."""
     options = sorted(known)
     close = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
-    return f"did you mean {shown(close[0])}?" if close else f"known: {cut(', '.join(options), 1000)}"
+    if close:
+        return f"did you mean {shown(close[0])}?"
+    return f"known: {cut(' '.join(', '.join(options).split()), 1000)}"  # in one line, whatever the names
 
 
 @contextmanager
