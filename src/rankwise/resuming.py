@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from transformers.trainer_utils import get_last_checkpoint
 
+from rankwise.analysis.results import read_results
 from rankwise.analysis.runfolder import read_entry
 from rankwise.errors import UserError
 from rankwise.files import UNFINISHED, check_folder, remove_folder, write_jsonl
@@ -47,19 +47,7 @@ def earlier_results(folder: Path, recipe: Recipe, again: bool = False) -> dict[s
             f"output {folder} holds this run, finished: give another folder (output=...), or remove it first; --resume "
             "writes its adapter and report once more"
         )
-    return _results(folder / "results.json")
-
-
-def _results(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or not isinstance(found.get("rows", []), list):
-            raise ValueError("it holds no results")
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): remove {path.parent} and begin anew") from error
-    return found
+    return read_results(folder)
 
 
 def _is_run_of(file: Path, recipe: Recipe) -> bool:

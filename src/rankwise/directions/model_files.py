@@ -14,7 +14,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from rankwise.errors import UserError, shown
+from rankwise.errors import UserError, cut, shown
 from rankwise.models import loading, resolve
 from rankwise.models.index import INDEX, read_index
 from rankwise.reading import open_tensors
@@ -35,7 +35,9 @@ def model_folder(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=wanted))
     except (OSError, ValueError) as error:  # what huggingface_hub raises comes from one of the two
-        raise UserError(f"model {model} is no folder and cannot be downloaded: {reason(error)}") from error
+        raise UserError(
+            f"model {model} is no folder and cannot be downloaded: {cut(' '.join(str(error).split()), 300)}"
+        ) from error
 
 
 def meta_model(folder: Path) -> PreTrainedModel:
