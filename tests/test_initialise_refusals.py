@@ -90,7 +90,7 @@ def config_with(**changes):
         (not_finite, "^model.layers.1.mlp.down_proj: .*NaN or infinity"),
         (index_cut_off, "index.json is not JSON"),
         (shard_missing, "model-00001-of-00002.safetensors is not there"),
-        (shard_elsewhere, "names '../model.safetensors', a file elsewhere"),
+        (shard_elsewhere, "'../model.safetensors' is no file of this folder"),
         (config_with(architectures=["OakForCausalLM"]), "OakForCausalLM.*transformers has no such model"),
         (config_with(architectures=None), "transformers has no such model"),
         (config_with(architectures=["Trainer"]), "Trainer.*transformers has no such model"),

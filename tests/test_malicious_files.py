@@ -189,7 +189,7 @@ def test_a_stage_that_holds_a_whole_model(attack: Attack, tmp_path: Path, tiny_l
 def test_the_store_of_a_run(attack: Attack, tmp_path: Path, finished: Path, name: str) -> None:
     store = shutil.copytree(finished / "store", tmp_path / "store")
     attack.write(store / name)
-    attack.refused(read_store, store, match="is damaged")
+    attack.refused(read_store, store, match="is not readable as Parquet")
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])

@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from conftest import seeded_llama
 from rankwise.errors import UserError
+from rankwise.files import MANIFEST
 from rankwise.recommend.batch import recommend_users
 from rankwise.recommend.prepare import InteractionSettings, prepare_interactions
 from rankwise.recommend.prompts import load_template
@@ -204,6 +205,9 @@ def test_a_store_is_written_and_read(tmp_path: Path) -> None:
     assert found.histories.equals(made.histories)
     assert (found.template, found.most_history) == (made.template, made.most_history)
     (tmp_path / "store" / "titles.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match=r"titles\.parquet is not as it was written"):
+        read_store(tmp_path / "store")
+    (tmp_path / "store" / MANIFEST).unlink()
     with pytest.raises(UserError, match=r"titles\.parquet is not readable as Parquet .*: run its recipe again"):
         read_store(tmp_path / "store")
     (tmp_path / "store" / "settings.json").write_text("{")

@@ -79,9 +79,10 @@ def _base(place: str, task: str | None, folder: Path) -> PreTrainedModel:
             "SEQ_CLS": AutoModelForSequenceClassification,
             "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
         }
-        options |= {"use_safetensors": True, "trust_remote_code": False}
         kind = kinds.get(task or "") or model_class(AutoConfig.from_pretrained(where, trust_remote_code=False), place)
-        base: PreTrainedModel = kind.from_pretrained(where, dtype="auto", **options)
+        base: PreTrainedModel = kind.from_pretrained(
+            where, dtype="auto", use_safetensors=True, trust_remote_code=False, **options
+        )
     return base.eval()
 
 
