@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import small_runs
 from rankwise.checkpoints import CheckpointedTrainer
 from rankwise.errors import UserError
 from rankwise.files import MANIFEST
-from rankwise.resuming import checkpoints_of
+from rankwise.resuming import CHECKPOINTS, checkpoints_of
 from rankwise.run import Run
 from rankwise.state_file import read_state, write_state
 
@@ -104,13 +105,16 @@ def test_a_training_that_was_stopped_within_a_stage_ends_as_one_that_was_not(
             with pytest.raises(Crash):
                 Run(again, small_runs.silent())()
     assert [path.name for path in checkpoints_of(Path(again.output), last).iterdir()] == ["checkpoint-3"]
-    found = Run(again, small_runs.silent())()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        found = Run(again, small_runs.silent())()
+    assert not [str(one.message) for one in warned if "rankwise" in one.filename]
     assert found["rows"] == expected["rows"]
     assert found["counts"] == expected["counts"]
     for part in ("adapter", "stages"):
         assert contents(Path(again.output) / part) == contents(Path(whole.output) / part)
     assert logged(Path(again.output)) == logged(Path(whole.output))
-    assert not checkpoints_of(Path(again.output), last).exists()
+    assert not (Path(again.output) / CHECKPOINTS).exists()
 
 
 def test_states_of_every_kind_come_back_as_they_were(tmp_path: Path) -> None:

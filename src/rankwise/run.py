@@ -38,7 +38,7 @@ from rankwise.progress import logs_shown
 from rankwise.ranks import AllGatesClosed, gate_counts, prune
 from rankwise.recipes import dump_recipe
 from rankwise.recommend.store import STORE, write_store
-from rankwise.resuming import checkpoints_of, earlier_results, forget_after, whole_checkpoint
+from rankwise.resuming import CHECKPOINTS, checkpoints_of, earlier_results, forget_after, whole_checkpoint
 from rankwise.sampling import sample
 from rankwise.schema import AdaloraSettings, AnyStage, LoraSettings, Recipe, SoraSettings
 from rankwise.tasks.load import check_recipe_files, held_out_elsewhere, load_task
@@ -145,6 +145,7 @@ class Run:
             last = stage.name
         if held != last:
             load_stage(model, self.folder / "stages" / str(last))
+        remove_folder(self.folder / CHECKPOINTS)
 
     def _stage(self, task: Task, model: PeftModel, stage: AnyStage) -> None:
         """Train, save and measure one stage."""

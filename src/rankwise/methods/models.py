@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,10 @@ def load_stage(model: PeftModel, folder: Path) -> None:
     match_ranks(model, folder)
     with open_tensors(adapter_weights(folder), "run the stage again") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
-    if missing := get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False).keys() - tensors:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MiLoRA's of an adapter that was not loaded yet
+        wanted = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    if missing := wanted.keys() - tensors:
         raise UserError(f"{folder} does not fit the model: it lacks {min(missing)}: run the stage again")
     with loading(f"the adapter in {folder}", "run the stage again"):
         set_peft_model_state_dict(model, tensors, adapter)
