@@ -15,6 +15,7 @@ from rankwise.files import (
     MANIFEST,
     check_folder,
     check_writable,
+    clear_unfinished,
     in_use,
     new_folder,
     remove_folder,
@@ -280,6 +281,17 @@ def test_a_folder_is_gone_before_its_files_are(tmp_path, monkeypatch):
     with in_use(tmp_path / "run"):
         assert tree(tmp_path / "run") == {}
     remove_folder(tmp_path / "run" / "folder")
+
+
+def test_files_that_another_writes_are_not_cleared(tmp_path):
+    def pieces():
+        yield {"a": 1}
+        clear_unfinished(tmp_path)
+        yield {"b": 2}
+
+    (tmp_path / f".rows.jsonl.{'a' * 32}").write_text("half")
+    write_jsonl(tmp_path / "rows.jsonl", pieces())
+    assert [*tree(tmp_path)] == ["rows.jsonl"] and tree(tmp_path)["rows.jsonl"].count("\n") == 2
 
 
 def test_one_process_writes_in_a_folder_at_a_time(tmp_path):

@@ -28,9 +28,10 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def _write(path: Path, pieces: Iterable[bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
+    temporary, lock = _beside(path), None
     try:
         with temporary.open("xb") as file:
+            lock, _ = _lock(temporary)
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
@@ -39,6 +40,9 @@ def _write(path: Path, pieces: Iterable[bytes]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -68,6 +72,12 @@ def check_writable(folder: Path) -> None:
     probe.unlink()
 
 
+def clear_unfinished(folder: Path) -> None:
+    """Remove what processes that were killed left below a folder of files and folders that they were writing."""
+    for left in [*folder.rglob(f".*.{UNFINISHED}")]:
+        _remove_unlocked(left)
+
+
 class InUse(UserError):
     """Another process writes in the folder."""
 
@@ -94,11 +104,7 @@ def in_use(folder: Path) -> Iterator[None]:
     if not is_free:
         raise InUse(f"{folder} is being written by another process: wait for it, or give another folder")
     try:
-        for left in [*folder.rglob(f".*.{UNFINISHED}")]:
-            if left.is_file():
-                left.unlink()
-            else:
-                _remove_unlocked(left)
+        clear_unfinished(folder)
         yield
     finally:
         if lock is not None:
@@ -219,18 +225,21 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(aside)
 
 
-def _remove_unlocked(folder: Path) -> None:
-    """Remove a temporary folder that no living process has locked; an empty one may be about to be."""
-    if folder.is_symlink() or not folder.is_dir() or not any(folder.iterdir()):
+def _remove_unlocked(path: Path) -> None:
+    """Remove a temporary file or folder that no living process has locked; an empty folder may be about to be."""
+    if path.is_symlink() or not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    lock, _ = _lock(folder)
+    lock, _ = _lock(path)
     if lock is not None:
-        shutil.rmtree(folder, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
         os.close(lock)
 
 
-def _lock(folder: Path) -> tuple[int | None, bool]:
-    """A lock on a folder, which the system drops when the process ends, and whether no other process has one.
+def _lock(path: Path) -> tuple[int | None, bool]:
+    """A lock on a file or a folder, which the system drops when the process ends, and whether no other process has one.
 
     None where there is no lock to be had: on Windows, on some network filesystems, or where another has it.
     """
@@ -239,7 +248,7 @@ def _lock(folder: Path) -> tuple[int | None, bool]:
     import fcntl
 
     try:
-        opened = os.open(folder, os.O_RDONLY)
+        opened = os.open(path, os.O_RDONLY)
     except OSError:
         return None, True
     try:

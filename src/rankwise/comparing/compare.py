@@ -27,7 +27,7 @@ from rankwise.comparing.summary import (
     write_runs,
 )
 from rankwise.errors import UserError
-from rankwise.files import write_json, write_text
+from rankwise.files import clear_unfinished, write_json, write_text
 from rankwise.models import context_limit, load_tokenizer
 from rankwise.run import versions
 from rankwise.schema import Comparison
@@ -56,6 +56,7 @@ def compare(comparison: Comparison, console: Console, cluster: bool = False) -> 
     check(comparison)
     check_metrics(comparison)
     folder = Path(comparison.output)
+    clear_unfinished(folder)
     if restored := restore(folder):
         console.print(f"{restored} runs are finished in {folder / RUNS}", highlight=False)
     (folder / CELLS).mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rankwise.directions.triplets import Part, Triplets, triplets
 from rankwise.errors import UserError
-from rankwise.files import check_writable, write_bytes
+from rankwise.files import check_writable, clear_unfinished, write_bytes
 
 VERSION = 1  # raised whenever the triplets of a weight come out differently, beyond the solvers' tolerance
 
@@ -104,6 +104,7 @@ def start_cache(folder: str) -> StartCache:
     cache = StartCache(Path(folder))
     try:
         check_writable(cache.folder)
+        clear_unfinished(cache.folder)
     except OSError as error:
         raise UserError(f"cache {folder} cannot be written to ({error}): give another folder, or none") from error
     return cache

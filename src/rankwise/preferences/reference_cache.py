@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from rankwise.errors import UserError
-from rankwise.files import check_writable, write_bytes
+from rankwise.files import check_writable, clear_unfinished, write_bytes
 from rankwise.preferences.rows import PreferenceRow
 
 FORMAT = "rankwise reference log-probabilities 1"
@@ -70,6 +70,7 @@ class ReferenceCache:
         self.path = self.folder / f"{fingerprint}.safetensors"
         try:
             check_writable(self.folder)
+            clear_unfinished(self.folder)
         except OSError as error:
             raise UserError(
                 f"folder {folder} of the reference's log-probabilities cannot be written to ({error}): give another one"
