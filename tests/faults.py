@@ -201,6 +201,7 @@ def forked(work: Callable[[], int], at: int | None = None, count: Path | None = 
 
     try:
         os.setpgrp()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where the shell runs this aside
         said = os.open(SAID, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(said, 1), os.dup2(said, 2)
         if most is not None:

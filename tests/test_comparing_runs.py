@@ -307,6 +307,24 @@ def test_a_command_that_is_asked_to_end_ends_its_cells(tmp_path: Path) -> None:
     assert time.monotonic() - begun < 30
 
 
+def test_a_cell_whose_result_was_removed_is_run_again(values: dict[str, Any], in_this_process: list[str]) -> None:
+    comparison = make_comparison(values | {"learning_rates": [1e-2], "seeds": [0]})
+    before = compare(comparison, small_runs.silent())["rows"]
+    for path in (Path(values["output"]) / "cells").glob("*.json"):
+        path.unlink()
+    after = compare(comparison, small_runs.silent())["rows"]
+    assert [(row["mean"], row["failed"]) for row in after] == [(row["mean"], row["failed"]) for row in before]
+    assert len(in_this_process) == 4
+
+
+def test_a_cell_that_is_finished_is_left_as_it_is(values: dict[str, Any], in_this_process: list[str]) -> None:
+    compare(make_comparison(values | {"learning_rates": [1e-2], "seeds": [0]}), small_runs.silent())
+    path = next((Path(values["output"]) / "cells").glob("*lora*.json"))
+    content = path.read_bytes()
+    run_cell(path.with_suffix(".yaml"))
+    assert path.read_bytes() == content
+
+
 def test_a_result_that_is_not_as_it_was_written(values: dict[str, Any], in_this_process: list[str]) -> None:
     comparison = make_comparison(values | {"learning_rates": [1e-2], "seeds": [0]})
     compare(comparison, small_runs.silent())

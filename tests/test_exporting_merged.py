@@ -82,6 +82,7 @@ def test_the_model_is_not_touched(tmp_path, config, settings):
     assert {path.name for path in (tmp_path / "merged").iterdir()} == {
         "config.json",
         "generation_config.json",
+        "manifest.json",
         "model.safetensors",
     }
 

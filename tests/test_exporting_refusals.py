@@ -26,7 +26,8 @@ def test_an_export_replaces_an_earlier_one(tmp_path):
     rw.export(model, tmp_path / "adapter")
     (tmp_path / "adapter" / "notes.txt").write_text("old")
     rw.export(model, tmp_path / "adapter", rank=1)
-    assert contents(tmp_path).keys() == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+    names = ("adapter_config.json", "adapter_model.safetensors", "manifest.json")
+    assert contents(tmp_path).keys() == {f"adapter/{name}" for name in names}
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 1
 
 

@@ -24,10 +24,12 @@ from rankwise.training import SKIPPED
 
 SHORT = small_runs.SFT | {"batch_size": 2, "epochs": 1, "warmup": 0.0}
 DPO = small_runs.DPO | {"start": None, "batch_size": 4, "negatives": 2, "warmup": 0.0}
+ADALORA = {"kind": "adalora", "r": 2, "initial_rank": 4, "warmup_share": 0.1, "final_share": 0.3}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("instructions", {"stages": [SHORT]}),
     "accumulated": ("instructions", {"stages": [SHORT | {"accumulation": 3}]}),
     "sora": ("classification", {"stages": [SHORT | {"batch_size": 4}]}),
+    "adalora": ("instructions", {"adapter": ADALORA, "stages": [SHORT]}),
     "softmax-DPO": (
         "preferences",
         {"stages": [small_runs.DPO | {"start": None, "batch_size": 4, "negatives": 2, "warmup": 0.0}]},

@@ -240,9 +240,9 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"format": 1, "config": {"r"', "is damaged"),
-        ("", "is damaged"),
-        ("[1, 2]", "has the format None, where 1 is known"),
+        ('{"format": 1, "config": {"r"', "is not JSON"),
+        ("", "is not JSON"),
+        ("[1, 2]", "holds no JSON object"),
         ('{"format": 2, "config": {}, "base": {}}', "has the format 2, where 1 is known: update rankwise"),
         ('{"format": 1, "config": {}}', "needs an object 'config' and an object 'base'"),
         ('{"format": 1, "config": {"rank": 3}, "base": {}}', r"settings not known here \(rank\)"),

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ from rankwise.stopping import SaveInTime, StopRequest, stopped_by_sigterm
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
 SHORT = small_runs.SFT | {"batch_size": 4}
+
+
+@pytest.fixture(autouse=True)
+def interrupts() -> Iterator[None]:
+    """Ctrl-C does what it does in a terminal, also where a shell that runs the tests aside has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def send_at(step: int, monkeypatch: pytest.MonkeyPatch, *signals: signal.Signals, wait: float = 0.0) -> None:
@@ -69,9 +78,20 @@ def test_a_second_signal_or_a_step_that_takes_too_long_ends_it_at_once(
 ) -> None:
     recipe = small_runs.recipe("instructions", tmp_path, model_folder, stages=[SHORT])
     monkeypatch.setattr(stopping, "GRACE", 0.05)
+    monkeypatch.setattr(stopping, "TOGETHER", 0.0)
     signals = [signal.SIGTERM] * (2 if again else 1)
     send_at(2, monkeypatch, *signals, wait=0.0 if again else 5.0)
     with pytest.raises(Stopped, match="stopped by SIGTERM within a step: the same command goes on from the last"):
+        Run(recipe, small_runs.silent())()
+
+
+def test_a_signal_that_comes_again_at_once_is_the_same(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a terminal sends one to all processes of a command, and the command another to those that it started."""
+    recipe = small_runs.recipe("instructions", tmp_path, model_folder, stages=[SHORT])
+    send_at(2, monkeypatch, signal.SIGINT, signal.SIGTERM)
+    with pytest.raises(Stopped, match="stopped by SIGINT at stage sft, step 2 of"):
         Run(recipe, small_runs.silent())()
 
 
@@ -149,8 +169,8 @@ def test_a_damaged_checkpoint_is_removed_and_said(
             OSError(errno.ENOSPC, "No space left on device", "a/b"),
             "a/b: No space left on device: free some space there",
         ),
-        (PermissionError(errno.EACCES, "Permission denied", "a/b"), "a/b: Permission denied: give a folder that can"),
-        (OSError(errno.EROFS, "Read-only file system", "a"), "a: Read-only file system: give a folder that can be"),
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), "a/b: Permission denied: give another place"),
+        (OSError(errno.EROFS, "Read-only file system", "a"), "a: Read-only file system: give another place, or"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), "(os error 28): free some space there"),
     ],
 )

@@ -57,6 +57,8 @@ class CheckpointedTrainer(FiniteTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._resumed: Path | None = None
+        self._kept: dict[str, Any] = {}  # what the checkpoint told of the progress
+        self._epoch_random = torch.get_rng_state()  # when the pass over the rows began
         self.add_callback(_Resume(self))
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -91,7 +93,8 @@ class CheckpointedTrainer(FiniteTrainer):
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         aside = home / f".{name}.unfinished"
         if self.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)
+            for left in home.glob(f".{PREFIX_CHECKPOINT_DIR}-*"):  # of a process that was killed, or of a full disk
+                shutil.rmtree(left, ignore_errors=True)
             aside.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         self._writing = aside
@@ -102,9 +105,11 @@ class CheckpointedTrainer(FiniteTrainer):
         finally:
             self._writing = None
         self.accelerator.wait_for_everyone()
+        is_best = self.state.best_global_step == self.state.global_step
+        if is_best:
+            self.state.best_model_checkpoint = str(home / name)
         if self.args.should_save:
-            if self.state.best_global_step == self.state.global_step:
-                self.state.best_model_checkpoint = str(home / name)
+            if is_best:
                 self.state.save_to_json(str(aside / name / "trainer_state.json"))
             complete_folder(aside / name, home / name)
             shutil.rmtree(aside)
@@ -135,15 +140,15 @@ class CheckpointedTrainer(FiniteTrainer):
                 save_whole(self.model, folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Trainer's hook."""
+        """Trainer's hook; the shards of an optimizer are written in the form of what shards it."""
         assert self.optimizer is not None and self.lr_scheduler is not None
-        scaler = self.accelerator.scaler
-        state = {
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.lr_scheduler.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "progress": self._progress(),
-        }
+        state: dict[str, Any] = {"progress": self._progress()}
+        if self._is_sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+        else:
+            scaler = self.accelerator.scaler
+            state["optimizer"], state["scheduler"] = self.optimizer.state_dict(), self.lr_scheduler.state_dict()
+            state["scaler"] = None if scaler is None else scaler.state_dict()
         if self.args.should_save:
             write_state(Path(output_dir) / STATE_FILE, state)
 
@@ -154,7 +159,12 @@ class CheckpointedTrainer(FiniteTrainer):
             "total_loss": self._total_loss_scalar,
             "logged_at": self._globalstep_last_logged,
             "skipped": self.skipped,
+            "epoch_random": self._epoch_random,
         }
+
+    @property
+    def _is_sharded(self) -> bool:
+        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     def _restore_progress(self, kept: dict[str, Any]) -> None:
         self._tr_loss.copy_(kept["loss"])
@@ -180,7 +190,7 @@ class CheckpointedTrainer(FiniteTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Trainer's hook."""
-        if isinstance(self.model, PeftModel):
+        if isinstance(self.model, PeftModel) and not self._is_sharded:
             load_stage(self.model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -191,6 +201,10 @@ class CheckpointedTrainer(FiniteTrainer):
             return
         assert self.optimizer is not None and self.lr_scheduler is not None
         state = read_state(Path(checkpoint) / STATE_FILE)
+        self._kept = state["progress"]
+        if self._is_sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["scheduler"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
@@ -203,6 +217,8 @@ class CheckpointedTrainer(FiniteTrainer):
         path = Path(checkpoint) / RANDOM_FILE.format(self.args.process_index)
         if path.is_file():
             set_random_state(read_state(path))
+            if is_whole(self.state.epoch):  # the next pass is about to begin
+                self._epoch_random = torch.get_rng_state()
         else:
             warnings.warn(f"{path} is not there: the checkpoint is of fewer processes, dropout differs", stacklevel=2)
 
@@ -217,9 +233,21 @@ class _Resume(TrainerCallback):
         """Trainer's hook."""
         trainer = self.trainer
         if trainer._resumed is not None:
-            trainer._restore_progress(read_state(trainer._resumed / STATE_FILE)["progress"])
+            trainer._restore_progress(trainer._kept)
             for part in trainer._parts():
                 part.load_beside(trainer._resumed, args.process_index)
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Trainer's hook: the order of batches by length is drawn next, from torch's own generator."""
+        kept, self.trainer._kept = self.trainer._kept, {}
+        if kept and not is_whole(state.epoch):
+            torch.set_rng_state(kept["epoch_random"])
+        self.trainer._epoch_random = torch.get_rng_state()
+
+
+def is_whole(epoch: float | None) -> bool:
+    """Whether no pass over the rows was left in the middle."""
+    return float(epoch or 0.0).is_integer()
 
 
 def random_state() -> dict[str, Any]:

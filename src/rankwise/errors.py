@@ -17,8 +17,11 @@ class UserError(ValueError):
     """
 
 
-class Stopped(RuntimeError):
-    """A training ended because its process was asked to: the message says where, and how it goes on."""
+class Stopped(BaseException):
+    """A training ended because its process was asked to: the message says where, and how it goes on.
+
+    No ``Exception``, as ``KeyboardInterrupt`` is none: libraries that catch any would go on.
+    """
 
 
 def shown(value: object) -> str:
@@ -49,14 +52,14 @@ def naming(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {error}") from error
 
 
-SPACE, ELSEWHERE = "free some space there", "give a folder that can be written to, or the right to write in it"
+SPACE, FORBIDDEN = "free some space there", "give another place, or the right to use this one"
 REMEDIES = {
     errno.ENOSPC: SPACE,
     errno.EDQUOT: SPACE,
     errno.EFBIG: "raise the limit of a file's size, or give a folder on another disk",
-    errno.EROFS: ELSEWHERE,
-    errno.EACCES: ELSEWHERE,
-    errno.EPERM: ELSEWHERE,
+    errno.EROFS: FORBIDDEN,
+    errno.EACCES: FORBIDDEN,
+    errno.EPERM: FORBIDDEN,
 }
 
 

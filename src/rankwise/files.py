@@ -73,8 +73,8 @@ def check_writable(folder: Path) -> None:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what processes that were killed left below a folder of files and folders that they were writing."""
-    for left in [*folder.rglob(f".*.{UNFINISHED}")]:
+    """Remove what processes that were killed left in a folder of files and folders that they were writing there."""
+    for left in [*folder.glob(f".*.{UNFINISHED}")]:
         _remove_unlocked(left)
 
 
@@ -104,7 +104,8 @@ def in_use(folder: Path) -> Iterator[None]:
     if not is_free:
         raise InUse(f"{folder} is being written by another process: wait for it, or give another folder")
     try:
-        clear_unfinished(folder)
+        for left in [*folder.rglob(f".*.{UNFINISHED}")]:
+            _remove_unlocked(left)
         yield
     finally:
         if lock is not None:
@@ -222,7 +223,7 @@ def remove_folder(path: Path) -> None:
     """Remove a folder, in one step for those who look for it under its name; nothing where it is not there."""
     if path.is_dir():
         aside = path.rename(_beside(path))
-        shutil.rmtree(aside)
+        shutil.rmtree(aside, ignore_errors=True)  # another process may be clearing it too
 
 
 def _remove_unlocked(path: Path) -> None:

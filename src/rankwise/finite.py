@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ class FiniteTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.skipped = 0
         self._seen: list[tuple[Any, Tensor]] = []  # the batches of this step, and their losses
+        self._norm: Any = None  # of this step's gradient
         self.add_callback(_LookAtSteps(self))
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -41,6 +43,11 @@ class FiniteTrainer(Trainer):
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         self._seen.append((inputs, loss))
         return loss if self.on_nan == "stop" else loss.nan_to_num(0.0, 0.0, 0.0)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Trainer's hook: the norm before the gradient is clipped is the one to look at."""
+        self._norm = super()._clip_grad_norm(model)
+        return self._norm
 
     def look(self, model: nn.Module) -> None:
         """Look at the step that is about to be taken.
@@ -51,9 +58,11 @@ class FiniteTrainer(Trainer):
         seen, self._seen = self._seen, []
         losses = torch.stack([loss.detach().float() for _, loss in seen])
         trained = [weight for weight in model.parameters() if weight.grad is not None]
-        norm = nn.utils.get_total_norm([weight.grad for weight in trained if weight.grad is not None])
+        norm, self._norm = self._norm, None
+        if norm is None:  # nothing is clipped
+            norm = nn.utils.get_total_norm([weight.grad for weight in trained if weight.grad is not None])
         scaled = self.accelerator.scaler is not None
-        (bad,) = agreed(self.args, not bool(losses.isfinite().all()) or not (scaled or bool(norm.isfinite())))
+        (bad,) = agreed(self.args, not bool(losses.isfinite().all()) or not (scaled or math.isfinite(norm)))
         if not bad:
             return
         if self.on_nan == "stop":

@@ -75,6 +75,7 @@ class Run:
         check_trackers(recipe.log_to)
         self.tokenizer = load_tokenizer(recipe.model.path)
         self.context = context_limit(recipe.model, self.tokenizer, recipe.virtual_tokens)
+        self.again = resume
         self.results = earlier_results(self.folder, recipe, again=resume)
 
     def __call__(self) -> dict[str, Any]:
@@ -86,6 +87,7 @@ class Run:
         """
         quiet_libraries()
         with in_use(self.folder), deterministic(self.recipe.deterministic):
+            self.results = earlier_results(self.folder, self.recipe, again=self.again)
             return self._run()
 
     def _run(self) -> dict[str, Any]:
@@ -106,7 +108,8 @@ class Run:
         if self.recipe.evaluation.base and BASE not in done:
             with base_of(model):
                 self._measure(task, model, BASE)
-        self.results.pop("stopped", None)
+        for name in ("stopped", "not_looked_at"):  # of an earlier run
+            self.results.pop(name, None)
         self._stages(task, model, done)
         self._finish(model)
         self.results["peak_memory"] = peak_memory()
@@ -282,10 +285,12 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
     cuBLAS reads its setting when it is first used: a program that used it before sets ``CUBLAS_WORKSPACE_CONFIG``.
     """
+    if not wanted:
+        yield
+        return
     before = torch.are_deterministic_algorithms_enabled()
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:

@@ -15,14 +15,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rankwise.errors import Stopped
 
-GRACE = 25.0  # seconds from the request after which the training ends without another checkpoint
+GRACE = 25.0  # seconds from the request after which the training ends, if it has not begun to save by then
+TOGETHER = 2.0  # seconds in which a signal that comes again is the same one: to the group, and from the parent
 SIGNALS = ("SIGTERM", "SIGINT")
 
 
 class StopRequest:
     """Whether the process was asked to end, by SIGTERM or by Ctrl-C, while something was watched.
 
-    The first signal is a request. After a second one, or after ``GRACE`` seconds, the training ends at once.
+    The first signal is a request. After a second one, or where no step has ended after ``GRACE`` seconds, the training
+    ends at once.
 
     Attributes:
         name: of the signal; None where none came.
@@ -30,6 +32,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._since = 0.0
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -39,36 +42,50 @@ class StopRequest:
             return
         before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in SIGNALS}
         for number in before:
-            if before[number] is not signal.SIG_IGN:
+            if before[number] not in (signal.SIG_IGN, None):
                 signal.signal(number, self._ask)
         alarm = signal.signal(signal.SIGALRM, self._end) if hasattr(signal, "SIGALRM") else None
         try:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
-            if hasattr(signal, "SIGALRM"):
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                if handler is not None:  # of a library that is not Python's
+                    signal.signal(number, handler)
+            self.hold()
+            if alarm is not None:
                 signal.signal(signal.SIGALRM, alarm)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.name is not None:
-            self._end(number, frame)
-        self.name = signal.Signals(number).name
+            if time.monotonic() - self._since > TOGETHER:
+                self._end(number, frame)
+            return
+        self.name, self._since = signal.Signals(number).name, time.monotonic()
         if hasattr(signal, "SIGALRM"):
             signal.setitimer(signal.ITIMER_REAL, GRACE)
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         raise Stopped(f"stopped by {self.name} within a step: the same command goes on from the last checkpoint")
 
-    def check(self, where: str) -> None:
+    def hold(self) -> None:
+        """Wait as long as it takes: what was asked for is being done."""
+        if hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread():
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def check(self, where: str, saved: bool) -> None:
         """End here, where a request came.
+
+        Args:
+            where: in the training.
+            saved: whether there is a checkpoint of it.
 
         Raises:
             Stopped: it came.
         """
         if self.name is not None:
-            raise Stopped(f"stopped by {self.name} at {where}, which is saved: the same command goes on from there")
+            kept = ", which is saved: the same command goes on from there"
+            kept = kept if saved else ": the same command goes on from the last checkpoint"
+            raise Stopped(f"stopped by {self.name} at {where}{kept}")
 
 
 @contextlib.contextmanager
@@ -108,8 +125,9 @@ class SaveInTime(TrainerCallback):
         """Trainer's hook; all processes do the same."""
         due = self.every is not None and time.monotonic() - self.last >= self.every
         due, stop = agreed(args, due, self.stop.name is not None)
-        if stop and self.stop.name is None:
-            self.stop.name = "a signal to another process"
+        if stop:
+            self.stop.name = self.stop.name or "a signal to another process"
+            self.stop.hold()
         control.should_save |= stop or (due and state.global_step < state.max_steps)
         control.should_training_stop |= stop
 

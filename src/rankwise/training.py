@@ -19,6 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from rankwise.checkpoints import CheckpointedTrainer
 from rankwise.errors import UserError
@@ -28,7 +29,7 @@ from rankwise.peft_bridge import active_adapter
 from rankwise.preferences import SoftmaxDPOConfig, SoftmaxDPOTrainer
 from rankwise.preferences.negatives import Catalogue
 from rankwise.progress import MetricsFile, ProgressBar
-from rankwise.ranks import SoraConfig
+from rankwise.ranks import SoraConfig, match_ranks
 from rankwise.ranks.adalora.orthogonality import orthogonality_loss
 from rankwise.resuming import checkpoints_of
 from rankwise.schema import AdapterSettings, SftStage, SoftmaxDpoStage
@@ -154,6 +155,8 @@ def train_stage(
         )
     made.remove_callback(PrinterCallback)
     made.checkpoint_folder, made.on_nan = checkpoints_of(folder, stage.name), stage.on_nan
+    if checkpoint is not None:
+        _match(model, checkpoint)
     tools = training_tools(model, stage, adapter, total_steps(stage, len(made.train_dataset)))
     made.optimizer = tools.optimizer
     trackers = [make() for make in get_reporting_integration_callbacks(list(log_to))]
@@ -166,7 +169,9 @@ def train_stage(
             made.train(checkpoint)
         finally:  # accelerate leaves its autocast around the model's forward: what follows would not be float32
             made.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    stop.check(f"stage {stage.name}, step {made.state.global_step} of {made.state.max_steps}")
+    step = made.state.global_step
+    saved = (made.checkpoint_folder / f"{PREFIX_CHECKPOINT_DIR}-{step}").is_dir()
+    stop.check(f"stage {stage.name}, step {step} of {made.state.max_steps}", saved)
     counts = dict(getattr(made, "counts", {})) | ({SKIPPED: made.skipped} if made.skipped else {})
     return counts if allocation is None else counts | record_allocation(allocation, folder, stage.name, len(held))
 
@@ -190,6 +195,15 @@ def _preference_settings(stage: SoftmaxDpoStage) -> dict[str, Any]:
         "negative_stages" if isinstance(stage.negatives, list) else "num_negatives": stage.negatives,
         **{name: getattr(stage, name) for name in same},
     }
+
+
+def _match(model: PeftModel, checkpoint: Path) -> None:
+    """Give the adapter the checkpoint's ranks before its optimizer is made; the threshold stays the recipe's."""
+    before = model.peft_config[active_adapter(model)]
+    match_ranks(model, checkpoint)
+    config = model.peft_config[active_adapter(model)]
+    if isinstance(config, SoraConfig):
+        config.threshold = before.threshold
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from rankwise.comparing.running import BUSY
 from rankwise.errors import Stopped, UserError
 from rankwise.files import InUse, remove_folder, write_json
 from rankwise.memory import peak_memory
-from rankwise.resuming import CHECKPOINTS
+from rankwise.resuming import CHECKPOINTS, REPORT
 
 
 def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
@@ -50,6 +50,12 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
 
     recipe = load_recipe(recipe_file)
     folder = Path(recipe.output)
+    result = folder.with_name(folder.name + ".json")
+    if result.is_file():  # by another command, since this one was told to
+        kept: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        return kept
+    if (folder / REPORT).is_file() or not any((folder / name).is_dir() for name in ("stages", CHECKPOINTS)):
+        remove_folder(folder)  # there is nothing to go on from: a finished run keeps neither
     started = time.perf_counter()
     found: dict[str, Any] = {"version": VERSION, "failed": None}
     try:
@@ -68,8 +74,8 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
     found |= {"seconds": round(time.perf_counter() - started, 2)}
     found.setdefault("peak_memory", peak_memory())
     kept = json.loads(json.dumps(found))  # as it will be read
-    write_json(folder.with_name(folder.name + ".json"), kept | {"digest": digest_of(kept)})
-    if not keep_adapter:
+    write_json(result, kept | {"digest": digest_of(kept)})
+    if not keep_adapter or found["failed"]:
         for name in ("stages", "adapter", CHECKPOINTS):
             remove_folder(folder / name)
     return found

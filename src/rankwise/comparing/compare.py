@@ -56,7 +56,8 @@ def compare(comparison: Comparison, console: Console, cluster: bool = False) -> 
     check(comparison)
     check_metrics(comparison)
     folder = Path(comparison.output)
-    clear_unfinished(folder)
+    for place in (folder, folder / CELLS):
+        clear_unfinished(place)
     if restored := restore(folder):
         console.print(f"{restored} runs are finished in {folder / RUNS}", highlight=False)
     (folder / CELLS).mkdir(parents=True, exist_ok=True)

@@ -96,7 +96,7 @@ def _finish(job: tuple[str, bool, str], threads: int | None = None, children: Ch
     recipe, keep, folder = Path(job[0]), job[1], Path(job[2])
     run = recipe.with_name(recipe.name.removesuffix(".yaml"))
     result = run.with_name(run.name + ".json")
-    while not result.is_file():
+    while not result.is_file() and not (children is not None and children.ended):
         if is_in_use(run):
             time.sleep(1.0)
             continue
@@ -113,7 +113,7 @@ def in_a_process(
     """Run it; returns the process's status. The run's folder is in use meanwhile, also where this process is killed."""
     words = [sys.executable, "-m", "rankwise.comparing.cell_run", str(recipe), *(["--keep"] if keep else [])]
     environment = dict(os.environ) | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
-    with _log(recipe).open("w", encoding="utf-8") as log:
+    with _log(recipe).open("a", encoding="utf-8") as log:
         process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=folder)
         with (children or Children()).known(process):
             return process.wait()
@@ -128,14 +128,14 @@ class Children:
 
     def __init__(self) -> None:
         self._processes: set[subprocess.Popen[bytes]] = set()
-        self._lock, self._ended = threading.Lock(), False
+        self._lock, self.ended = threading.Lock(), False
 
     @contextmanager
     def known(self, process: subprocess.Popen[bytes]) -> Iterator[None]:
         """End the process when :meth:`end` is called, or the block is left, before it has ended by itself."""
         with self._lock:
             self._processes.add(process)
-            if self._ended:
+            if self.ended:
                 process.terminate()
         try:
             yield
@@ -149,6 +149,6 @@ class Children:
     def end(self) -> None:
         """Ask all to end, and those that begin later."""
         with self._lock:
-            self._ended = True
+            self.ended = True
             for process in self._processes:
                 process.terminate()

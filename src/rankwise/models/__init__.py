@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from rankwise.errors import UserError, cut
+from rankwise.errors import UserError, cut, system_failure
 from rankwise.models.index import read_index
 from rankwise.schema import EMBEDDED, ModelSettings
 
@@ -146,13 +146,15 @@ def loading(what: str, remedy: str = "") -> Iterator[None]:
         remedy: said at the end, where there is one.
 
     Raises:
-        UserError: the block raises an error of the library's.
+        UserError: the block raises an error of the library's, but for one of the system's (a full disk, say).
     """
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:
+        if system_failure(error) is not None:  # of this machine, not of the files
+            raise
         end = f"; {remedy}" if remedy else ""
         raise UserError(f"{cut(what, 600)} cannot be loaded: {_reason(error)}{end}") from error
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MEANS_FILE = "means-{}.safetensors"  # in a checkpoint, of each process
+
 
 class RunningMeans:
     """Sums of measures with one value a row; they stay on the device until they are asked for."""

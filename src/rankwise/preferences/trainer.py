@@ -24,7 +24,7 @@ from rankwise.preferences.checks import check_arguments, check_positions
 from rankwise.preferences.config import OWN, SoftmaxDPOConfig
 from rankwise.preferences.datasets import read_data
 from rankwise.preferences.loss import softmax_dpo_loss
-from rankwise.preferences.means import RowMeans, RunningMeans
+from rankwise.preferences.means import MEANS_FILE, RowMeans, RunningMeans
 from rankwise.preferences.measures import preference_measures, ranking_measures
 from rankwise.preferences.negatives import Catalogue
 from rankwise.preferences.reference import choose_reference
@@ -47,7 +47,6 @@ REPLICATED = (
     DistributedType.MULTI_XPU,
     DistributedType.MULTI_NPU,
 )
-MEANS_FILE = "means-{}.safetensors"  # in a checkpoint, of each process
 
 
 class SoftmaxDPOTrainer(CheckpointedTrainer):
@@ -175,18 +174,19 @@ class SoftmaxDPOTrainer(CheckpointedTrainer):
             self.reference.keep()
 
     def save_beside(self, folder: Path, process: int) -> None:
-        """Keep what tells the reference, what is mined for later, and what is to be logged, in a checkpoint too."""
+        """Keep what tells the reference, what is mined, counted and to be logged, in a checkpoint too."""
         if process == 0 and self._first is not None:
             write_check(folder, self._first)
         if self._ahead and self._negatives is not None:
-            batches = [batch["rows"] for batch in self._ahead]
-            self._negatives.keep_mined(folder, process, batches)
-        write_state(folder / MEANS_FILE.format(process), self._means.state())
+            self._negatives.keep_mined(folder, process, [batch["rows"] for batch in self._ahead])
+        write_state(folder / MEANS_FILE.format(process), {"means": self._means.state(), "counts": dict(self.counts)})
 
     def load_beside(self, folder: Path, process: int) -> None:
         """Take what is to be logged from there; the rest was read before the reference was computed."""
-        if (folder / MEANS_FILE.format(process)).is_file():
-            self._means.restore(read_state(folder / MEANS_FILE.format(process)), self.args.device)
+        if (path := folder / MEANS_FILE.format(process)).is_file():
+            kept = read_state(path)
+            self._means.restore(kept["means"], self.args.device)
+            self.counts.update(kept["counts"])
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

@@ -40,6 +40,7 @@ class AdaloraCallback(TrainerCallback):
     def __init__(self, checkpoint: str | Path | None = None) -> None:
         self.checkpoint = checkpoint
         self.allocation: AdaloraAllocation | None = None
+        self._saved: str | None = None  # the checkpoint that has been saved by the trainer itself
 
     @property
     def history(self) -> Sequence[Allocated]:
@@ -64,22 +65,25 @@ class AdaloraCallback(TrainerCallback):
             self.allocation.load(Path(folder) / ALLOCATOR, state.global_step)
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Allocate; the gradients are still there, and the step is not counted yet."""
-        if self.allocation is not None:
+        """Allocate; the gradients are still there, unless the step is left out, and the step is not counted yet."""
+        left_out = model is not None and all(weight.grad is None for weight in model.parameters())
+        if self.allocation is not None and not left_out:
             self.allocation.step(state.global_step + 1)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Put the allocator's state beside the checkpoint, where the trainer has not asked for it."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if folder.is_dir() and not (folder / ALLOCATOR).is_file():
+        if folder.is_dir() and self._saved != folder.name:
             self.save_beside(folder, 0 if state.is_world_process_zero else 1)
+        self._saved = None
 
     def save_beside(self, folder: Path, process: int) -> None:
         """Put the allocator's state into the folder of a checkpoint."""
         if self.allocation is not None and process == 0:
             self.allocation.save(folder / ALLOCATOR)
+            self._saved = folder.name
 
     def load_beside(self, folder: Path, process: int) -> None:
         """Go on from this folder: read when the training begins."""

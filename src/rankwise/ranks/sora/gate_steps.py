@@ -110,16 +110,18 @@ class GateSteps:
                 "a budget of parameters needs to know how long the training is: give total_steps to sora_optimizer, or "
                 "rankwise.ranks.SoraCallback to the trainer"
             )
+        if all(weight.grad is None for group in self.optimizer.param_groups for weight in group["params"]):
+            self.skipped = True  # the step is left out
+            return
         self._synchronise()
         self.gates.check_dtype()
         self.last = self.gates.read()
         self._add_l1()
 
     def _overflown(self) -> bool:
-        """Whether the step will change nothing: a scaler tells fused optimizers, others are left without gradients."""
+        """Whether the optimizer itself will skip the step: a scaler tells fused ones, and does not call the others."""
         found = getattr(self.optimizer, "found_inf", None)
-        groups = self.optimizer.param_groups
-        return (found is not None and bool(found)) or all(p.grad is None for one in groups for p in one["params"])
+        return found is not None and bool(found)
 
     def _add_l1(self) -> None:
         """Add the gradient of the L1 term, scaled as the gradients are where the optimizer unscales them itself."""
