@@ -12,11 +12,11 @@ import torch
 
 import small_runs
 from rankwise.checkpoints import CheckpointedTrainer
+from rankwise.checkpoints.resuming import CHECKPOINTS, checkpoints_of
+from rankwise.checkpoints.state_file import read_state, write_state
 from rankwise.errors import UserError
 from rankwise.files import MANIFEST
-from rankwise.resuming import CHECKPOINTS, checkpoints_of
 from rankwise.run import Run
-from rankwise.state_file import read_state, write_state
 
 SHORT = small_runs.SFT | {"epochs": 3, "batch_size": 4}
 TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "steps_timed")

@@ -16,9 +16,9 @@ from torch import Tensor
 
 import rankwise.run
 import small_runs
+from rankwise.checkpoints.finite import FiniteTrainer
+from rankwise.checkpoints.resuming import checkpoints_of
 from rankwise.errors import UserError
-from rankwise.finite import FiniteTrainer
-from rankwise.resuming import checkpoints_of
 from rankwise.run import Run
 from rankwise.training import SKIPPED
 

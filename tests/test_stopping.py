@@ -17,14 +17,14 @@ from safetensors import SafetensorError
 import rankwise.commands
 import rankwise.training
 import small_runs
-from rankwise import stopping
+from rankwise.checkpoints import stopping
+from rankwise.checkpoints.resuming import checkpoints_of
+from rankwise.checkpoints.stopping import SaveInTime, StopRequest, stopped_by_sigterm
 from rankwise.cli import main
 from rankwise.errors import Stopped, UserError
 from rankwise.files import in_use
 from rankwise.recipes import dump_recipe
-from rankwise.resuming import checkpoints_of
 from rankwise.run import Run
-from rankwise.stopping import SaveInTime, StopRequest, stopped_by_sigterm
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
 SHORT = small_runs.SFT | {"batch_size": 4}

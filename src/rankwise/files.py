@@ -206,8 +206,8 @@ def _digest(path: Path) -> str:
 def _remove_leftovers(path: Path) -> None:
     """Remove temporary folders of ``path`` that no living process has locked.
 
-    Where ``path`` is gone and one folder was moved
-    aside, its exchange was cut off: that one is put back. Of several, none is touched, for a person to look at.
+    Where ``path`` is gone and one folder was moved aside, its exchange was cut off: that one is put back. Of several,
+    none is touched, for a person to look at.
     """
     unfinished = f".{glob.escape(path.name)}.{UNFINISHED}"
     aside = list(path.parent.glob(f"{unfinished}{ASIDE}"))

@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rankwise.checkpoints.resuming import forget_after
 from rankwise.ranks import SoraConfig, gate_counts, gates
-from rankwise.resuming import forget_after
 
 
 class ProgressBar(TrainerCallback):

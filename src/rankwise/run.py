@@ -25,6 +25,7 @@ from rankwise.analysis.ranks import read_ranks
 from rankwise.analysis.report import write_report
 from rankwise.analysis.runfolder import CASES
 from rankwise.analysis.tables import result_table
+from rankwise.checkpoints.resuming import CHECKPOINTS, checkpoints_of, earlier_results, forget_after, whole_checkpoint
 from rankwise.errors import UserError
 from rankwise.exporting import export
 from rankwise.files import in_use, new_folder, remove_folder, write_json, write_text
@@ -38,7 +39,6 @@ from rankwise.progress import logs_shown
 from rankwise.ranks import AllGatesClosed, gate_counts, prune
 from rankwise.recipes import dump_recipe
 from rankwise.recommend.store import STORE, write_store
-from rankwise.resuming import CHECKPOINTS, checkpoints_of, earlier_results, forget_after, whole_checkpoint
 from rankwise.sampling import sample
 from rankwise.schema import AdaloraSettings, AnyStage, LoraSettings, Recipe, SoraSettings
 from rankwise.tasks.load import check_recipe_files, held_out_elsewhere, load_task

@@ -22,6 +22,8 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from rankwise.checkpoints import CheckpointedTrainer
+from rankwise.checkpoints.resuming import checkpoints_of
+from rankwise.checkpoints.stopping import SaveInTime, StopRequest
 from rankwise.errors import UserError
 from rankwise.likelihood import answer_log_probabilities
 from rankwise.optimisation import add_allocation, hold_out, record_allocation, training_tools
@@ -31,9 +33,7 @@ from rankwise.preferences.negatives import Catalogue
 from rankwise.progress import MetricsFile, ProgressBar
 from rankwise.ranks import SoraConfig, match_ranks
 from rankwise.ranks.adalora.orthogonality import orthogonality_loss
-from rankwise.resuming import checkpoints_of
 from rankwise.schema import AdapterSettings, SftStage, SoftmaxDpoStage
-from rankwise.stopping import SaveInTime, StopRequest
 from rankwise.tokenise import AnswerCollator
 
 Rows = Sequence[Mapping[str, Any]]

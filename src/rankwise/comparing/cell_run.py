@@ -13,12 +13,14 @@ from rich.console import Console
 from rankwise.analysis.columns import Number
 from rankwise.analysis.drawing import points
 from rankwise.analysis.ranks import split_module
+from rankwise.checkpoints.resuming import CHECKPOINTS, REPORT
 from rankwise.comparing.cells import VERSION, digest_of
 from rankwise.comparing.running import BUSY
 from rankwise.errors import Stopped, UserError
-from rankwise.files import InUse, remove_folder, write_json
+from rankwise.files import InUse, in_use, remove_folder, write_json
 from rankwise.memory import peak_memory
-from rankwise.resuming import CHECKPOINTS, REPORT
+
+TRAINED = ("stages", CHECKPOINTS)  # what an unfinished run goes on from; a finished one keeps neither, unless asked to
 
 
 def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
@@ -54,8 +56,9 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
     if result.is_file():  # by another command, since this one was told to
         kept: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         return kept
-    if (folder / REPORT).is_file() or not any((folder / name).is_dir() for name in ("stages", CHECKPOINTS)):
-        remove_folder(folder)  # there is nothing to go on from: a finished run keeps neither
+    with in_use(folder):
+        if (folder / REPORT).is_file() or not any((folder / name).is_dir() for name in TRAINED):
+            _empty(folder)  # there is nothing to go on from
     started = time.perf_counter()
     found: dict[str, Any] = {"version": VERSION, "failed": None}
     try:
@@ -66,7 +69,7 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
         }
         found["step_seconds"] = step_seconds(folder / "metrics.jsonl")
         found |= {"curve": loss_curve(folder / "metrics.jsonl"), "ranks": layer_ranks(folder / "ranks.json")}
-    except InUse:
+    except InUse:  # a UserError too, and no result
         raise
     except (UserError, torch.OutOfMemoryError) as mistake:
         found["failed"] = str(mistake)
@@ -76,9 +79,20 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
     kept = json.loads(json.dumps(found))  # as it will be read
     write_json(result, kept | {"digest": digest_of(kept)})
     if not keep_adapter or found["failed"]:
-        for name in ("stages", "adapter", CHECKPOINTS):
+        for name in (*TRAINED, "adapter"):
             remove_folder(folder / name)
     return found
+
+
+def _empty(folder: Path) -> None:
+    """Remove what is in a run's folder: first what it would go on from."""
+    for name in TRAINED:
+        remove_folder(folder / name)
+    for path in folder.iterdir():
+        if path.is_dir():
+            remove_folder(path)
+        else:
+            path.unlink()
 
 
 def step_seconds(metrics: Path) -> float | None:

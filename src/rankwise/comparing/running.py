@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from rankwise.checkpoints.stopping import stopped_by_sigterm
 from rankwise.comparing.cells import Cell
 from rankwise.errors import UserError
 from rankwise.files import is_in_use, write_text
 from rankwise.recipes import dump_recipe
-from rankwise.stopping import stopped_by_sigterm
 
 BUSY = 75  # the status of a cell's process that finds another one at it
 Told = Callable[[Cell], None]

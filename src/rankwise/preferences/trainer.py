@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from rankwise.checkpoints import CheckpointedTrainer
+from rankwise.checkpoints.state_file import read_state, write_state
 from rankwise.errors import UserError
 from rankwise.likelihood import unwrapped
 from rankwise.preferences.batches import BatchMaker, SequenceBatch, answer_totals, by_answer
@@ -37,7 +38,6 @@ from rankwise.preferences.reference_values import (
 )
 from rankwise.preferences.rows import PreferenceRow
 from rankwise.ranks.adalora.orthogonality import orthogonality_loss
-from rankwise.state_file import read_state, write_state
 from rankwise.tokenise import padding_token
 from rankwise.trees import TreeBatch, why_no_trees
 

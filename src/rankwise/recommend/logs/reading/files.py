@@ -144,8 +144,8 @@ def _tables(path: Path, form: Form | None, quoting: bool, choose: Choose | None)
     suffix = _suffix(path)
     if form is None and suffix in COLUMNAR:
         return _columnar(path, suffix, choose)
-    check_lines(path)
     chosen = form or replace(SUFFIXES[suffix], quoting=quoting)
+    check_lines(path, chosen.encoding)
     return separated(path, chosen, ROWS) if chosen.separator else objects(path, chosen, ROWS)
 
 

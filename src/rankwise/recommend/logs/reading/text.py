@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import gzip
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -34,11 +35,11 @@ def _filled(fields: Sequence[str | None]) -> list[str | None]:
     return list(fields[: last + 1])
 
 
-def check_lines(path: Path) -> None:
+def check_lines(path: Path, encoding: str) -> None:
     """See that no line of a text file is too long for memory, which a small compressed file can hold; not of ``.zst``.
 
     Raises:
-        UserError: one is.
+        UserError: one is, or the file is in UTF-16 and the encoding UTF-8.
         OSError, EOFError, zlib.error: the file is broken.
     """
     if path.suffix.lower() == ".zst":
@@ -46,6 +47,10 @@ def check_lines(path: Path) -> None:
     begun = 0  # bytes of a line that has not ended
     with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
         while chunk := file.read(2**20):
+            if encoding == "utf8" and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise UserError(
+                    f"{path}: it is in UTF-16: save it in UTF-8"
+                )  # else read as text full of NUL characters
             last = chunk.rfind(b"\n")
             if begun + (chunk.find(b"\n") if last >= 0 else len(chunk)) > LONGEST:
                 raise UserError(f"{path}: a line has more than {LONGEST} bytes: break it, or write the file again")

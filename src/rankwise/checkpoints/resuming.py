@@ -17,7 +17,7 @@ from rankwise.schema import Recipe
 
 CHECKPOINTS = "checkpoints"
 REPORT = "report.html"  # written last: a run that has one is finished
-ELSEWHERE = {"output", "log_to", "checkpoint_seconds"}  # what may change while a run is unfinished
+UNIMPORTANT = {"output", "log_to", "checkpoint_seconds"}  # these may change while a run is unfinished
 
 
 def earlier_results(folder: Path, recipe: Recipe, again: bool = False) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def _is_run_of(file: Path, recipe: Recipe) -> bool:
         found = load_recipe(file)
     except UserError:  # of another version, say
         return False
-    return found.model_dump(exclude=ELSEWHERE) == recipe.model_dump(exclude=ELSEWHERE)
+    return found.model_dump(exclude=UNIMPORTANT) == recipe.model_dump(exclude=UNIMPORTANT)
 
 
 def checkpoints_of(folder: Path, stage: str) -> Path:
@@ -86,8 +86,11 @@ def forget_after(lines: Path, stage: str, step: int = 0) -> list[int]:
     if not lines.exists():
         return []
     entries = (read_entry(line) for line in lines.read_text(encoding="utf-8", errors="replace").split("\n"))
-    kept = [entry for entry in entries if entry is not None]
-    own = [entry for entry in kept if entry.get("stage") == stage]
-    before = [entry for entry in own if 0 < entry.get("step", 0) <= step and "train_runtime" not in entry]
-    write_jsonl(lines, [entry for entry in kept if entry not in own or entry in before])
-    return [entry["step"] for entry in before]
+    others_and_before = [
+        entry
+        for entry in entries
+        if entry is not None
+        and (entry.get("stage") != stage or (0 < entry.get("step", 0) <= step and "train_runtime" not in entry))
+    ]
+    write_jsonl(lines, others_and_before)
+    return [entry["step"] for entry in others_and_before if entry.get("stage") == stage]

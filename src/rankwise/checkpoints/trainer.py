@@ -17,12 +17,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
+from rankwise.checkpoints.finite import FiniteTrainer
+from rankwise.checkpoints.state_file import read_state, write_state
 from rankwise.errors import UserError
 from rankwise.files import check_folder, complete_folder, remove_folder
-from rankwise.finite import FiniteTrainer
 from rankwise.methods import load_stage
 from rankwise.methods.in_place import save_whole, trains_all
-from rankwise.state_file import read_state, write_state
 
 STATE_FILE = "state.safetensors"
 RANDOM_FILE = "random-{}.safetensors"  # of each process

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rankwise.checkpoints.stopping import agreed
 from rankwise.errors import UserError
-from rankwise.stopping import agreed
 
 OnNan = Literal["stop", "skip"]
 NAMED = 8  # rows that an error names

@@ -1,0 +1,88 @@
+"""Parts of a run, or of a checkpoint, that somebody broke: each is refused in one line."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import small_runs
+import tiny
+from rankwise.analysis.comparison import read_cases
+from rankwise.analysis.runfolder import Run
+from rankwise.comparing.cell_run import run_cell
+from rankwise.errors import UserError
+from rankwise.files import MANIFEST, InUse, in_use
+from rankwise.methods import load_stage, save_stage
+from rankwise.preferences.reference_values import check_resumed
+from rankwise.recipes import dump_recipe
+from rankwise.recommend.logs.reading import Form, read_table, text
+
+ADAPTER = "adapter_model.safetensors"
+
+
+def test_a_stage_whose_adapter_lacks_a_tensor_does_not_fit(tmp_path: Path) -> None:
+    model = tiny.adapted("llama")
+    save_stage(model, tmp_path / "stage")
+    (tmp_path / "stage" / MANIFEST).unlink()
+    tensors = load_file(tmp_path / "stage" / ADAPTER)
+    lacking = min(tensors)
+    save_file({name: value for name, value in tensors.items() if name != lacking}, tmp_path / "stage" / ADAPTER)
+    with pytest.raises(UserError, match=r"does not fit the model"):
+        load_stage(model, tmp_path / "stage")
+
+
+def test_the_cases_of_a_row_stay_within_the_run(tmp_path: Path) -> None:
+    """A row's name is a file's: one that leads elsewhere has no cases."""
+    (tmp_path / "run" / "cases").mkdir(parents=True)
+    (tmp_path / "run" / "outside.parquet").write_bytes(b"not to be read")
+    rows = [{"name": "../outside", "metrics": {}}, {"name": str(tmp_path / "run" / "outside"), "metrics": {}}]
+    assert read_cases(Run(tmp_path / "run", results={"rows": rows})) == {}
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '[["a"]]', "[1]"])
+def test_what_a_checkpoint_tells_of_its_reference(tmp_path: Path, content: str) -> None:
+    (tmp_path / "reference.json").write_text(content)
+    with pytest.raises(UserError, match=r"reference\.json .*: resume from another checkpoint"):
+        check_resumed(tmp_path, [], [], torch.float32)
+
+
+def test_a_checkpoint_that_tells_of_no_reference(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="was trained without a reference, or by another trainer: begin anew"):
+        check_resumed(tmp_path, [], [], torch.float32)
+
+
+def test_a_compressed_file_in_another_encoding_is_unpacked_so_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, form = tmp_path / "log.csv.gz", Form(separator=",", encoding="utf-16")
+    path.write_bytes(gzip.compress("user,item\n1,2\n".encode("utf-16")))
+    assert read_table(path, form)[0].rows() == [("1", "2")]
+    monkeypatch.setattr(text, "LARGEST", 20)
+    with pytest.raises(UserError, match="it has more than 20 bytes, too many for a file that is not in UTF-8"):
+        read_table(path, form)
+
+
+@pytest.mark.parametrize("name", ["log.csv", "log.csv.gz", "log.jsonl"])
+@pytest.mark.parametrize("order", ["utf-16-le", "utf-16-be"])
+def test_a_log_in_utf_16_is_not_read_as_text_full_of_nul_characters(tmp_path: Path, name: str, order: str) -> None:
+    content = "\ufeffuser,item\n1,2\n".encode(order)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(UserError, match="it is in UTF-16: save it in UTF-8"):
+        read_table(tmp_path / name)
+
+
+def test_a_cell_that_another_process_is_at_is_not_touched(model_folder: Path, tmp_path: Path) -> None:
+    recipe: Any = small_runs.recipe("text", tmp_path, model_folder)
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_recipe(recipe), encoding="utf-8")
+    with in_use(tmp_path / "run"):
+        (tmp_path / "run" / "metrics.jsonl").write_text("{}")
+        with pytest.raises(InUse):
+            run_cell(file)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+    assert not (tmp_path / "run.json").exists()
