@@ -47,10 +47,9 @@ def check_lines(path: Path, encoding: str) -> None:
     begun = 0  # bytes of a line that has not ended
     with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
         while chunk := file.read(2**20):
+            # polars would read it as text that is full of NUL characters.
             if encoding == "utf8" and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise UserError(
-                    f"{path}: it is in UTF-16: save it in UTF-8"
-                )  # else read as text full of NUL characters
+                raise UserError(f"{path}: it is in UTF-16: save it in UTF-8")
             last = chunk.rfind(b"\n")
             if begun + (chunk.find(b"\n") if last >= 0 else len(chunk)) > LONGEST:
                 raise UserError(f"{path}: a line has more than {LONGEST} bytes: break it, or write the file again")
