@@ -11,6 +11,7 @@ import tiny_families
 import tiny_modules
 from rankwise.errors import UserError
 from rankwise.ranks import attached_steps, gates
+from rankwise.ranks.sora import gate_steps
 from tiny_gates import adapt, step
 
 
@@ -189,9 +190,73 @@ def test_a_state_that_cannot_be_cut_is_refused_and_nothing_is_changed():
     assert layer.lora_A["default"].weight.shape == (4, 16) and gates(model)[name].shape == (4,)
 
 
-def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(UserError, match="shrink_after in a training of 2 processes is not possible"):
-        rw.sora_optimizer(adapt(shrink_after=2), lr=1e-3)
-    rw.sora_optimizer(adapt(), lr=1e-3)
+def test_several_processes_hold_closed_what_one_cuts(monkeypatch):
+    """Losses are the same at each step, and what is left after pruning; as on processes that all see the same rows."""
+    alone, one_of_two = adapt(0.03, torch.float64, shrink_after=2), adapt(0.03, torch.float64, shrink_after=2)
+    settings = {"lr": 1e-3, "gate_lr": 1e-4, "weight_decay": 0.0}
+    cutting, holding = (rw.sora_optimizer(model, **settings) for model in (alone, one_of_two))
+    sizes = {name: gate.shape for name, gate in gates(one_of_two).items()}
+    for _ in range(8):
+        expected = step(alone, cutting)
+        with monkeypatch.context() as patched:
+            patched.setattr(gate_steps, "world_size", lambda: 2)
+            patched.setattr(gate_steps, "where_all", lambda wanted: wanted)
+            assert step(one_of_two, holding) == pytest.approx(expected, abs=1e-6)
+    assert {name: gate.shape for name, gate in gates(one_of_two).items()} == sizes
+    assert attached_steps(holding).held.any()
+    assert attached_steps(holding).removed == attached_steps(cutting).removed
+    rw.prune(one_of_two)
+    rw.prune(alone)
+    left = {name: gate.detach() for name, gate in gates(alone).items()}
+    assert left.keys() == gates(one_of_two).keys() and sum(map(len, left.values())) < sum(
+        size[0] for size in sizes.values()
+    )
+    for name, gate in gates(one_of_two).items():
+        torch.testing.assert_close(gate.detach(), left[name])
+
+
+def test_a_gate_that_is_held_does_not_come_back(monkeypatch):
+    """Not even where its gradient would open it again: one process has cut it."""
+    model = adapt(0.03, shrink_after=1)
+    optimizer = rw.sora_optimizer(model, lr=1e-3, gate_lr=1.0)
+    monkeypatch.setattr(gate_steps, "world_size", lambda: 2)
+    monkeypatch.setattr(gate_steps, "where_all", lambda wanted: wanted)
+    step(model, optimizer)
+    held = attached_steps(optimizer).held.clone()
+    assert held.any() and not held.all()
+    for _ in range(3):
+        step(model, optimizer)
+        assert not attached_steps(optimizer).gates.read()[held].any()
+    loaded = rw.sora_optimizer(model, lr=1e-3)
+    loaded.load_state_dict(optimizer.state_dict())
+    assert torch.equal(attached_steps(loaded).held, attached_steps(optimizer).held)
+
+
+def test_a_gate_is_held_where_all_processes_have_seen_it_closed(monkeypatch):
+    """They are the same on each; where one of them is not, it is left alone."""
+    model = adapt(0.03, shrink_after=1)
+    optimizer = rw.sora_optimizer(model, lr=1e-3)
+    monkeypatch.setattr(gate_steps, "world_size", lambda: 2)
+    monkeypatch.setattr(gate_steps, "where_all", torch.zeros_like)
+    step(model, optimizer)
+    assert not attached_steps(optimizer).held.any()
+
+
+def test_an_optimizer_that_got_other_weights_since_is_refused():
+    """As DeepSpeed does, which trains flat copies: the gates would be shrunk before they are written back."""
+    model = adapt(0.03)
+    optimizer = rw.sora_optimizer(model, lr=1e-3)
+    copies = [[nn.Parameter(weight.detach().clone()) for weight in group["params"]] for group in optimizer.param_groups]
+    for group, own in zip(optimizer.param_groups, copies, strict=True):
+        group["params"] = own
+        own[0].grad = torch.zeros_like(own[0])
+    with pytest.raises(UserError, match=r"the optimizer does not have its gate .DeepSpeed"):
+        optimizer.step()
+
+
+def test_a_gate_that_is_spread_over_processes_is_refused():
+    model = adapt(0.03)
+    gate = next(iter(gates(model).values()))
+    gate.ds_id, gate.ds_shape = 0, gate.shape  # as ZeRO-3 marks its weights
+    with pytest.raises(UserError, match="its gate is spread over processes, which each must see whole"):
+        rw.sora_optimizer(model, lr=1e-3)

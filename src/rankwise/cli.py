@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
+import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +20,7 @@ Arguments = argparse.Namespace
 
 # Libraries that, where they are installed, tell at import which of their parts do not fit this machine.
 NOISY = ("torchao", "bitsandbytes", "torch.utils._pytree")
+FIRST_SPEAKS = 1.0  # seconds after which another process than the first says what is wrong
 
 
 def parser() -> argparse.ArgumentParser:
@@ -111,24 +115,47 @@ def main(words: Sequence[str] | None = None) -> int:
     console = Console(stderr=arguments.json)
     if not console.is_terminal:
         console = Console(stderr=arguments.json, width=140)
+    rank = os.environ.get("RANK", "")
+    number = int(rank) if "LOCAL_RANK" in os.environ and rank.isdecimal() else 0  # among processes of torchrun
+    if number:
+        warnings.simplefilter("ignore")  # the first one shows them
     try:
+        _check_alone(arguments.run_command)
         result = arguments.run_command(arguments, console)
     except UserError as error:
-        print(f"rankwise: {error}", file=sys.stderr)
+        _tell(str(error), number)
         return 2
     except (KeyboardInterrupt, Stopped) as reason:
-        print(f"rankwise: {str(reason) or 'interrupted'}", file=sys.stderr)
+        _tell(str(reason) or "interrupted", number)
         return 1
     except Exception as error:
         if (told := system_failure(error)) is not None:
-            print(f"rankwise: {told}", file=sys.stderr)
+            _tell(told, number)
             return 1
         traceback.print_exc()
-        print(f"rankwise: failed: {type(error).__name__}: {error}", file=sys.stderr)
+        _tell(f"failed: {type(error).__name__}: {error}", number)
         return 1
-    if arguments.json:
+    if arguments.json and not number:
         print(json.dumps(result, ensure_ascii=False))
     return 0
+
+
+def _check_alone(command: Callable[..., Any]) -> None:
+    """Refuse to do in several processes what one does."""
+    if command not in (commands.train, commands.demo) and "LOCAL_RANK" in os.environ:
+        if (number := os.environ.get("WORLD_SIZE", "1")) != "1":
+            raise UserError(
+                f"{command.__name__} is for one process, and {number} were started: only train and demo share their "
+                "work among processes of torchrun or accelerate"
+            )
+
+
+def _tell(message: str, number: int) -> None:
+    """Print an error; what all processes have to say, the first one says before the others are ended."""
+    if number:
+        time.sleep(FIRST_SPEAKS)
+        message = f"process {number}: {message}"
+    print(f"rankwise: {message}", file=sys.stderr, flush=True)
 
 
 def _parse(words: Sequence[str] | None) -> Arguments:

@@ -28,13 +28,14 @@ from rankwise.analysis.tables import result_table
 from rankwise.checkpoints.resuming import CHECKPOINTS, checkpoints_of, earlier_results, forget_after, whole_checkpoint
 from rankwise.errors import UserError
 from rankwise.exporting import export
-from rankwise.files import in_use, new_folder, remove_folder, write_json, write_text
+from rankwise.files import new_folder, remove_folder, write_json, write_text
 from rankwise.measuring import measured, measured_row, row_line
 from rankwise.memory import peak_memory
 from rankwise.methods import base_of, load_stage, save_stage, with_adapter
 from rankwise.models import context_limit, load_tokenizer, quiet_libraries
 from rankwise.optimisation import ALLOCATIONS
 from rankwise.peft_bridge import active_adapter, adapted_layers
+from rankwise.processes import Processes, loss_of_others_told
 from rankwise.progress import logs_shown
 from rankwise.ranks import AllGatesClosed, gate_counts, prune
 from rankwise.recipes import dump_recipe
@@ -55,6 +56,9 @@ class Run:
     The folder gets ``recipe.yaml``, ``versions.json``, ``metrics.jsonl``, ``stages/<name>/`` (the adapter after each
     stage), ``results.json``, ``ranks.json``, ``adapter/`` (the finished plain LoRA) and ``report.html``; and, for
     recommendation, ``store/``, its titles and histories, and ``cases/``, what each row of the results is a mean of.
+
+    Started by torchrun or accelerate, several processes do the same side by side, each on its share of a step's rows;
+    only the first one writes, and shows something.
     """
 
     def __init__(self, recipe: Recipe, console: Console, resume: bool = False) -> None:
@@ -69,7 +73,10 @@ class Run:
         Raises:
             UserError: a file is missing, or the output folder holds something else.
         """
-        self.recipe, self.console = recipe, console
+        self.processes = Processes()
+        self.recipe, self.console = recipe, console if self.processes.is_first else Console(quiet=True)
+        for stage in recipe.stages:
+            self.processes.share_of(stage.batch_size, f"stages: {stage.name}: batch_size")
         self.folder = Path(recipe.output)
         check_recipe_files(recipe)
         check_trackers(recipe.log_to)
@@ -86,8 +93,9 @@ class Run:
             Stopped: it was asked to end while it trained.
         """
         quiet_libraries()
-        with in_use(self.folder), deterministic(self.recipe.deterministic):
+        with self.processes.holding(self.folder), deterministic(self.recipe.deterministic), loss_of_others_told():
             self.results = earlier_results(self.folder, self.recipe, again=self.again)
+            self.processes.wait()  # all have read what is there
             return self._run()
 
     def _run(self) -> dict[str, Any]:
@@ -104,7 +112,7 @@ class Run:
         self._adapted = [name for name, _ in adapted_layers(model, active_adapter(model))]
         for name, measure in task.baselines().items():
             if name not in done:
-                self._row(measured_row(name, measure(), task.cases, self.folder / CASES))
+                self._row(measured_row(name, measure(), task.cases, self._cases))
         if self.recipe.evaluation.base and BASE not in done:
             with base_of(model):
                 self._measure(task, model, BASE)
@@ -114,7 +122,8 @@ class Run:
         self._finish(model)
         self.results["peak_memory"] = peak_memory()
         self._look_inside(task, model)
-        self._report()
+        if self.processes.is_first:
+            self._report()
         if "stopped" in self.results:
             raise UserError(f"{self.results['stopped']}; {self.folder} holds what the stage before it left")
         return self.results
@@ -124,7 +133,16 @@ class Run:
         first = self.recipe.stages[0].name
         if first in done:
             return self.folder / "stages" / first
-        return whole_checkpoint(self.folder, first, self.console)
+        return self._checkpoint(first)
+
+    def _checkpoint(self, stage: str) -> Path | None:
+        """From which a stage goes on; the first process removes those that are damaged."""
+        with self.processes.first_before_others():
+            return whole_checkpoint(self.folder, stage, self.console)
+
+    @property
+    def _cases(self) -> Path | None:
+        return self.folder / CASES if self.processes.is_first else None
 
     def _stages(self, task: Task, model: PeftModel, done: set[str]) -> None:
         """Train each stage from the one it starts from, and measure it; what is in the model is ``held``.
@@ -148,17 +166,25 @@ class Run:
             last = stage.name
         if held != last:
             load_stage(model, self.folder / "stages" / str(last))
-        remove_folder(self.folder / CHECKPOINTS)
+        self._remove(self.folder / CHECKPOINTS)
 
     def _stage(self, task: Task, model: PeftModel, stage: AnyStage) -> None:
         """Train, save and measure one stage."""
-        forget_after(self.folder / ALLOCATIONS, stage.name)
+        if self.processes.is_first:
+            forget_after(self.folder / ALLOCATIONS, stage.name)
         with self._timed(stage.name):
             counts = self._train(task, model, stage)
         self.results["counts"] |= {f"{stage.name}: {name}": count for name, count in counts.items()}
-        save_stage(model, self.folder / "stages" / stage.name)
+        if self.processes.is_first:
+            save_stage(model, self.folder / "stages" / stage.name)
         self._measure(task, model, stage.name)
-        remove_folder(checkpoints_of(self.folder, stage.name))
+        self._remove(checkpoints_of(self.folder, stage.name))
+
+    def _remove(self, checkpoints: Path) -> None:
+        """Remove checkpoints that no process reads any more; what was written before, all of them see then."""
+        self.processes.wait()
+        if self.processes.is_first:
+            remove_folder(checkpoints)
 
     def _train(self, task: Task, model: PeftModel, stage: AnyStage) -> dict[str, int]:
         catalogue = None
@@ -181,7 +207,8 @@ class Run:
             catalogue=catalogue,
             log_to=self.recipe.log_to,
             every=self.recipe.checkpoint_seconds,
-            checkpoint=whole_checkpoint(self.folder, stage.name, self.console),
+            checkpoint=self._checkpoint(stage.name),
+            processes=self.processes,
         )
 
     def _finish(self, model: PeftModel) -> None:
@@ -194,6 +221,8 @@ class Run:
                 self.results["counts"]["adapter parameters after pruning"] = gate_counts(model)["parameters_left"]
                 removed = len(self._adapted) - sum(rank > 0 for rank in left)
                 self.results["counts"]["layers whose adapter was removed"] = removed
+            if not self.processes.is_first:
+                return
             wanted = self.recipe.export
             assert wanted.layout is not None  # the recipe was checked
             with new_folder(self.folder / "adapter") as made:
@@ -215,7 +244,7 @@ class Run:
         A look that fails is told, and changes nothing of what was trained and measured.
         """
         wanted = self.recipe.evaluation
-        write_json(self.folder / "results.json", self.results)
+        self._write("results.json", self.results)
         looks = {"updates": partial(self._updates, model), "drift": partial(self._drift, task, model)}
         for name, look in looks.items():
             if number := getattr(wanted, name):
@@ -229,7 +258,7 @@ class Run:
 
     def _updates(self, model: PeftModel, directions: int) -> None:
         places, passed = update_places(model, directions)
-        write_json(self.folder / PLACES, places)
+        self._write(PLACES, places)
         self.results["updates"] = places_over_all(places)
         self.results["counts"] |= passed
 
@@ -246,10 +275,11 @@ class Run:
 
     def _open(self, task: Task) -> None:
         """Write what is known before training, so that even a run that fails can be read."""
-        write_text(self.folder / "recipe.yaml", dump_recipe(self.recipe))
-        write_json(self.folder / "versions.json", versions())
-        if task.store is not None:
-            write_store(self.folder / STORE, task.store)
+        if self.processes.is_first:
+            write_text(self.folder / "recipe.yaml", dump_recipe(self.recipe))
+            write_json(self.folder / "versions.json", versions() | {"processes": str(self.processes.number)})
+            if task.store is not None:
+                write_store(self.folder / STORE, task.store)
         columns, counts = [*task.columns, *self._texts.columns], {**task.counts, **self._texts.counts}
         start = {"task": task.kind, "columns": columns, "rows": [], "counts": counts, "labels": task.labels}
         self.results = {**start, **self.results}
@@ -263,13 +293,17 @@ class Run:
 
     def _measure(self, task: Task, model: PeftModel, name: str) -> None:
         with self._timed("evaluation"):
-            row = measured(task, model, name, self.recipe, self.folder / CASES, base=name == BASE, texts=self._texts)
+            row = measured(task, model, name, self.recipe, self._cases, base=name == BASE, texts=self._texts)
         self._row(row)
 
     def _row(self, row: dict[str, Any]) -> None:
         self.results["rows"].append(row)
-        write_json(self.folder / "results.json", self.results)
+        self._write("results.json", self.results)
         self.console.print(row_line(row), highlight=False)
+
+    def _write(self, name: str, value: Any) -> None:
+        if self.processes.is_first:
+            write_json(self.folder / name, value)
 
     @contextlib.contextmanager
     def _timed(self, name: str) -> Iterator[None]:

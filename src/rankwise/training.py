@@ -30,6 +30,7 @@ from rankwise.optimisation import add_allocation, hold_out, record_allocation, t
 from rankwise.peft_bridge import active_adapter
 from rankwise.preferences import SoftmaxDPOConfig, SoftmaxDPOTrainer
 from rankwise.preferences.negatives import Catalogue
+from rankwise.processes import Processes
 from rankwise.progress import MetricsFile, ProgressBar
 from rankwise.ranks import SoraConfig, match_ranks
 from rankwise.ranks.adalora.orthogonality import orthogonality_loss
@@ -39,6 +40,7 @@ from rankwise.tokenise import AnswerCollator
 Rows = Sequence[Mapping[str, Any]]
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",), "wandb": ("wandb",)}
 SKIPPED = "steps left out, as their loss or gradient was no number"
+TWICE = "rows seen twice in an epoch, so that its last batch is shared out evenly"
 EVALUATED = 2  # rows of a batch of evaluation, for each of a batch of training
 
 
@@ -100,8 +102,9 @@ def train_stage(
     log_to: Sequence[str] = (),
     every: float | None = None,
     checkpoint: Path | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, int]:
-    """Train the active adapter for one stage.
+    """Train the active adapter for one stage; several processes share the rows of each step.
 
     Args:
         model: the base with its adapter; changed in place.
@@ -119,16 +122,19 @@ def train_stage(
         log_to: trackers that get the log too, as :func:`check_trackers` knows them.
         every: seconds between two checkpoints; only where the training is asked to stop, if None.
         checkpoint: of this stage, to go on from.
+        processes: those that train together, the first of which writes; those that the environment tells of, if None.
 
     Returns:
-        Counts of rows that were cut, dropped or held out, and of directions that were moved.
+        Counts of rows that were cut, dropped, held out or seen twice, and of directions that were moved.
 
     Raises:
-        UserError: the loss became NaN or infinite, or the stage has too few steps or rows for its adapter.
+        UserError: the loss became NaN or infinite, the stage has too few steps or rows for its adapter, or a batch
+            cannot be shared out.
         Stopped: the process was asked to end; a checkpoint is there.
     """
+    processes = processes or Processes()
     rows, held = hold_out(rows, adapter, EVALUATED * stage.batch_size, seed)
-    settings = _arguments(stage, folder, seed, bfloat16, total_steps(stage, len(rows)))
+    settings = _arguments(stage, folder, seed, bfloat16, total_steps(stage, len(rows)), processes)
     bar, stop = ProgressBar(stage.name, console), StopRequest()
     callbacks = [bar, SaveInTime(every, stop)]
     if isinstance(stage, SoftmaxDpoStage):
@@ -160,8 +166,8 @@ def train_stage(
     tools = training_tools(model, stage, adapter, total_steps(stage, len(made.train_dataset)))
     made.optimizer = tools.optimizer
     trackers = [make() for make in get_reporting_integration_callbacks(list(log_to))]
-    metrics = MetricsFile(folder / "metrics.jsonl", stage.name)
-    for callback in (*tools.callbacks, metrics, *trackers):
+    metrics = [MetricsFile(folder / "metrics.jsonl", stage.name)] if processes.is_first else []
+    for callback in (*tools.callbacks, *metrics, *trackers):
         made.add_callback(callback)  # the file and trackers are last: they hold what the others add to the log
     allocation = add_allocation(made, adapter)
     with bar.progress, _threshold(model, stage), stop.watched():
@@ -173,6 +179,8 @@ def train_stage(
     saved = (made.checkpoint_folder / f"{PREFIX_CHECKPOINT_DIR}-{step}").is_dir()
     stop.check(f"stage {stage.name}, step {step} of {made.state.max_steps}", saved)
     counts = dict(getattr(made, "counts", {})) | ({SKIPPED: made.skipped} if made.skipped else {})
+    if twice := -len(made.train_dataset) % stage.batch_size if processes.number > 1 else 0:
+        counts[TWICE] = twice
     return counts if allocation is None else counts | record_allocation(allocation, folder, stage.name, len(held))
 
 
@@ -222,19 +230,20 @@ def _threshold(model: PeftModel, stage: SftStage | SoftmaxDpoStage) -> Iterator[
 
 
 def total_steps(stage: SftStage | SoftmaxDpoStage, rows: int) -> int:
-    """Optimizer steps of a stage over so many rows in one process, as ``transformers.Trainer`` counts them."""
+    """Optimizer steps of a stage over so many rows, in one process or several, as the Trainer counts them."""
     batches = math.ceil(rows / stage.batch_size)
     return math.ceil(max(math.ceil(batches / stage.accumulation), 1) * stage.epochs)
 
 
 def _arguments(
-    stage: SftStage | SoftmaxDpoStage, folder: Path, seed: int, bfloat16: bool, steps: int
+    stage: SftStage | SoftmaxDpoStage, folder: Path, seed: int, bfloat16: bool, steps: int, processes: Processes
 ) -> dict[str, Any]:
+    rows = processes.share_of(stage.batch_size, f"stage {stage.name}: batch_size")
     return {
         "output_dir": str(folder),
         "num_train_epochs": stage.epochs,
-        "per_device_train_batch_size": stage.batch_size,
-        "per_device_eval_batch_size": EVALUATED * stage.batch_size,
+        "per_device_train_batch_size": rows,
+        "per_device_eval_batch_size": EVALUATED * rows,
         "gradient_accumulation_steps": stage.accumulation,
         "learning_rate": stage.learning_rate,
         "lr_scheduler_type": stage.schedule if stage.schedule != "constant" else "constant_with_warmup",

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rankwise.checkpoints.stopping import agreed
 from rankwise.errors import UserError
+from rankwise.processes import any_of, gathered
 
 OnNan = Literal["stop", "skip"]
 NAMED = 8  # rows that an error names
@@ -62,7 +62,7 @@ class FiniteTrainer(Trainer):
         if norm is None:  # nothing is clipped
             norm = nn.utils.get_total_norm([weight.grad for weight in trained if weight.grad is not None])
         scaled = self.accelerator.scaler is not None
-        (bad,) = agreed(self.args, not bool(losses.isfinite().all()) or not (scaled or math.isfinite(norm)))
+        (bad,) = any_of(self.args.device, not bool(losses.isfinite().all()) or not (scaled or math.isfinite(norm)))
         if not bad:
             return
         if self.on_nan == "stop":
@@ -72,11 +72,18 @@ class FiniteTrainer(Trainer):
             weight.grad = None
 
     def _told(self, losses: Tensor, norm: float, batches: list[Any]) -> str:
-        """What is not finite, where, and what to do."""
+        """What is not finite, where, and what to do; the same in each process."""
         unlike = losses[~losses.isfinite()]
-        what = f"the loss is {float(unlike[0])}" if len(unlike) else f"the gradient's norm is {norm}"
-        rows = sorted({number for inputs in batches for number in self._row_numbers(inputs)})
-        named = ", ".join(map(str, rows[:NAMED])) + (f" and {len(rows) - NAMED} more" if len(rows) > NAMED else "")
+        own = sorted({number for inputs in batches for number in self._row_numbers(inputs)})
+        found = torch.full((NAMED + 3,), -1.0, dtype=torch.float64)  # whether, the loss, how many rows, the first ones
+        found[:3] = torch.tensor([len(unlike) > 0, unlike[0] if len(unlike) else 0.0, len(own)])
+        found[3 : 3 + min(len(own), NAMED)] = torch.tensor(own[:NAMED])
+        each = gathered(found.to(self.args.device)).tolist()
+        told = [one for one in each if one[0]] or each  # only the gradient is no number: any row may be why
+        what = f"the loss is {told[0][1]}" if told[0][0] else f"the gradient's norm is {norm}"
+        rows = sorted({int(number) for one in told for number in one[3:] if number > 0})
+        more = int(sum(one[2] for one in told)) - len(rows[:NAMED])
+        named = ", ".join(map(str, rows[:NAMED])) + (f" and {more} more" if more > 0 else "")
         where = f"at step {self.state.global_step + 1}" + (f", on rows {named} of the training data" if rows else "")
         return (
             f"{what} {where}: lower the stage's learning_rate, look at these rows, or leave such steps out (on_nan: "

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.errors import Stopped
+from rankwise.processes import any_of
 
 GRACE = 25.0  # seconds from the request after which the training ends, if it has not begun to save by then
 TOGETHER = 2.0  # seconds in which a signal that comes again is the same one: to the group, and from the parent
@@ -124,7 +124,7 @@ class SaveInTime(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Trainer's hook; all processes do the same."""
         due = self.every is not None and time.monotonic() - self.last >= self.every
-        due, stop = agreed(args, due, self.stop.name is not None)
+        due, stop = any_of(args.device, due, self.stop.name is not None)
         if stop:
             self.stop.name = self.stop.name or "a signal to another process"
             self.stop.hold()
@@ -134,12 +134,3 @@ class SaveInTime(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Trainer's hook: the time that saving takes is not counted."""
         self.last = time.monotonic()
-
-
-def agreed(args: TrainingArguments, *wanted: bool) -> tuple[bool, ...]:
-    """What any of the processes wants."""
-    if args.world_size == 1:
-        return wanted
-    flags = torch.tensor(wanted, dtype=torch.int32, device=args.device)
-    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-    return tuple(flag > 0 for flag in flags.tolist())

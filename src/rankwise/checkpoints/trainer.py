@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
 from rankwise.checkpoints.finite import FiniteTrainer
@@ -23,6 +25,7 @@ from rankwise.errors import UserError
 from rankwise.files import check_folder, complete_folder, remove_folder
 from rankwise.methods import load_stage
 from rankwise.methods.in_place import save_whole, trains_all
+from rankwise.processes import gathered, held_whole
 
 STATE_FILE = "state.safetensors"
 RANDOM_FILE = "random-{}.safetensors"  # of each process
@@ -82,6 +85,13 @@ class CheckpointedTrainer(FiniteTrainer):
             raise UserError(f"there is no checkpoint in {home} to resume from: give its path")
         return Path(last)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        """Trainer's hook: several processes draw one order by length, each for itself, and again at a resume."""
+        made: Sampler[int] | None = super()._get_train_sampler(train_dataset)
+        if self.args.world_size == 1 or not isinstance(made, LengthGroupedSampler):
+            return made
+        return OrderOfEpoch(made.batch_size * self.args.world_size, lengths=made.lengths, seed=self.args.seed)
+
     def _get_output_dir(self, trial: Any) -> str:
         """Trainer's hook: while a checkpoint is written, a place that nobody reads."""
         found: str = super()._get_output_dir(trial)
@@ -132,6 +142,8 @@ class CheckpointedTrainer(FiniteTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Trainer's hook: the weights, without the settings, which the Trainer pickles."""
+        if state_dict is None and isinstance(self.model, PeftModel):
+            state_dict = held_whole(self.model)
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
@@ -155,7 +167,7 @@ class CheckpointedTrainer(FiniteTrainer):
     def _progress(self) -> dict[str, Any]:
         """What the Trainer has summed up for its next log."""
         return {
-            "loss": self._tr_loss,
+            "loss": gathered(self._tr_loss).mean(dim=0),
             "total_loss": self._total_loss_scalar,
             "logged_at": self._globalstep_last_logged,
             "skipped": self.skipped,
@@ -223,6 +235,25 @@ class CheckpointedTrainer(FiniteTrainer):
             warnings.warn(f"{path} is not there: the checkpoint is of fewer processes, dropout differs", stacklevel=2)
 
 
+class OrderOfEpoch(LengthGroupedSampler):
+    """Batches of rows of about the same length, in an order that follows from a seed and the number of the epoch.
+
+    Args:
+        batch: rows of a step, of all processes.
+        lengths: of the rows.
+        seed: of the order.
+    """
+
+    def __init__(self, batch: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch, lengths=lengths)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Told by the dataloader, before it begins."""
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
+
+
 class _Resume(TrainerCallback):
     """Restores, when a training that resumes begins, what is neither weights nor the optimizer's."""
 
@@ -237,12 +268,24 @@ class _Resume(TrainerCallback):
             for part in trainer._parts():
                 part.load_beside(trainer._resumed, args.process_index)
 
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, train_dataloader: Any, **_: Any
+    ) -> None:
         """Trainer's hook: the order of batches by length is drawn next, from torch's own generator."""
         kept, self.trainer._kept = self.trainer._kept, {}
         if kept and not is_whole(state.epoch):
             torch.set_rng_state(kept["epoch_random"])
         self.trainer._epoch_random = torch.get_rng_state()
+        if args.world_size > 1:
+            _tell_epoch(train_dataloader, int(state.epoch or 0))
+
+
+def _tell_epoch(loader: Any, epoch: int) -> None:
+    """Tell the sampler which pass begins; accelerate's shares of batches, where some are skipped, do not pass it on."""
+    batches = loader.batch_sampler
+    while not hasattr(batches, "sampler"):
+        batches = batches.batch_sampler
+    batches.sampler.set_epoch(epoch)
 
 
 def is_whole(epoch: float | None) -> bool:

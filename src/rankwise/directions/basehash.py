@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from rankwise.errors import UserError, cut
+from rankwise.processes import is_spread, whole
 
 CHUNK = 2**24  # numbers that are copied and widened at a time
 NARROW = (torch.float16, torch.bfloat16)
@@ -102,9 +103,15 @@ def _digest(parts: Sequence[Tensor]) -> str:
 
 
 def module_hashes(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Hashes of several base layers by name, side by side; those that have none are left out."""
+    """Hashes of several base layers by name, side by side; those that have none are left out.
+
+    Weights that are spread over processes, all of which call this then, are fetched one after another.
+    """
+    spread = {name: module for name, module in modules.items() if is_spread(getattr(module, "weight", None))}
+    found = {name: weight_hash(whole(module.weight)) for name, module in spread.items()}  # type: ignore[arg-type]
+    others = {name: module for name, module in modules.items() if name not in spread}
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing a large buffer lets other threads run
-        found = dict(zip(modules, pool.map(base_hash, modules.values()), strict=True))
+        found |= dict(zip(others, pool.map(base_hash, others.values()), strict=True))
     return {name: value for name, value in found.items() if value is not None}
 
 

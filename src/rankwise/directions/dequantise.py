@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import UserError
+from rankwise.processes import whole
 
 
 @torch.no_grad()
 def dense_weight(module: nn.Module) -> Tensor:
     """The weight of ``module`` as floating-point numbers, in its own layout; the module stays as it is.
 
-    Full-precision weights are returned themselves. Packed ones are unpacked into a new tensor: bitsandbytes (4 and 8
+    Full-precision weights are returned themselves; where they are spread over processes (FSDP2, ZeRO-3), all of which
+    call this then, they are fetched. Packed ones are unpacked into a new tensor: bitsandbytes (4 and 8
     bit), torchao and HQQ.
 
     Raises:
@@ -40,7 +42,7 @@ def dense_weight(module: nn.Module) -> Tensor:
     if type(weight).__module__.startswith("torchao."):
         return torch.as_tensor(weight.dequantize())  # type: ignore[union-attr]
     if isinstance(weight, Tensor) and weight.is_floating_point() and weight.element_size() > 1:
-        return weight.detach()
+        return whole(weight)
     raise UserError(
         f"its weight ({type(module).__name__}) cannot be unpacked here: write the start from the checkpoint as it was "
         "before quantisation with rankwise init, and load that"

@@ -10,9 +10,10 @@ from torch import nn
 
 from rankwise.directions.dora import SpectralDoraVariant
 from rankwise.directions.saving import CheckpointedConfig, CheckpointedModel
+from rankwise.directions.spreading import starts_together
 from rankwise.directions.start import StartPart, check_start_part
 from rankwise.directions.variants import SpectralVariant, check_start_device
-from rankwise.peft_bridge import Kind, LowRankVariant, check_alphas, check_config, register
+from rankwise.peft_bridge import Kind, LowRankVariant, adapted_layers, check_alphas, check_config, register
 
 
 @dataclass
@@ -81,6 +82,11 @@ class MiloraModel(CheckpointedModel):
         """PEFT's hook: as the base class's, where the device for its starts is one."""
         check_start_device(self.peft_config[adapter_name].start_device)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _start(self, model: nn.Module, adapter: str) -> None:
+        layers, config = list(adapted_layers(model, adapter)), self.peft_config[adapter]
+        with starts_together(layers, adapter, config):
+            super()._start(model, adapter)
 
 
 register(Kind.MILORA, MiloraConfig, MiloraModel)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rankwise.directions.cache import check_device
 from rankwise.directions.dequantise import dense_weight
 from rankwise.directions.difference import Pairs, add_difference
-from rankwise.directions.start import spectral_start
+from rankwise.directions.start import Start, spectral_start
 from rankwise.errors import UserError
 from rankwise.peft_bridge import LowRankVariant, keep_state
 from rankwise.peft_bridge.matrices import (
@@ -27,6 +27,7 @@ from rankwise.peft_bridge.matrices import (
 )
 
 START = "lora_start"
+READY = "ready_start"  # in a layer whose weight is spread over processes: what one of them has computed
 
 
 class FrozenPair(nn.Module):
@@ -159,12 +160,22 @@ def start_from_spectrum(layer: LoraLayer, adapter: str, config: LoraConfig) -> i
         UserError: the weight has no values or cannot be unpacked, is merged, not finite, or smaller than the rank; or
             there is no such device.
     """
+    ready: Start | None = layer.__dict__.get(READY)
+    b, a, zero = ready or compute_start(layer, adapter, config, dense_weight(layer.get_base_layer()))
+    set_factors(layer, adapter, b, a)
+    return zero
+
+
+def compute_start(layer: LoraLayer, adapter: str, config: LoraConfig, dense: Tensor) -> Start:
+    """The start of a layer's adapter from its weight, in the weight's own layout.
+
+    Raises:
+        UserError: as for :func:`start_from_spectrum`.
+    """
     if layer.merged:
         raise UserError("another adapter is merged into its weight: unmerge it before adding this one")
     device, cache = getattr(config, "start_device", None), getattr(config, "cache", None)
     check_start_device(device)
-    weight = as_matrix(layer, dense_weight(layer.get_base_layer())).to(device)
     rank, scaling = layer.r[adapter], layer.scaling[adapter]
-    b, a, zero = spectral_start(weight, rank, config.part, config.part_seed, scaling, cache)
-    set_factors(layer, adapter, b, a)
-    return zero
+    weight = as_matrix(layer, dense).to(device)
+    return spectral_start(weight, rank, config.part, config.part_seed, scaling, cache)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
@@ -17,7 +17,8 @@ from rankwise.exporting.merged import check_mergeable, write_merged
 from rankwise.exporting.plain_lora import write_plain_lora
 from rankwise.files import new_folder
 from rankwise.low_rank import Factors, Loss, balanced_svd, distance, halves, kept_rank, padded
-from rankwise.peft_bridge import active_adapter, adapted_layers, matrix_factors
+from rankwise.peft_bridge import active_adapter, adapted_layers, adapter_state, matrix_factors
+from rankwise.processes import held_whole
 
 Layout = Literal["uniform", "compact", "own", "merged"]
 
@@ -191,8 +192,8 @@ def _factors(written: Mapping[str, Written], layout: Layout) -> dict[str, Factor
 def _export_own(model: PeftModel, adapter: str, folder: Path) -> ExportReport:
     """Write the adapter as PEFT saves it."""
     with new_folder(folder) as made:
-        model.save_pretrained(made, selected_adapters=[adapter])
-    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+        model.save_pretrained(made, selected_adapters=[adapter], state_dict=held_whole(model))
+    state = adapter_state(model, adapter)
     return ExportReport({}, 0.0, sum(tensor.numel() for tensor in state.values()))
 
 

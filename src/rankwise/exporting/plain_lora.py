@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rankwise.files import new_folder
 from rankwise.low_rank import Factors
-from rankwise.peft_bridge import adapted_layers, base_modules, pattern_keys, target_modules
+from rankwise.peft_bridge import adapted_layers, adapter_state, base_modules, pattern_keys, target_modules
 from rankwise.peft_bridge.matrices import in_embedding
 
 
@@ -51,7 +51,7 @@ def _named(prefix: str, layer: LoraLayer, adapter: str, b: Tensor, a: Tensor) ->
 
 def _other_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
     """What was trained beside the low-rank factors: whole modules (a classifier's head) and biases."""
-    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    state = adapter_state(model, adapter)
     return {name: tensor.clone() for name, tensor in state.items() if ".lora_" not in name}
 
 

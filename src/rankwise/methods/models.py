@@ -9,7 +9,7 @@ from typing import Any
 
 import peft
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, VeraConfig
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import set_peft_model_state_dict
 from transformers import PreTrainedModel
 
 from rankwise.directions import MiloraConfig
@@ -22,7 +22,8 @@ from rankwise.methods.bottleneck import BottleneckConfig
 from rankwise.methods.in_place import load_whole, save_whole, train_all, train_biases, trains_all
 from rankwise.methods.virtual_tokens import with_virtual_tokens
 from rankwise.models import loading
-from rankwise.peft_bridge import active_adapter, adapter_weights
+from rankwise.peft_bridge import active_adapter, adapter_state, adapter_weights
+from rankwise.processes import held_whole
 from rankwise.ranks import SoraConfig, match_ranks
 from rankwise.reading import open_tensors
 from rankwise.schema import (
@@ -160,7 +161,7 @@ def save_stage(model: PeftModel, folder: Path) -> None:
         if trains_all(model):
             save_whole(model, made)
         else:
-            model.save_pretrained(made)
+            model.save_pretrained(made, state_dict=held_whole(model))
 
 
 def load_stage(model: PeftModel, folder: Path) -> None:
@@ -181,7 +182,7 @@ def load_stage(model: PeftModel, folder: Path) -> None:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MiLoRA's of an adapter that was not loaded yet
-        wanted = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+        wanted = adapter_state(model, adapter)
     if missing := wanted.keys() - tensors:
         raise UserError(f"{folder} does not fit the model: it lacks {min(missing)}: run the stage again")
     with loading(f"the adapter in {folder}", "run the stage again"):

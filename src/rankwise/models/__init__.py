@@ -18,10 +18,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
 from rankwise.errors import UserError, cut, system_failure
 from rankwise.models.index import read_index
+from rankwise.processes import world_size
 from rankwise.schema import EMBEDDED, ModelSettings
 
 EMBEDDED_FOLDER = Path(__file__).parent / "reviews"
@@ -68,6 +70,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 def load_language_model(settings: ModelSettings) -> PreTrainedModel:
     """A causal language model, read from safetensors; on an accelerator where there is one.
+
+    With ``settings.shard`` each of several processes, all of which call this, holds a part of every weight.
 
     Raises:
         UserError: it cannot be loaded.
@@ -126,6 +130,9 @@ def context_limit(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, v
 def _load(kind: type, settings: ModelSettings, **options: object) -> PreTrainedModel:
     place = resolve(settings.path)
     read_index(Path(place))
+    spread = settings.shard and world_size() > 1
+    if spread:
+        options["distributed_config"] = DistributedConfig(fsdp_size=world_size())
     with loading(f"model.path {settings.path}"):
         model: PreTrainedModel = kind.from_pretrained(  # type: ignore[attr-defined]
             place,
@@ -134,7 +141,7 @@ def _load(kind: type, settings: ModelSettings, **options: object) -> PreTrainedM
             trust_remote_code=False,
             **options,
         )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model if spread else model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """All that rankwise knows of PEFT's insides: variants and their tuner, the kinds of modules, sums of adapters."""
 
-from rankwise.peft_bridge.saved import adapter_weights
+from rankwise.peft_bridge.saved import adapter_state, adapter_weights
 from rankwise.peft_bridge.variant import (
     Kind,
     LowRankVariant,
@@ -22,6 +22,7 @@ __all__ = [
     "LowRankVariant",
     "active_adapter",
     "adapted_layers",
+    "adapter_state",
     "adapter_weights",
     "base_modules",
     "check_alphas",

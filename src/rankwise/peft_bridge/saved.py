@@ -1,4 +1,4 @@
-"""The weights of a saved adapter: safetensors, and nothing else."""
+"""What is saved of an adapter, and the file of its weights: safetensors, and nothing else."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
+from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from rankwise.errors import UserError
+from rankwise.processes import held_whole
 
 
 def adapter_weights(folder: str | Path, subfolder: str | None = None, **download: Any) -> Path:
@@ -36,6 +39,13 @@ def adapter_weights(folder: str | Path, subfolder: str | None = None, **download
     except (SafetensorError, OSError, ValueError) as error:
         said = " ".join(str(error).split())[:300]
         raise UserError(f"{path} cannot be read ({said}): save the adapter again") from error
+
+
+def adapter_state(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """An adapter's tensors by name, as PEFT saves them; no process waits for others where the base is spread."""
+    whole = held_whole(model)
+    found: dict[str, Tensor] = get_peft_model_state_dict(model, whole, adapter, save_embedding_layers=False)
+    return found
 
 
 def _remedy(folder: Path) -> str:

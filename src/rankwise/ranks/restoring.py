@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
-from peft.utils import get_peft_model_state_dict
 
 from rankwise.errors import UserError
 from rankwise.models import loading
-from rankwise.peft_bridge import Kind, active_adapter, adapted_layers, adapter_weights
+from rankwise.peft_bridge import Kind, active_adapter, adapted_layers, adapter_state, adapter_weights
 from rankwise.ranks.resizing import remove_from_layer
 from rankwise.reading import open_tensors
 
@@ -65,5 +64,5 @@ def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _live_shapes(model: PeftModel, adapter: str) -> dict[str, tuple[int, ...]]:
-    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    state = adapter_state(model, adapter)
     return {key: tuple(value.shape) for key, value in state.items() if ".lora_" in key}

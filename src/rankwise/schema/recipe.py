@@ -32,6 +32,7 @@ from rankwise.schema.methods import written_out
 from rankwise.schema.stages import AnyStage, SoftmaxDpoStage
 
 LOOKED_AT = LoraSettings | VeraSettings | FullSettings  # whose updates are changes of matrices
+SHARDED = ("lora", "milora", "sora")  # beside a base whose weights are spread over processes
 NO_ROWS = ClassificationData | GlueData | SequenceData
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")]
 RESERVED = ("random", "popularity", "most frequent", "base model")
@@ -45,6 +46,10 @@ class ModelSettings(Section):
         None, description="Most tokens of a row; the model's limit, at most 2048, if not given."
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the frozen weights in memory.")
+    shard: bool = Field(
+        False,
+        description="Spread the frozen weights over all processes (FSDP2): no device holds the whole model.",
+    )
 
 
 class EvaluationSettings(Section):
@@ -235,6 +240,22 @@ class Recipe(Section):
                 f"model.dtype {self.model.dtype} would round away what adapter.kind {self.adapter.kind} learns: use "
                 "float32 (precision: bfloat16 computes faster all the same)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_spread(self) -> Recipe:
+        """Each process has the whole adapter, and a part of the base that nothing writes or multiplies out."""
+        if not self.model.shard:
+            return self
+        kind, layout = self.adapter.kind, self.export.layout or self.adapter.layouts[0]
+        if isinstance(self.data, NO_ROWS):
+            raise ValueError(f"model.shard is for language models, not for data of kind {self.data.kind}: leave it out")
+        if kind not in SHARDED or getattr(self.adapter, "use_dora", False):
+            raise ValueError(
+                f"model.shard is for adapters of kind lora, milora and sora without use_dora, not {kind}: leave it out"
+            )
+        if layout == "merged":
+            raise ValueError("model.shard: no process has the weights to write with export.layout merged: export later")
         return self
 
     @model_validator(mode="after")

@@ -24,7 +24,7 @@ class Stage(Section):
     start: str | None = Field(None, description="Stage to start from; the one before where not given.")
     epochs: Positive = Field(1.0, description="Passes over the training rows.")
     learning_rate: Positive = Field(5e-4, description="Peak learning rate.")
-    batch_size: Count = Field(16, description="Rows of one step on each device.")
+    batch_size: Count = Field(16, description="Rows of one step, of all processes together.")
     accumulation: Count = Field(1, description="Batches whose gradients are added up before a step.")
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the rate rises.")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="How the rate falls.")

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from rankwise.errors import UserError
 from rankwise.peft_bridge import adapted_layers
+from rankwise.processes import is_spread
 from rankwise.ranks.sora.layer import direction_size, gates
 
 
@@ -67,14 +68,22 @@ class FlatGates:
         """Refuse an optimizer that could not train these gates.
 
         Raises:
-            UserError: it lacks some, they are not trained, or too narrow for small steps.
+            UserError: it lacks some, they are not trained, spread over processes, or too narrow for small steps.
         """
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for name, gate in zip(self.names, self.parameters, strict=True):
             if not gate.requires_grad:
                 raise UserError(f"{name}: its gate is not trained: load the adapter with is_trainable=True")
+            if is_spread(gate):
+                raise UserError(
+                    f"{name}: its gate is spread over processes, which each must see whole: leave the adapter out of "
+                    "FSDP and ZeRO-3, or train with DDP"
+                )
             if id(gate) not in known:
-                raise UserError(f"{name}: the optimizer does not have its gate: use rankwise.sora_optimizer")
+                raise UserError(
+                    f"{name}: the optimizer does not have its gate (DeepSpeed puts weights of its own in their place): "
+                    "use rankwise.sora_optimizer, in one process, with DDP or with FSDP2"
+                )
         self.check_dtype()
 
     def check_dtype(self) -> None:

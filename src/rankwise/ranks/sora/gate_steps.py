@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankwise.errors import UserError
 from rankwise.peft_bridge import active_adapter
-from rankwise.ranks.resizing import check_one_process, forget_empty, resize_adapter
+from rankwise.processes import where_all, world_size
+from rankwise.ranks.resizing import forget_empty, resize_adapter
 from rankwise.ranks.sora.budget import Budget, PathPoint
 from rankwise.ranks.sora.config import SoraConfig
 from rankwise.ranks.sora.flat_gates import FlatGates
@@ -33,7 +35,9 @@ class GateSteps:
 
     Before a step the gradient of ``l1 * mean |g|`` is added to that of the gates. After it the gates are shrunk, by the
     config's threshold or by the one that a budget asks for, and directions whose gate has been zero for
-    ``shrink_after`` steps are cut out of the model and of the optimizer's state. A step that a gradient scaler skips
+    ``shrink_after`` steps are cut out of the model and of the optimizer's state. Of several processes, whose wrappers
+    hold the shapes that they began with, none cuts: all keep the same gates closed for good, so that the same
+    directions are left when ``prune`` cuts them after the training. A step that a gradient scaler skips
     is no step here either, nor is one that is taken while another adapter is active. ``threshold``, ``l1`` and
     ``shrink_after`` are read from the config at each step, so that they may change. The state travels in the
     optimizer's own state dict.
@@ -48,11 +52,12 @@ class GateSteps:
         threshold: of the last one.
         budget: the way to a budget, once the length of the training is known.
         removed: names of the layers that lost their adapter, in order.
+        held: which gates several processes keep closed.
 
     Raises:
-        UserError: the optimizer does not train the gates or has such steps already, or ``shrink_after`` in several
-            processes. In training: a budget without ``total_steps``, every gate was closed (:class:`AllGatesClosed`),
-            the adapter is merged, the step has a closure, or a resumed state is of another adapter.
+        UserError: the optimizer does not train the gates or has such steps already. In training: a budget without
+            ``total_steps``, every gate was closed (:class:`AllGatesClosed`), the adapter is merged, the step has a
+            closure, or a resumed state is of another adapter.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int | None = None) -> None:
@@ -65,12 +70,13 @@ class GateSteps:
         self.resumed: dict[str, Any] = {}
         self.gates = FlatGates(model, self.adapter)
         self.closed_for = torch.zeros_like(self.gates.sizes)
+        self.held = self.closed_for > 0
+        self._masked: set[int] = set()
+        self._begun = False
         if getattr(optimizer, "gate_steps", None) is not None:
             raise UserError("this optimizer takes a proximal step already: a second one would shrink the gates twice")
         self.gates.check(optimizer)
         self.set_total_steps(total_steps)
-        if self.config.shrink_after is not None:
-            check_one_process("shrink_after")
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
         optimizer.register_state_dict_pre_hook(lambda _: self._synchronise())
@@ -114,7 +120,11 @@ class GateSteps:
             self.skipped = True  # the step is left out
             return
         self._synchronise()
-        self.gates.check_dtype()
+        if self._begun:
+            self.gates.check_dtype()
+        else:  # what wraps models and optimizers may have put other weights in their place since
+            self.gates.check(self.optimizer)
+            self._begun = True
         self.last = self.gates.read()
         self._add_l1()
 
@@ -142,7 +152,7 @@ class GateSteps:
         if self.skipped:
             return
         self.step += 1
-        flat = self.gates.read()
+        flat = self.gates.read().masked_fill(self.held, 0)
         shrunk = self._shrunk(flat)
         if not shrunk.any() and flat.any():
             self.gates.write(self.last)
@@ -177,6 +187,9 @@ class GateSteps:
         assert self.config.shrink_after is not None
         self.closed_for = torch.where(flat == 0, self.closed_for + 1, 0)
         due = self.closed_for >= self.config.shrink_after
+        if world_size() > 1:
+            self._hold(where_all(due))
+            return
         if not due.any():
             return
         kept = keep_least(self.model, self.adapter, self.gates.by_layer(~due))
@@ -184,15 +197,37 @@ class GateSteps:
         fewer = {name: stays for name, stays in kept.items() if not stays.all()}
         if not fewer:
             return
-        check_one_process("shrink_after")
         gone = resize_adapter(self.model, fewer, optimizer=self.optimizer, adapter=self.adapter)
         for name in gone:
             logger.info("step %d: %s has no open gate left, its adapter is removed", self.step, name)
         self.removed += gone
         self.gates.find()
-        self.closed_for = self.closed_for[mask]
+        self.closed_for, self.held = self.closed_for[mask], self.held[mask]
         if self.budget is not None and self.budget.support is not None:
             self.budget.support = self.budget.support[mask]
+
+    def _hold(self, due: Bool[Tensor, " gates"]) -> None:
+        """Keep those gates closed from now on whose directions one process would cut; their gradient is zero too."""
+        if not (due & ~self.held).any():
+            return
+        masks = zip(self.gates.by_layer(due).items(), self.gates.by_layer(self.held).values(), strict=True)
+        waiting = {name: ~mask[~held] for (name, mask), held in masks if not held.all()}
+        kept = keep_least(self.model, self.adapter, waiting)
+        for name, stays in kept.items():
+            if not stays.any():
+                logger.info("step %d: %s has no open gate left", self.step, name)
+                self.removed.append(name)
+        self._set_held(self.held.masked_scatter(~self.held, ~torch.cat(list(kept.values()))))
+
+    def _set_held(self, held: Bool[Tensor, " gates"]) -> None:
+        self.held = held
+        for number, gate in enumerate(self.gates.parameters):
+            if id(gate) not in self._masked:
+                self._masked.add(id(gate))
+                gate.register_hook(partial(self._masked_gradient, number))  # type: ignore[no-untyped-call]
+
+    def _masked_gradient(self, number: int, gradient: Tensor) -> Tensor:
+        return gradient.masked_fill(torch.split(self.held, self.gates.lengths)[number], 0)
 
     def _synchronise(self) -> None:
         """Follow what was done to the gates from outside: they were cut, by prune or a checkpoint, or moved."""
@@ -203,6 +238,7 @@ class GateSteps:
         forget_empty(self.optimizer)
         cut = len(self.gates.sizes) != before
         self.closed_for = torch.zeros_like(self.gates.sizes) if cut else self.closed_for.to(self.gates.device)
+        self.held = self.closed_for > 0 if cut else self.held.to(self.gates.device)
         if self.budget is not None and self.budget.support is not None:
             self.budget.support = self.gates.read() != 0 if cut else self.budget.support.to(self.gates.device)
 
@@ -225,6 +261,7 @@ class GateSteps:
             "gates": self.config.initial_gates,
             "step": self.step,
             "closed_for": self.closed_for,
+            "held": self.held,
             "path": [list(point) for point in self.budget.path] if self.budget else [],
             "support": self.budget.support if self.budget else None,
             "removed": list(self.removed),
@@ -247,6 +284,8 @@ class GateSteps:
             )
         self.step, self.removed = found["step"], list(found["removed"])
         self.closed_for = found["closed_for"].to(self.gates.device)
+        if "held" in found and world_size() > 1:  # one process cuts them at its first step
+            self._set_held(found["held"].to(self.gates.device))
         self.resumed = found if self.step else {}  # a trainer also loads the state of an optimizer that is new
         if self.budget is not None and self.resumed:
             self._resume_budget(self.budget, found)

@@ -47,8 +47,7 @@ def sora_optimizer(
         **kwargs: the optimizer's other settings.
 
     Raises:
-        UserError: the active adapter is not SoRA, ``shrink_after`` in several processes; in training, every gate was
-            closed at once.
+        UserError: the active adapter is not SoRA; in training, every gate was closed at once.
 
     Source: SoRA (arXiv 2311.11696), section 3.2 and algorithm 1.
     """
