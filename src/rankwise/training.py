@@ -245,6 +245,7 @@ def _arguments(
         "per_device_train_batch_size": rows,
         "per_device_eval_batch_size": EVALUATED * rows,
         "gradient_accumulation_steps": stage.accumulation,
+        "ddp_broadcast_buffers": False,  # MiLoRA's start among them, which is the same everywhere and stays so
         "learning_rate": stage.learning_rate,
         "lr_scheduler_type": stage.schedule if stage.schedule != "constant" else "constant_with_warmup",
         "warmup_steps": float(math.ceil(stage.warmup * steps)),
