@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # pip draws its progress bars in a terminal; in a log it stays silent.
 INSTALL = $(PIP) install $$([ -t 1 ] || echo --quiet)
 
-.PHONY: help install demo test soak lint format types bench lock audit clean FORCE
+.PHONY: help install demo test soak matrix lint format types bench lock audit clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -35,6 +35,9 @@ test: install ## run every test (WORKERS=2 processes; ARGS="-k name" for some)
 
 soak: install ## kill commands at random moments, 150 times, and start them again (ARGS="--kills 500 --seed 1")
 	@$(BIN)/python tests/faults.py --kills 150 $(ARGS)
+
+matrix: install ## test with the oldest and newest peft, transformers and trl (ARGS="--pythons python3.12" for more)
+	@$(BIN)/python scripts/matrix.py --torch "$(TORCH)" $(ARGS)
 
 lint: install ## check style and formatting
 	@$(BIN)/ruff check .

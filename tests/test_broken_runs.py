@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import small_runs
 import tiny
+from rankwise import run
 from rankwise.analysis.comparison import read_cases
 from rankwise.analysis.runfolder import Run
 from rankwise.comparing.cell_run import run_cell
@@ -21,6 +23,7 @@ from rankwise.methods import load_stage, save_stage
 from rankwise.preferences.reference_values import check_resumed
 from rankwise.recipes import dump_recipe
 from rankwise.recommend.logs.reading import Form, read_table, text
+from rankwise.schema import Recipe
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -86,3 +89,42 @@ def test_a_cell_that_another_process_is_at_is_not_touched(model_folder: Path, tm
             run_cell(file)
         assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
     assert not (tmp_path / "run.json").exists()
+
+
+def broken_off(monkeypatch: pytest.MonkeyPatch, recipe: Recipe) -> None:
+    """A run that ends before its first stage is trained."""
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("for the test")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="for the test"):
+        patch.setattr(run, "train_stage", fails)
+        run.Run(recipe, small_runs.silent())()
+
+
+@pytest.mark.parametrize("kind", ["instructions", "choices", "glue", "interactions"])
+def test_a_run_whose_data_changed_is_not_gone_on_with(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A file, a folder of sets, a folder of GLUE's, a log with its items."""
+    recipe = small_runs.recipe(kind, tmp_path, model_folder, stages=[small_runs.SFT])
+    broken_off(monkeypatch, recipe)
+    broken_off(monkeypatch, recipe)  # the same data are taken
+    files = [path for path in tmp_path.rglob("*.*") if path.is_file() and tmp_path / "run" not in path.parents]
+    file = max(files, key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes() + b"\n")
+    with pytest.raises(UserError, match=r"data\.\S+( \(\S+\))? has changed since this run began.*begin another run"):
+        run.Run(recipe, small_runs.silent())()
+
+
+def test_other_versions_than_a_run_began_with_are_told(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_runs.recipe("instructions", tmp_path, model_folder, stages=[small_runs.SFT])
+    broken_off(monkeypatch, recipe)
+    told = tmp_path / "run" / "versions.json"
+    told.write_text(told.read_text().replace(f'"peft": "{version("peft")}"', '"peft": "0.20.9"'))
+    console = small_runs.silent()
+    results = run.Run(recipe, console)()
+    assert f"peft was 0.20.9 when this run was last begun, and is {version('peft')} now" in small_runs.printed(console)
+    assert results["counts"]["versions that changed while it was unfinished"] == 1

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rankwise.errors import UserError
 from rankwise.recipes import make_recipe
-from rankwise.tasks import glue, load
+from rankwise.tasks import files, glue, load
 from rankwise.tasks.glue import TASKS, label_names, parts_of, read_glue
 from rankwise.tasks.load import load_task
 
@@ -177,7 +177,7 @@ def test_mistakes_and_another_domain_are_measured_too(tmp_path: Path, tiny_token
         recipe(tmp_path, {"kind": "text", "train": "a.txt"}, noise)
     gone = recipe(tmp_path, data | {"others": {"books": str(tmp_path / "no.csv")}})
     with pytest.raises(UserError, match=r"data\.others\.books .*no\.csv does not exist"):
-        load.check_files(gone.data)
+        files.check_files(gone.data)
 
 
 def test_a_task_of_glue_on_another_domain(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -17,7 +17,8 @@ from rankwise.recommend import Prepared, prepare_interactions
 from rankwise.recommend.logs.known import KNOWN_LOGS, known_log
 from rankwise.recommend.logs.reading import read_table
 from rankwise.schema import InteractionData
-from rankwise.tasks.load import check_files, interaction_settings
+from rankwise.tasks.files import check_files
+from rankwise.tasks.load import interaction_settings
 
 TITLES = ["Café, The (1990)", "Bar (1991)", "Zoé (1992)", 'A "Q" (1993)', "E (1994)", "F"]
 PLAYS = [(user, item, 100 * user + 10 * item) for user in (1, 2) for item in range(1, 6)] + [(3, 6, 5)]

@@ -42,7 +42,8 @@ def prepare(arguments: Arguments, console: Console) -> Any:
     from rankwise.recommend.prepare import WrittenRows, write_interactions
     from rankwise.recommend.rows import write_rows
     from rankwise.schema import InteractionData, RecommendationSettings
-    from rankwise.tasks.load import check_files, interaction_settings, prepare
+    from rankwise.tasks.files import check_files
+    from rankwise.tasks.load import interaction_settings, prepare
 
     if not isinstance(recipe.data, RecommendationSettings):
         raise UserError(f"data of kind {recipe.data.kind} has no rows to prepare: use interactions or sdpo")

@@ -29,7 +29,8 @@ from rankwise.models import (
 )
 from rankwise.recipes import load_recipe
 from rankwise.schema import ClassificationData, GlueData, Recipe, SequenceData
-from rankwise.tasks.load import check_recipe_files, held_out_elsewhere, load_task
+from rankwise.tasks.files import check_recipe_files
+from rankwise.tasks.load import held_out_elsewhere, load_task
 from rankwise.tokenise import padding_token
 
 

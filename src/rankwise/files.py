@@ -179,7 +179,7 @@ def check_folder(folder: Path, whole: bool = False) -> None:
     for file, (size, digest) in listed.items():
         if not file.is_file():
             raise UserError(f"{file} is missing: fetch or make the folder again")
-        if (file.stat().st_size, _digest(file)) != (size, digest):
+        if (file.stat().st_size, file_digest(file)) != (size, digest):
             raise UserError(
                 f"{file} is not as it was written, by its SHA-256 in {MANIFEST}: fetch or make the folder again, or "
                 f"remove {MANIFEST} if you changed the file yourself"
@@ -195,10 +195,11 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def _described(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": _digest(file)}
+    return {"bytes": file.stat().st_size, "sha256": file_digest(file)}
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -25,7 +25,15 @@ from rankwise.analysis.ranks import read_ranks
 from rankwise.analysis.report import write_report
 from rankwise.analysis.runfolder import CASES
 from rankwise.analysis.tables import result_table
-from rankwise.checkpoints.resuming import CHECKPOINTS, checkpoints_of, earlier_results, forget_after, whole_checkpoint
+from rankwise.checkpoints.resuming import (
+    CHECKPOINTS,
+    VERSIONS,
+    changed_versions,
+    checkpoints_of,
+    earlier_results,
+    forget_after,
+    whole_checkpoint,
+)
 from rankwise.errors import UserError
 from rankwise.exporting import export
 from rankwise.files import new_folder, remove_folder, write_json, write_text
@@ -42,7 +50,8 @@ from rankwise.recipes import dump_recipe
 from rankwise.recommend.store import STORE, write_store
 from rankwise.sampling import sample
 from rankwise.schema import AdaloraSettings, AnyStage, LoraSettings, Recipe, SoraSettings
-from rankwise.tasks.load import check_recipe_files, held_out_elsewhere, load_task
+from rankwise.tasks.files import check_recipe_files, check_same_data, data_digests
+from rankwise.tasks.load import held_out_elsewhere, load_task
 from rankwise.tasks.task import Task
 from rankwise.tokenise import padding_token
 from rankwise.training import Rows, check_trackers, train_stage
@@ -89,12 +98,15 @@ class Run:
         """Run all of it; returns the results, as written to ``results.json``.
 
         Raises:
-            UserError: another process is at it, or what the parts of a run refuse.
+            UserError: another process is at it, its data changed since it began, or what the parts of a run refuse.
             Stopped: it was asked to end while it trained.
         """
         quiet_libraries()
         with self.processes.holding(self.folder), deterministic(self.recipe.deterministic), loss_of_others_told():
             self.results = earlier_results(self.folder, self.recipe, again=self.again)
+            self._data = data_digests(self.recipe)
+            check_same_data(self.results.get("data", {}), self._data)
+            self._changed = changed_versions(self.folder, versions())
             self.processes.wait()  # all have read what is there
             return self._run()
 
@@ -277,15 +289,16 @@ class Run:
         """Write what is known before training, so that even a run that fails can be read."""
         if self.processes.is_first:
             write_text(self.folder / "recipe.yaml", dump_recipe(self.recipe))
-            write_json(self.folder / "versions.json", versions() | {"processes": str(self.processes.number)})
+            write_json(self.folder / VERSIONS, versions() | {"processes": str(self.processes.number)})
             if task.store is not None:
                 write_store(self.folder / STORE, task.store)
         columns, counts = [*task.columns, *self._texts.columns], {**task.counts, **self._texts.counts}
         start = {"task": task.kind, "columns": columns, "rows": [], "counts": counts, "labels": task.labels}
-        self.results = {**start, **self.results}
-        for name, count in counts.items():
-            if count:
-                self.console.print(f"  {name}: {count}", style="dim", highlight=False)
+        self.results = {"data": self._data, **start, **self.results}
+        if self._changed:
+            self.results["counts"]["versions that changed while it was unfinished"] = len(self._changed)
+        for line in [*(f"{name}: {count}" for name, count in counts.items() if count), *self._changed]:
+            self.console.print(f"  {line}", style="dim", highlight=False)
         if self.recipe.precision == "bfloat16" and not computes_bfloat16():
             self.console.print(
                 "  this processor has no bfloat16 arithmetic: precision=float32 is many times faster here"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from rankwise.analysis.results import read_results
 from rankwise.analysis.runfolder import read_entry
 from rankwise.errors import UserError
 from rankwise.files import UNFINISHED, check_folder, remove_folder, write_jsonl
+from rankwise.reading import read_json
 from rankwise.recipes import load_recipe
 from rankwise.schema import Recipe
 
 CHECKPOINTS = "checkpoints"
+VERSIONS = "versions.json"
+PLACE = ("platform", "device")  # in the versions: where a run is, not what it runs
 REPORT = "report.html"  # written last: a run that has one is finished
 UNIMPORTANT = {"output", "log_to", "checkpoint_seconds"}  # these may change while a run is unfinished
 
@@ -57,6 +61,19 @@ def _is_run_of(file: Path, recipe: Recipe) -> bool:
     except UserError:  # of another version, say
         return False
     return found.model_dump(exclude=UNIMPORTANT) == recipe.model_dump(exclude=UNIMPORTANT)
+
+
+def changed_versions(folder: Path, now: Mapping[str, str]) -> list[str]:
+    """Which versions an unfinished run was begun with that are others now, in words."""
+    path = folder / VERSIONS
+    if not path.is_file():
+        return []
+    before = read_json(path, dict, "remove it")
+    return [
+        f"{name} was {before[name]} when this run was last begun, and is {version} now"
+        for name, version in now.items()
+        if name not in PLACE and before.get(name, version) != version
+    ]
 
 
 def checkpoints_of(folder: Path, stage: str) -> Path:

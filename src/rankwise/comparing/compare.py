@@ -31,7 +31,8 @@ from rankwise.files import clear_unfinished, write_json, write_text
 from rankwise.models import context_limit, load_tokenizer
 from rankwise.run import versions
 from rankwise.schema import Comparison
-from rankwise.tasks.load import check_recipe_files, load_task
+from rankwise.tasks.files import check_recipe_files
+from rankwise.tasks.load import load_task
 
 EVERY = 60.0  # seconds, at least, between two writings of the runs while they go on
 

@@ -102,8 +102,7 @@ def read_glue(name: str, part: str, folder: Path | None) -> tuple[Rows, dict[str
         UserError: there is no such file, it cannot be read, or no row is usable.
     """
     task = TASKS[name]
-    file = part if part == "train" else f"dev_{task.other}" if part == "other" else DEV.get(name, "dev")
-    path = _loaded(name, file) if folder is None else _found(name, task, file, folder)
+    path = _path(name, part, folder)
     rows, counts = _read(path, task)
     present = columns_of(rows)
     sentences = next((names for names in task.sentences if present.issuperset(names)), None)
@@ -144,6 +143,22 @@ def _read(path: Path, task: GlueTask) -> tuple[Rows, dict[str, int]]:
     if columns:
         return read_rows(path, delimiter="\t", header=False, columns=columns, quoting=False)
     return read_rows(path, delimiter="\t", quoting=False)
+
+
+def _path(name: str, part: str, folder: Path | None) -> Path:
+    """The file of a part."""
+    task = TASKS[name]
+    file = part if part == "train" else f"dev_{task.other}" if part == "other" else DEV.get(name, "dev")
+    return _loaded(name, file) if folder is None else _found(name, task, file, folder)
+
+
+def glue_files(name: str, folder: Path) -> list[Path]:
+    """The files in a folder that a task reads.
+
+    Raises:
+        UserError: one is not there.
+    """
+    return [_path(name, part, folder) for part in ("train", "dev", *(["other"] if TASKS[name].other else []))]
 
 
 def _found(name: str, task: GlueTask, file: str, folder: Path) -> Path:

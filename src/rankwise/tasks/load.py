@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from rankwise.errors import UserError, naming
+from rankwise.errors import naming
 from rankwise.recommend.chats import as_chat
 from rankwise.recommend.logs.interactions import InteractionColumns
 from rankwise.recommend.logs.items import ItemColumns
@@ -52,32 +52,6 @@ from rankwise.tokenise import encode_answers
 
 Row = TypeVar("Row")
 Counts = dict[str, int]
-
-
-def check_recipe_files(recipe: Recipe) -> None:
-    """Raise a ``UserError`` for the first file of a recipe that is missing."""
-    for name, text in recipe.evaluation.texts.items():
-        if not Path(text).is_file():
-            raise UserError(f"evaluation.texts.{name} {text} does not exist: give a file's path")
-    for name, data in recipe.evaluation.tasks.items():
-        with naming(f"evaluation.tasks.{name}"):
-            check_files(data)
-    check_files(recipe.data)
-
-
-def check_files(data: object) -> None:
-    """Raise a ``UserError`` for the first file of a data section that is missing."""
-    for name in ("interactions", "items", "train", "validation", "test", "names"):
-        path = getattr(data, name, None)
-        folder = name in ("interactions", "items") or isinstance(data, MathsData | ChoiceData)
-        found = path is None or (Path(path).exists() if folder else Path(path).is_file())
-        if not found:
-            raise UserError(f"data.{name} {path} does not exist: give a file's path, from the folder you are in")
-    for name, path in getattr(data, "others", {}).items():
-        if not Path(path).is_file():
-            raise UserError(f"data.others.{name} {path} does not exist: give a file's path, from the folder you are in")
-    if isinstance(data, InteractionData) and data.form is not None:
-        known_log(data.form, Path(data.interactions))
 
 
 def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) -> Task:

@@ -1,0 +1,81 @@
+"""The files that a recipe reads: whether they are there, and whether they are still what they were."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from rankwise.errors import UserError, naming
+from rankwise.files import file_digest
+from rankwise.recommend.logs.known import known_log
+from rankwise.schema import ChoiceData, GlueData, InteractionData, MathsData, Recipe
+from rankwise.tasks.glue import glue_files
+
+KEYS = ("interactions", "items", "train", "validation", "test", "names")
+
+
+def check_recipe_files(recipe: Recipe) -> None:
+    """Raise a ``UserError`` for the first file of a recipe that is missing."""
+    for name, text in recipe.evaluation.texts.items():
+        if not Path(text).is_file():
+            raise UserError(f"evaluation.texts.{name} {text} does not exist: give a file's path")
+    for name, data in recipe.evaluation.tasks.items():
+        with naming(f"evaluation.tasks.{name}"):
+            check_files(data)
+    check_files(recipe.data)
+
+
+def check_files(data: object) -> None:
+    """Raise a ``UserError`` for the first file of a data section that is missing."""
+    for name, path in _files(data):
+        folder = name in ("interactions", "items") or isinstance(data, MathsData | ChoiceData)
+        if not (path.exists() if folder else path.is_file()):
+            raise UserError(f"data.{name} {path} does not exist: give a file's path, from the folder you are in")
+    if isinstance(data, InteractionData) and data.form is not None:
+        known_log(data.form, Path(data.interactions))
+
+
+def _files(data: object) -> Iterator[tuple[str, Path]]:
+    """The files and folders of a data section, by its keys; none of what is on the hub."""
+    for name in KEYS:
+        if (path := getattr(data, name, None)) is not None:
+            yield name, Path(path)
+    for name, path in getattr(data, "others", {}).items():
+        yield f"others.{name}", Path(path)
+    if isinstance(data, GlueData) and data.folder is not None:
+        for file in glue_files(data.task, Path(data.folder)):
+            yield f"folder ({file.name})", file
+
+
+def data_digests(recipe: Recipe) -> dict[str, str]:
+    """The SHA-256 of each file that a recipe reads, by its key; of a folder, over the names and contents in it."""
+    found = [(f"data.{name}", path) for name, path in _files(recipe.data)]
+    for name, data in recipe.evaluation.tasks.items():
+        found += [(f"evaluation.tasks.{name}.{key}", path) for key, path in _files(data)]
+    found += [(f"evaluation.texts.{name}", Path(path)) for name, path in recipe.evaluation.texts.items()]
+    return {name: _digest(path, Path(recipe.output).resolve()) for name, path in found}
+
+
+def _digest(path: Path, output: Path) -> str:
+    """Of a file, or of a folder without the run's own, which may lie in it."""
+    if not path.is_dir():
+        return file_digest(path)
+    found = hashlib.sha256()
+    for file in sorted(one for one in path.rglob("*") if one.is_file() and output not in one.resolve().parents):
+        found.update(f"{file.relative_to(path).as_posix()} {file_digest(file)}\n".encode())
+    return found.hexdigest()
+
+
+def check_same_data(earlier: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Refuse to go on with a run whose data are not those that it began with.
+
+    Raises:
+        UserError: a file is another one.
+    """
+    for name, digest in now.items():
+        if earlier.get(name, digest) != digest:
+            raise UserError(
+                f"{name} has changed since this run began, and what it has trained and measured would not be "
+                "comparable: give the file back, or begin another run (output=...)"
+            )
