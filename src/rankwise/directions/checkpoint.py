@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from jaxtyping import Float
 from peft import LoraConfig
+from peft.utils import CONFIG_NAME
 from torch import Tensor
 
 from rankwise.errors import UserError, shown
@@ -95,6 +96,7 @@ def split_state(
     Raises:
         UserError: a module has no tensors or ones of another shape, or tensors belong to no adapted module.
     """
+    state = _with_starts_below(state, start)
     names = _factor_names(state)
     if missing := [module for module in shapes if names.get(module, {}).keys() != {"A", "B"}]:
         raise UserError(f"{missing[0]}: the checkpoint lacks its LoRA matrices{_others(missing)}: {WRITE_AGAIN}")
@@ -110,6 +112,16 @@ def split_state(
         _check_shape(b, state[b], shape_b, 1)
         prefix = a.rpartition(".lora_")[0]
         found[a], found[b], found[f"{prefix}.{start}.A"], found[f"{prefix}.{start}.B"] = split_pair(state[a], state[b])
+    return found
+
+
+def _with_starts_below(state: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
+    """A checkpoint of rankwise 0.1.0, which has the starts under names of their own, in the form of later ones."""
+    found = dict(state)
+    for prefix in [name.removesuffix(f".{start}.A") for name in state if name.endswith(f".{start}.A")]:
+        a, b = f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
+        pair = Pair(state[a], state[b], found.pop(f"{prefix}.{start}.A"), found.pop(f"{prefix}.{start}.B"))
+        found[a], found[b] = stack_pair(pair)
     return found
 
 
@@ -199,6 +211,8 @@ def read_side(folder: str | Path, subfolder: str | None = None, **download: Any)
         UserError: there is none, it is damaged, or it is of another format.
     """
     path = Path(folder, subfolder or "", SIDE_FILE)
+    if not path.is_file() and (first := _first_form(path.parent)) is not None:
+        return first
     if not path.is_file():
         path = _downloaded(str(folder), subfolder, path, download)
     side = read_json(path, dict, WRITE_AGAIN)
@@ -209,6 +223,15 @@ def read_side(folder: str | Path, subfolder: str | None = None, **download: Any)
     if not isinstance(config, dict) or not isinstance(base, dict) or not all(isinstance(v, str) for v in base.values()):
         raise UserError(f"{path} is damaged (it needs an object 'config' and an object 'base'): {WRITE_AGAIN}")
     return Side(config, base)
+
+
+def _first_form(folder: Path) -> Side | None:
+    """What a checkpoint of rankwise 0.1.0 tells, whose config is MiLoRA's own and names no base weights."""
+    path = folder / CONFIG_NAME
+    if not path.is_file() or (found := read_json(path, dict, WRITE_AGAIN)).get("peft_type") != "MILORA":
+        return None
+    own = ("peft_type", "peft_version", "auto_mapping", "inference_mode")
+    return Side({name: value for name, value in found.items() if name not in own}, {})
 
 
 def _downloaded(repository: str, subfolder: str | None, wanted: Path, download: dict[str, Any]) -> Path:
