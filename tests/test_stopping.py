@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from safetensors import SafetensorError
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import rankwise.commands
 import rankwise.training
@@ -195,3 +196,20 @@ def test_any_other_error_keeps_its_traceback(
     monkeypatch.setattr(rankwise.commands, "methods", methods)
     assert main(["methods"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_checkpoints_take_a_twentieth_of_the_time_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    arguments = TrainingArguments(output_dir="-", use_cpu=True)
+    state, control = TrainerState(max_steps=10_000), TrainerControl()
+    saving = SaveInTime(10.0, StopRequest())
+    saved = []
+    for step in range(1, 600):
+        now, state.global_step, control.should_save = now + 1, step, False
+        saving.on_step_end(arguments, state, control)
+        if control.should_save:
+            saved.append(step)
+            now += 4  # what writing one takes
+            saving.on_save(arguments, state, control)
+    assert saved[:3] == [10, 90, 170] and 4 * len(saved) < 0.06 * now

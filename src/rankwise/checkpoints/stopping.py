@@ -16,6 +16,7 @@ from rankwise.errors import Stopped
 from rankwise.processes import any_of
 
 GRACE = 25.0  # seconds from the request after which the training ends, if it has not begun to save by then
+SHARE = 0.05  # of the time, at most, is spent on checkpoints
 TOGETHER = 2.0  # seconds in which a signal that comes again is the same one: to the group, and from the parent
 SIGNALS = ("SIGTERM", "SIGINT")
 
@@ -108,14 +109,16 @@ def stopped_by_sigterm() -> Iterator[None]:
 class SaveInTime(TrainerCallback):
     """Has the trainer write a checkpoint every few seconds, and one where it is asked to stop; then the training ends.
 
+    Where writing one takes long, they are further apart: it takes no more than ``SHARE`` of the time.
+
     Args:
-        every: seconds between two; 0 for each step, None for no others than the last.
+        every: seconds between two; 0 for each step, however long it takes, None for no others than the last.
         stop: the request.
     """
 
     def __init__(self, every: float | None, stop: StopRequest) -> None:
         self.every, self.stop = every, stop
-        self.last = time.monotonic()
+        self.last = self.asked = time.monotonic()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Trainer's hook."""
@@ -128,9 +131,12 @@ class SaveInTime(TrainerCallback):
         if stop:
             self.stop.name = self.stop.name or "a signal to another process"
             self.stop.hold()
+        self.asked = time.monotonic()
         control.should_save |= stop or (due and state.global_step < state.max_steps)
         control.should_training_stop |= stop
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Trainer's hook: the time that saving takes is not counted."""
         self.last = time.monotonic()
+        if self.every:
+            self.every = max(self.every, (self.last - self.asked) / SHARE)

@@ -128,8 +128,8 @@ class Recipe(Section):
     checkpoint_seconds: float | None = Field(
         600.0,
         ge=0,
-        description="Between two checkpoints of a training, from which the same command goes on after a crash; null: "
-        "only one where it is stopped by SIGTERM or Ctrl-C.",
+        description="Between two checkpoints of a training, from which the same command goes on after a crash (more "
+        "where one takes more than a twentieth of it); null: only one where it is stopped by SIGTERM or Ctrl-C.",
     )
     log_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
         [], description="Also log training there, with what is installed of tensorboard, trackio and wandb."
