@@ -70,7 +70,6 @@ def collectives(trace: Path) -> tuple[Counter[str], Counter[str]]:
 def measured(folder: Path, processes: int, changes: dict[str, Any], steps: int) -> tuple[Counter[str], Counter[str]]:
     """The operations of a training of so many steps."""
     lines = [f"Film number {number} was seen by many." for number in range(BATCH * 4)]
-    (folder / "text.txt").write_text("\n".join(lines), encoding="utf-8")
     stage = {"kind": "sft", "epochs": steps / 4, "batch_size": BATCH, "loss": "row"}
     data = {"kind": "instructions", "train": str(folder / "rows.jsonl"), "validation": str(folder / "rows.jsonl")}
     rows = [json.dumps({"prompt": line, "completion": " It was good."}) for line in lines]

@@ -49,7 +49,7 @@ def installed(python: str, name: str, versions: list[str], torch: str) -> Path:
     subprocess.run([python, "-m", "venv", "--clear", folder], check=True)
     pip = [own, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     subprocess.run([*pip, *torch.split()], check=True)
-    subprocess.run([*pip, "--editable", str(ROOT), *TOOLS, *versions], check=True)
+    subprocess.run([*pip, "--editable", f"{ROOT}[maths,sequences]", *TOOLS, *versions], check=True)
     stamp.write_text(asked, encoding="utf-8")
     return own
 

@@ -24,6 +24,7 @@ from rankwise.preferences.reference_values import check_resumed
 from rankwise.recipes import dump_recipe
 from rankwise.recommend.logs.reading import Form, read_table, text
 from rankwise.schema import Recipe
+from rankwise.tasks.files import DataChanged
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -102,12 +103,14 @@ def broken_off(monkeypatch: pytest.MonkeyPatch, recipe: Recipe) -> None:
         run.Run(recipe, small_runs.silent())()
 
 
+@pytest.mark.parametrize("base", [True, False])
 @pytest.mark.parametrize("kind", ["instructions", "choices", "glue", "interactions"])
 def test_a_run_whose_data_changed_is_not_gone_on_with(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, base: bool
 ) -> None:
-    """A file, a folder of sets, a folder of GLUE's, a log with its items."""
-    recipe = small_runs.recipe(kind, tmp_path, model_folder, stages=[small_runs.SFT])
+    """A file, a folder of sets, a folder of GLUE's, a log with its items; with results so far, and without."""
+    evaluation = {"base": base, "baselines": []}
+    recipe = small_runs.recipe(kind, tmp_path, model_folder, stages=[small_runs.SFT], evaluation=evaluation)
     broken_off(monkeypatch, recipe)
     broken_off(monkeypatch, recipe)  # the same data are taken
     files = [path for path in tmp_path.rglob("*.*") if path.is_file() and tmp_path / "run" not in path.parents]
@@ -115,6 +118,24 @@ def test_a_run_whose_data_changed_is_not_gone_on_with(
     file.write_bytes(file.read_bytes() + b"\n")
     with pytest.raises(UserError, match=r"data\.\S+( \(\S+\))? has changed since this run began.*begin another run"):
         run.Run(recipe, small_runs.silent())()
+
+
+def test_a_cell_whose_data_changed_keeps_what_it_has(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no result: with the file given back the cell goes on."""
+    recipe = small_runs.recipe("instructions", tmp_path, model_folder, stages=[small_runs.SFT])
+    broken_off(monkeypatch, recipe)
+    (tmp_path / "run.yaml").write_text(dump_recipe(recipe))
+    (tmp_path / "run" / "checkpoints" / "sft").mkdir(parents=True)  # as if there were one to go on from
+    file = Path(recipe.data.train)
+    content = file.read_bytes()
+    file.write_bytes(content + b"\n")
+    with pytest.raises(DataChanged, match=r"data\.train has changed"):
+        run_cell(tmp_path / "run.yaml")
+    assert not (tmp_path / "run.json").exists() and (tmp_path / "run" / "checkpoints" / "sft").is_dir()
+    file.write_bytes(content)
+    assert run_cell(tmp_path / "run.yaml")["failed"] is None
 
 
 def test_other_versions_than_a_run_began_with_are_told(

@@ -232,6 +232,41 @@ def test_a_gate_that_is_held_does_not_come_back(monkeypatch):
     assert torch.equal(attached_steps(loaded).held, attached_steps(optimizer).held)
 
 
+def test_another_training_begins_without_what_an_earlier_one_held(monkeypatch):
+    """Gates are loaded open again for a stage that starts from an earlier one; those that are zero stay so."""
+    model = adapt(0.03, shrink_after=1)
+    monkeypatch.setattr(gate_steps, "world_size", lambda: 2)
+    monkeypatch.setattr(gate_steps, "where_all", lambda wanted: wanted)
+    first = rw.sora_optimizer(model, lr=1e-3, gate_lr=1.0)
+    step(model, first)
+    held = attached_steps(first).held.clone()
+    again = rw.sora_optimizer(model, lr=1e-3, gate_lr=1.0)
+    assert torch.equal(attached_steps(again).held, held) and held.any()
+    for gate in gates(model).values():
+        gate.data.fill_(1.0)
+    other = rw.sora_optimizer(model, lr=1e-3, gate_lr=1e-3)
+    assert not attached_steps(other).held.any()
+    tiny.loss(model).backward()
+    assert all(gate.grad.all() for gate in gates(model).values())
+
+
+def test_one_process_cuts_what_several_held(monkeypatch):
+    """Not even a large step of a gate opens it before."""
+    model = adapt(0.03, shrink_after=2)
+    optimizer = rw.sora_optimizer(model, lr=1e-3, gate_lr=1.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(gate_steps, "world_size", lambda: 2)
+        patched.setattr(gate_steps, "where_all", lambda wanted: wanted)
+        attached_steps(optimizer).config.shrink_after = 1
+        step(model, optimizer)
+    state, held = optimizer.state_dict(), attached_steps(optimizer).held
+    left = sum(map(len, gates(model).values())) - int(held.sum())
+    alone = rw.sora_optimizer(model, lr=1e-3, gate_lr=1.0)
+    alone.load_state_dict(state)
+    step(model, alone)
+    assert held.any() and sum(map(len, gates(model).values())) <= left
+
+
 def test_a_gate_is_held_where_all_processes_have_seen_it_closed(monkeypatch):
     """They are the same on each; where one of them is not, it is left alone."""
     model = adapt(0.03, shrink_after=1)

@@ -17,17 +17,19 @@ import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from transformers import TrainerState, TrainingArguments
 
 import process_runs
 import small_runs
 from rankwise.analysis.results import read_results
-from rankwise.checkpoints.trainer import OrderOfEpoch, _tell_epoch
+from rankwise.checkpoints.trainer import CheckpointedTrainer, OrderOfEpoch, _tell_epoch
 from rankwise.cli import main
 from rankwise.errors import UserError
 from rankwise.processes import Processes, number_started
 from rankwise.recipes import make_recipe
 from rankwise.run import Run
+from rankwise.sharing import check_shared_out
 
 SCRIPT = Path(__file__).with_name("process_runs.py")
 EVEN = small_runs.SFT | {"epochs": 3, "batch_size": 4}
@@ -243,10 +245,10 @@ def test_a_process_that_dies_ends_the_others_and_two_go_on_where_four_were(
 ) -> None:
     kind, changes = RUNS["milora"]
     values = of_even_rows(small_runs.values(kind, tmp_path / "data", base, **changes))
-    values |= {"stages": [LONG], "checkpoint_seconds": 0, "output": str(tmp_path / "cut")}
+    values = spread(values) | {"stages": [LONG], "checkpoint_seconds": 0, "output": str(tmp_path / "cut")}
     status, told, seconds = killed(tmp_path, values, 4, step=9)
     assert status != 0 and seconds < 60
-    assert "rankwise: another process of this training has ended" in told or "SIGKILL" in told
+    assert "another process of this training has ended" in told or "stopped by " in told
     assert not (tmp_path / "cut" / "report.html").exists()
     done = started(2, "-m", "rankwise", "train", str(tmp_path / "recipe.json"))
     assert done.returncode == 0, done.stderr[-4000:]
@@ -266,12 +268,57 @@ def test_a_number_of_processes_that_is_none_is_refused(monkeypatch: pytest.Monke
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(UserError, match="WORLD_SIZE 'many' is no number of processes"):
         number_started()
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match="WORLD_SIZE is 8 and LOCAL_RANK is not set"):
+        number_started()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adapter": {"kind": "allocating_lora", "r": 2}}, "adapter.kind allocating_lora changes the shapes"),
+        ({"stages": [EVEN | {"batch_size": 6}]}, "stages: sft: batch_size 6 is for all processes together"),
+        (
+            {"stages": [EVEN, small_runs.DPO | {"negatives": 2, "draw": "in-batch"}]},
+            "drawn from the other rows of a process, which has 2 of batch_size 8: give a batch_size of 12 or more",
+        ),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused_at_once(
+    tmp_path: Path, base: Path, changes: dict[str, Any], message: str
+) -> None:
+    recipe = small_runs.recipe("preferences", tmp_path, base, **changes)
+    processes = Processes()
+    check_shared_out(recipe, processes)
+    processes.number = 4
+    with pytest.raises(UserError, match=message):
+        check_shared_out(recipe, processes)
+
+
+def test_an_order_by_length_is_not_gone_on_with_by_others(tmp_path: Path) -> None:
+    trainer = object.__new__(CheckpointedTrainer)
+    trainer.args = TrainingArguments(output_dir=str(tmp_path), train_sampling_strategy="group_by_length", use_cpu=True)
+    trainer.state = TrainerState(epoch=1.5)
+    trainer._check_order(1)
+    with pytest.raises(UserError, match=r"4 of the processes .* and 1 would draw others"):
+        trainer._check_order(4)
+    trainer.state.epoch = 2.0
+    trainer._check_order(4)
 
 
 def test_weights_that_accelerate_would_spread_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UserError, match=r"ACCELERATE_USE_DEEPSPEED is set: .* by DeepSpeed, .* model.shard=true"):
         Processes()
+
+
+def test_a_sampler_without_passes_is_left_alone() -> None:
+    rows = list(range(8))
+    settings = {"num_processes": 2, "process_index": 0, "put_on_device": False}
+    made = prepare_data_loader(DataLoader(rows, batch_size=2, sampler=SequentialSampler(rows)), **settings)
+    _tell_epoch(made, 1)
+    assert [batch.tolist() for batch in made] == [[0, 1], [4, 5]]
 
 
 @pytest.mark.parametrize("seedable", [True, False])
@@ -299,8 +346,7 @@ def test_one_process_waits_for_nobody() -> None:
     alone = Processes()
     assert (alone.number, alone.is_first) == (1, True)
     alone.wait()
-    with alone.first_before_others():
-        assert not torch.distributed.is_initialized()
+    assert alone.told_by_first(3) == 3 and not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize(

@@ -213,3 +213,16 @@ def test_checkpoints_take_a_twentieth_of_the_time_at_most(monkeypatch: pytest.Mo
             now += 4  # what writing one takes
             saving.on_save(arguments, state, control)
     assert saved[:3] == [10, 90, 170] and 4 * len(saved) < 0.06 * now
+    now += saving.every
+    saving.on_step_end(arguments, state, control)
+    saving.on_save(arguments, state, control)  # in no time: the disk was slow for a while
+    assert saving.every == 10
+
+
+def test_a_signal_after_another_process_s_is_the_same_request() -> None:
+    """It comes while the checkpoint is written that both asked for."""
+    stop = StopRequest()
+    stop.join("a signal to another process")
+    stop._ask(signal.SIGTERM, None)
+    with pytest.raises(Stopped, match="stopped by a signal to another process at here, which is saved"):
+        stop.check("here", saved=True)

@@ -20,6 +20,7 @@ Arguments = argparse.Namespace
 
 # Libraries that, where they are installed, tell at import which of their parts do not fit this machine.
 NOISY = ("torchao", "bitsandbytes", "torch.utils._pytree")
+STOPPED = "stopped by "
 FIRST_SPEAKS = 1.0  # seconds after which another process than the first says what is wrong
 
 
@@ -152,6 +153,8 @@ def _check_alone(command: Callable[..., Any]) -> None:
 
 def _tell(message: str, number: int) -> None:
     """Print an error; what all processes have to say, the first one says before the others are ended."""
+    if number and message.startswith(STOPPED):
+        return  # all were, and the first one says it
     if number:
         time.sleep(FIRST_SPEAKS)
         message = f"process {number}: {message}"

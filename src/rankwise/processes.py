@@ -28,11 +28,13 @@ def number_started() -> int:
     """How many processes of one training were started, by the environment of torchrun and accelerate.
 
     Raises:
-        UserError: it says so in no number.
+        UserError: it says so in no number, or does not say which of them this is.
     """
     told = os.environ.get("WORLD_SIZE", "1")
     if not told.isdecimal() or int(told) < 1:
         raise UserError(f"WORLD_SIZE {told!r} is no number of processes: unset it, or start with torchrun")
+    if int(told) > 1 and "LOCAL_RANK" not in os.environ:  # each would take itself for the only one
+        raise UserError(f"WORLD_SIZE is {told} and LOCAL_RANK is not set: unset it, or start with torchrun")
     return int(told)
 
 
@@ -77,14 +79,11 @@ class Processes:
         if self.number > 1:
             self._state.wait_for_everyone()
 
-    @contextmanager
-    def first_before_others(self) -> Iterator[None]:
-        """The first one runs the block, then the others."""
-        if not self.is_first:
-            self.wait()
-        yield
-        if self.is_first:
-            self.wait()
+    def told_by_first(self, number: int) -> int:
+        """The number that the first one gives; all of them call it."""
+        if self.number == 1:
+            return number
+        return int(gathered(torch.tensor([number], device=self._state.device))[0])
 
     @contextmanager
     def holding(self, folder: Path) -> Iterator[None]:
@@ -147,6 +146,14 @@ def any_of(device: torch.device, *wanted: bool) -> tuple[bool, ...]:
     flags = torch.tensor(wanted, dtype=torch.int32, device=device)
     distributed.all_reduce(flags, distributed.ReduceOp.MAX)
     return tuple(flag > 0 for flag in flags.tolist())
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give all processes the first one's buffers: a start of MiLoRA is computed by each, on its own device."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            if not is_spread(buffer):
+                distributed.broadcast(buffer, 0)
 
 
 def where_all(wanted: Bool[Tensor, " n"]) -> Bool[Tensor, " n"]:

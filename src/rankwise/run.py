@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from transformers import set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import rankwise
 from rankwise.analysis.drift import drift
@@ -36,20 +37,21 @@ from rankwise.checkpoints.resuming import (
 )
 from rankwise.errors import UserError
 from rankwise.exporting import export
-from rankwise.files import new_folder, remove_folder, write_json, write_text
+from rankwise.files import check_folder, new_folder, remove_folder, write_json, write_text
 from rankwise.measuring import measured, measured_row, row_line
 from rankwise.memory import peak_memory
 from rankwise.methods import base_of, load_stage, save_stage, with_adapter
 from rankwise.models import context_limit, load_tokenizer, quiet_libraries
 from rankwise.optimisation import ALLOCATIONS
 from rankwise.peft_bridge import active_adapter, adapted_layers
-from rankwise.processes import Processes, loss_of_others_told
+from rankwise.processes import Processes, loss_of_others_told, share_buffers
 from rankwise.progress import logs_shown
 from rankwise.ranks import AllGatesClosed, gate_counts, prune
 from rankwise.recipes import dump_recipe
 from rankwise.recommend.store import STORE, write_store
 from rankwise.sampling import sample
 from rankwise.schema import AdaloraSettings, AnyStage, LoraSettings, Recipe, SoraSettings
+from rankwise.sharing import check_shared_out
 from rankwise.tasks.files import check_recipe_files, check_same_data, data_digests
 from rankwise.tasks.load import held_out_elsewhere, load_task
 from rankwise.tasks.task import Task
@@ -84,8 +86,7 @@ class Run:
         """
         self.processes = Processes()
         self.recipe, self.console = recipe, console if self.processes.is_first else Console(quiet=True)
-        for stage in recipe.stages:
-            self.processes.share_of(stage.batch_size, f"stages: {stage.name}: batch_size")
+        check_shared_out(recipe, self.processes)
         self.folder = Path(recipe.output)
         check_recipe_files(recipe)
         check_trackers(recipe.log_to)
@@ -120,6 +121,7 @@ class Run:
         base = task.load_model()
         with logs_shown(self.console):
             model = with_adapter(base, self.recipe, task.task_type, self._saved(done))
+        share_buffers(model)
         self.results["parameters"] = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         self._adapted = [name for name, _ in adapted_layers(model, active_adapter(model))]
         for name, measure in task.baselines().items():
@@ -148,9 +150,14 @@ class Run:
         return self._checkpoint(first)
 
     def _checkpoint(self, stage: str) -> Path | None:
-        """From which a stage goes on; the first process removes those that are damaged."""
-        with self.processes.first_before_others():
-            return whole_checkpoint(self.folder, stage, self.console)
+        """From which a stage goes on; the first process says which, and removes those that are damaged."""
+        found = whole_checkpoint(self.folder, stage, self.console) if self.processes.is_first else None
+        step = self.processes.told_by_first(-1 if found is None else int(found.name.rpartition("-")[2]))
+        if self.processes.is_first or step < 0:
+            return found
+        found = checkpoints_of(self.folder, stage) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        check_folder(found, whole=True)
+        return found
 
     @property
     def _cases(self) -> Path | None:
@@ -264,6 +271,8 @@ class Run:
                     with self._timed(name):
                         look(number)
                 except (UserError, RuntimeError, ValueError) as error:
+                    if self.recipe.model.shard:  # the others would wait for this process
+                        raise
                     reason = " ".join(str(error).split())[:300]
                     self.results.setdefault("not_looked_at", {})[name] = reason
                     self.console.print(f"  evaluation.{name} failed: {reason}", style="dim", highlight=False)
@@ -299,6 +308,7 @@ class Run:
             self.results["counts"]["versions that changed while it was unfinished"] = len(self._changed)
         for line in [*(f"{name}: {count}" for name, count in counts.items() if count), *self._changed]:
             self.console.print(f"  {line}", style="dim", highlight=False)
+        self._write("results.json", self.results)
         if self.recipe.precision == "bfloat16" and not computes_bfloat16():
             self.console.print(
                 "  this processor has no bfloat16 arithmetic: precision=float32 is many times faster here"

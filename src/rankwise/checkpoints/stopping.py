@@ -65,6 +65,11 @@ class StopRequest:
         if hasattr(signal, "SIGALRM"):
             signal.setitimer(signal.ITIMER_REAL, GRACE)
 
+    def join(self, name: str) -> None:
+        """Take part in another process's request: a signal that comes now is the same one."""
+        if self.name is None:
+            self.name, self._since = name, time.monotonic()
+
     def _end(self, number: int, frame: FrameType | None) -> None:
         raise Stopped(f"stopped by {self.name} within a step: the same command goes on from the last checkpoint")
 
@@ -117,7 +122,7 @@ class SaveInTime(TrainerCallback):
     """
 
     def __init__(self, every: float | None, stop: StopRequest) -> None:
-        self.every, self.stop = every, stop
+        self.wanted, self.every, self.stop = every, every, stop
         self.last = self.asked = time.monotonic()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -129,7 +134,7 @@ class SaveInTime(TrainerCallback):
         due = self.every is not None and time.monotonic() - self.last >= self.every
         due, stop = any_of(args.device, due, self.stop.name is not None)
         if stop:
-            self.stop.name = self.stop.name or "a signal to another process"
+            self.stop.join("a signal to another process")
             self.stop.hold()
         self.asked = time.monotonic()
         control.should_save |= stop or (due and state.global_step < state.max_steps)
@@ -138,5 +143,5 @@ class SaveInTime(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Trainer's hook: the time that saving takes is not counted."""
         self.last = time.monotonic()
-        if self.every:
-            self.every = max(self.every, (self.last - self.asked) / SHARE)
+        if self.wanted:
+            self.every = max(self.wanted, (self.last - self.asked) / SHARE)

@@ -172,7 +172,17 @@ class CheckpointedTrainer(FiniteTrainer):
             "logged_at": self._globalstep_last_logged,
             "skipped": self.skipped,
             "epoch_random": self._epoch_random,
+            "processes": self.args.world_size,
         }
+
+    def _check_order(self, before: int) -> None:
+        """Refuse to go on in the midst of an order by length that one process draws otherwise than several do."""
+        now, by_length = self.args.world_size, self.args.train_sampling_strategy == "group_by_length"
+        if by_length and (before == 1) != (now == 1) and not is_whole(self.state.epoch):
+            raise UserError(
+                f"{before} of the processes that drew batches by length wrote the checkpoint, and {now} would draw "
+                "others: go on with one where it was one, and with several where there were several"
+            )
 
     @property
     def _is_sharded(self) -> bool:
@@ -214,6 +224,7 @@ class CheckpointedTrainer(FiniteTrainer):
         assert self.optimizer is not None and self.lr_scheduler is not None
         state = read_state(Path(checkpoint) / STATE_FILE)
         self._kept = state["progress"]
+        self._check_order(self._kept.get("processes", 1))
         if self._is_sharded:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
@@ -283,9 +294,10 @@ class _Resume(TrainerCallback):
 def _tell_epoch(loader: Any, epoch: int) -> None:
     """Tell the sampler which pass begins; accelerate's shares of batches, where some are skipped, do not pass it on."""
     batches = loader.batch_sampler
-    while not hasattr(batches, "sampler"):
-        batches = batches.batch_sampler
-    batches.sampler.set_epoch(epoch)
+    while batches is not None and not hasattr(batches, "sampler"):
+        batches = getattr(batches, "batch_sampler", None)
+    if isinstance(sampler := getattr(batches, "sampler", None), OrderOfEpoch):
+        sampler.set_epoch(epoch)
 
 
 def is_whole(epoch: float | None) -> bool:

@@ -19,6 +19,7 @@ from rankwise.comparing.running import BUSY
 from rankwise.errors import Stopped, UserError
 from rankwise.files import InUse, in_use, remove_folder, write_json
 from rankwise.memory import peak_memory
+from rankwise.tasks.files import DataChanged
 
 TRAINED = ("stages", CHECKPOINTS)  # what an unfinished run goes on from; a finished one keeps neither, unless asked to
 
@@ -43,6 +44,7 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
 
     Raises:
         InUse: another process is at the cell.
+        DataChanged: its data are not those that it began with.
         Stopped: the process was asked to end.
     """
     import torch
@@ -69,7 +71,7 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
         }
         found["step_seconds"] = step_seconds(folder / "metrics.jsonl")
         found |= {"curve": loss_curve(folder / "metrics.jsonl"), "ranks": layer_ranks(folder / "ranks.json")}
-    except InUse:  # a UserError too, and no result
+    except (InUse, DataChanged):  # a UserError too, and no result
         raise
     except (UserError, torch.OutOfMemoryError) as mistake:
         found["failed"] = str(mistake)
@@ -123,6 +125,6 @@ def _lines(metrics: Path) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     try:
         run_cell(Path(sys.argv[1]), sys.argv[2:] == ["--keep"])
-    except (InUse, Stopped) as reason:
+    except (InUse, DataChanged, Stopped) as reason:
         print(reason)
         sys.exit(BUSY if isinstance(reason, InUse) else 1)

@@ -100,13 +100,16 @@ class Negatives:
         texts = [[self.catalogue.answers[place] for place in places] for places in found]
         self._mined = {row.number: mined for row, mined in zip(rows, texts, strict=True)}
 
-    def keep_mined(self, checkpoint: Path, process: int, batches: Sequence[Sequence[PreferenceRow]]) -> None:
+    def keep_mined(
+        self, checkpoint: Path, process: int, processes: int, batches: Sequence[Sequence[PreferenceRow]]
+    ) -> None:
         """Write what is mined for batches that a process has yet to train on beside its checkpoint."""
         answers = {row.number: self._mined[row.number] for rows in batches for row in rows}
-        write_json(checkpoint / MINED_FILE.format(process), {"batches": len(batches), "answers": answers})
+        kept = {"batches": len(batches), "answers": answers, "processes": processes}
+        write_json(checkpoint / MINED_FILE.format(process), kept)
 
-    def take_mined(self, checkpoint: Path, process: int) -> int:
-        """Read it again; for how many batches it is, 0 where nothing was kept."""
+    def take_mined(self, checkpoint: Path, process: int, processes: int) -> int:
+        """Read it again; for how many batches it is, 0 where nothing was kept, or for other shares of the rows."""
         path = checkpoint / MINED_FILE.format(process)
         if not path.is_file():
             return 0
@@ -115,7 +118,7 @@ class Negatives:
             mined = {
                 int(number): [text for text in texts if self._ids[text]] for number, texts in kept["answers"].items()
             }
-            batches = int(kept["batches"])
+            batches = int(kept["batches"]) if kept.get("processes", processes) == processes else 0
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error!r}): resume from another checkpoint") from error
         self._mined = mined

@@ -157,8 +157,8 @@ class SoftmaxDPOTrainer(CheckpointedTrainer):
         self.compute_reference()
         self._ahead.clear()
         if self._negatives is not None:
-            process = self.args.process_index
-            self._mined_before = self._negatives.take_mined(checkpoint, process) if checkpoint else 0
+            share = self.args.process_index, self.args.world_size
+            self._mined_before = self._negatives.take_mined(checkpoint, *share) if checkpoint else 0
         return super().train(checkpoint, *args, **kwargs)
 
     def _begin(self, checkpoint: Path | None) -> None:
@@ -178,7 +178,7 @@ class SoftmaxDPOTrainer(CheckpointedTrainer):
         if process == 0 and self._first is not None:
             write_check(folder, self._first)
         if self._ahead and self._negatives is not None:
-            self._negatives.keep_mined(folder, process, [batch["rows"] for batch in self._ahead])
+            self._negatives.keep_mined(folder, process, self.args.world_size, [one["rows"] for one in self._ahead])
         write_state(folder / MEANS_FILE.format(process), {"means": self._means.state(), "counts": dict(self.counts)})
 
     def load_beside(self, folder: Path, process: int) -> None:

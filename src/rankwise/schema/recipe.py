@@ -254,6 +254,8 @@ class Recipe(Section):
             raise ValueError(
                 f"model.shard is for adapters of kind lora, milora and sora without use_dora, not {kind}: leave it out"
             )
+        if any(getattr(stage, "draw", None) == "hard" for stage in self.stages):
+            raise ValueError("model.shard: each process mines hard answers alone, with all weights: draw others")
         if layout == "merged":
             raise ValueError("model.shard: no process has the weights to write with export.layout merged: export later")
         return self

@@ -15,6 +15,10 @@ from rankwise.tasks.glue import glue_files
 KEYS = ("interactions", "items", "train", "validation", "test", "names")
 
 
+class DataChanged(UserError):
+    """A file that a run reads is not what it was when the run began."""
+
+
 def check_recipe_files(recipe: Recipe) -> None:
     """Raise a ``UserError`` for the first file of a recipe that is missing."""
     for name, text in recipe.evaluation.texts.items():
@@ -71,11 +75,11 @@ def check_same_data(earlier: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Refuse to go on with a run whose data are not those that it began with.
 
     Raises:
-        UserError: a file is another one.
+        DataChanged: a file is another one.
     """
     for name, digest in now.items():
         if earlier.get(name, digest) != digest:
-            raise UserError(
+            raise DataChanged(
                 f"{name} has changed since this run began, and what it has trained and measured would not be "
                 "comparable: give the file back, or begin another run (output=...)"
             )

@@ -23,6 +23,7 @@ from rankwise.ranks.sora.pruning import keep_least
 
 logger = logging.getLogger(__name__)
 
+HOOK = "held_hook"  # on a gate: what masks the gradient of those that are held
 STATE = "sora_gates"  # in the optimizer's state dict
 
 
@@ -71,7 +72,7 @@ class GateSteps:
         self.gates = FlatGates(model, self.adapter)
         self.closed_for = torch.zeros_like(self.gates.sizes)
         self.held = self.closed_for > 0
-        self._masked: set[int] = set()
+        self._hold_no_more()
         self._begun = False
         if getattr(optimizer, "gate_steps", None) is not None:
             raise UserError("this optimizer takes a proximal step already: a second one would shrink the gates twice")
@@ -222,9 +223,17 @@ class GateSteps:
     def _set_held(self, held: Bool[Tensor, " gates"]) -> None:
         self.held = held
         for number, gate in enumerate(self.gates.parameters):
-            if id(gate) not in self._masked:
-                self._masked.add(id(gate))
-                gate.register_hook(partial(self._masked_gradient, number))  # type: ignore[no-untyped-call]
+            if HOOK not in gate.__dict__:
+                masked = partial(self._masked_gradient, number)
+                gate.__dict__[HOOK] = gate.register_hook(masked)  # type: ignore[no-untyped-call]
+
+    def _hold_no_more(self) -> None:
+        """Begin anew: an earlier training of these gates may have held others than are closed now."""
+        for gate in self.gates.parameters:
+            if (hook := gate.__dict__.pop(HOOK, None)) is not None:
+                hook.remove()
+        if world_size() > 1 and self.config.shrink_after is not None:
+            self._set_held(self.gates.read() == 0)
 
     def _masked_gradient(self, number: int, gradient: Tensor) -> Tensor:
         return gradient.masked_fill(torch.split(self.held, self.gates.lengths)[number], 0)
@@ -284,8 +293,10 @@ class GateSteps:
             )
         self.step, self.removed = found["step"], list(found["removed"])
         self.closed_for = found["closed_for"].to(self.gates.device)
-        if "held" in found and world_size() > 1:  # one process cuts them at its first step
-            self._set_held(found["held"].to(self.gates.device))
+        if "held" in found:
+            self.held = found["held"].to(self.gates.device)  # one process cuts them at its first step
+            if world_size() > 1:
+                self._set_held(self.held)
         self.resumed = found if self.step else {}  # a trainer also loads the state of an optimizer that is new
         if self.budget is not None and self.resumed:
             self._resume_budget(self.budget, found)
