@@ -81,8 +81,8 @@ class FlatGates:
                 )
             if id(gate) not in known:
                 raise UserError(
-                    f"{name}: the optimizer does not have its gate (DeepSpeed puts weights of its own in their place): "
-                    "use rankwise.sora_optimizer, in one process, with DDP or with FSDP2"
+                    f"{name}: the optimizer does not have its gate: use rankwise.sora_optimizer, and DDP or FSDP2 in "
+                    "place of DeepSpeed, which trains weights of its own"
                 )
         self.check_dtype()
 
