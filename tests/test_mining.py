@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerF
 
 import tiny_families
 from rankwise.errors import UserError
+from rankwise.preferences.drawing import Negatives
 from rankwise.preferences.mining import answer_trie, mine_hard
 from rankwise.preferences.negatives import Catalogue
+from rankwise.preferences.rows import PreferenceRow
 from rankwise.tokenise import encode_completion
 from rankwise.trees.trie import CatalogueTrie
 
@@ -108,3 +111,14 @@ def test_mistakes_are_named() -> None:
         mine_hard(MODEL, PROMPTS, trie, [{0}, {4, 5}, {1}], 1, padding=0, pools=[[3], [4, 5], [2]])
     with pytest.raises(UserError, match="prompt 3 of 3 has no wrong answer left"):
         mine_hard(MODEL, PROMPTS, trie, [{0}, {1}, set(range(25))], 1, padding=0)
+
+
+def test_what_was_mined_is_for_as_many_processes(tmp_path: Path) -> None:
+    """Others have other shares of the rows, and mine theirs anew."""
+    negatives = object.__new__(Negatives)
+    negatives._ids, negatives._mined = {"a": [1], "b": [2]}, {3: ["a"], 5: ["b"]}
+    rows = [PreferenceRow(number=number, prompt=[], answers=[], texts=[]) for number in (3, 5)]
+    negatives.keep_mined(tmp_path, 0, 2, [rows])
+    assert negatives.take_mined(tmp_path, 0, 2) == 1 and negatives._mined == {3: ["a"], 5: ["b"]}
+    assert negatives.take_mined(tmp_path, 0, 4) == 0
+    assert negatives.take_mined(tmp_path, 1, 2) == 0
