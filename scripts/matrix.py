@@ -3,9 +3,9 @@
     make matrix                                   # oldest and newest, with this Python
     make matrix ARGS="--pythons python3.12 python3.13"   # the newest with others, too
 
-The oldest are the lower bounds in pyproject.toml, the newest what the package index has; all else is what pip chooses
-beside them. An environment lies in `.venv/matrix/NAME`, and is made anew where it asks for other versions. The tests
-are those that meet these libraries; `--tests tests` runs all. Exits with 1 where one fails.
+The oldest are the lower bounds in pyproject.toml, the newest what the package index has within the upper ones; all else
+is what pip chooses beside them. An environment lies in `.venv/matrix/NAME`, and is made anew where it asks for other
+versions. The tests are those that meet these libraries; `--tests tests` runs all. Exits with 1 where one fails.
 """
 
 from __future__ import annotations
@@ -37,19 +37,21 @@ def oldest() -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [Requirement(line) for line in (*project["dependencies"], *project["optional-dependencies"]["dev"])]
     bounds = {one.name: one.specifier for one in wanted if one.name in MATCHED}
-    return [f"{name}=={next(iter(bound)).version}" for name, bound in sorted(bounds.items())]
+    lowest = {name: next(one.version for one in bound if one.operator == ">=") for name, bound in bounds.items()}
+    return [f"{name}=={version}" for name, version in sorted(lowest.items())]
 
 
 def installed(python: str, name: str, versions: list[str], torch: str) -> Path:
     """The Python of an environment with these versions, made where it is not there."""
-    folder, asked = HOME / name, "\n".join([python, torch, *versions])
+    wanted = [f"{ROOT}[maths,sequences]", *TOOLS, *versions]
+    folder, asked = HOME / name, "\n".join([python, torch, *wanted])
     stamp, own = folder / "asked.txt", folder / "bin" / "python"
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == asked:
         return own
     subprocess.run([python, "-m", "venv", "--clear", folder], check=True)
     pip = [own, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     subprocess.run([*pip, *torch.split()], check=True)
-    subprocess.run([*pip, "--editable", f"{ROOT}[maths,sequences]", *TOOLS, *versions], check=True)
+    subprocess.run([*pip, "--editable", *wanted], check=True)
     stamp.write_text(asked, encoding="utf-8")
     return own
 
