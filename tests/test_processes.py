@@ -23,7 +23,8 @@ from transformers import TrainerState, TrainingArguments
 import process_runs
 import small_runs
 from rankwise.analysis.results import read_results
-from rankwise.checkpoints.trainer import CheckpointedTrainer, OrderOfEpoch, _tell_epoch
+from rankwise.checkpoints.order import OrderOfEpoch, tell_epoch
+from rankwise.checkpoints.trainer import CheckpointedTrainer
 from rankwise.cli import main
 from rankwise.errors import UserError
 from rankwise.processes import Processes, number_started
@@ -317,7 +318,7 @@ def test_a_sampler_without_passes_is_left_alone() -> None:
     rows = list(range(8))
     settings = {"num_processes": 2, "process_index": 0, "put_on_device": False}
     made = prepare_data_loader(DataLoader(rows, batch_size=2, sampler=SequentialSampler(rows)), **settings)
-    _tell_epoch(made, 1)
+    tell_epoch(made, 1)
     assert [batch.tolist() for batch in made] == [[0, 1], [4, 5]]
 
 
@@ -336,7 +337,7 @@ def test_a_pass_that_goes_on_has_its_own_order(seedable: bool) -> None:
     first, second = ([batch.tolist() for batch in passes] for _ in range(2))
     assert first != second
     again = loader()
-    _tell_epoch(again, 1)
+    tell_epoch(again, 1)
     left = skip_first_batches(again, 2)
     left.set_epoch(1)  # as the Trainer does
     assert [batch.tolist() for batch in left] == second[2:]

@@ -271,7 +271,7 @@ class Run:
                     with self._timed(name):
                         look(number)
                 except (UserError, RuntimeError, ValueError) as error:
-                    if self.recipe.model.shard:  # the others would wait for this process
+                    if self.recipe.model.shard and self.processes.number > 1:  # the others would wait for this one
                         raise
                     reason = " ".join(str(error).split())[:300]
                     self.results.setdefault("not_looked_at", {})[name] = reason

@@ -20,6 +20,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
 from rankwise.checkpoints.finite import FiniteTrainer
+from rankwise.checkpoints.order import OrderOfEpoch, tell_epoch
 from rankwise.checkpoints.state_file import read_state, write_state
 from rankwise.errors import UserError
 from rankwise.files import check_folder, complete_folder, remove_folder
@@ -246,25 +247,6 @@ class CheckpointedTrainer(FiniteTrainer):
             warnings.warn(f"{path} is not there: the checkpoint is of fewer processes, dropout differs", stacklevel=2)
 
 
-class OrderOfEpoch(LengthGroupedSampler):
-    """Batches of rows of about the same length, in an order that follows from a seed and the number of the epoch.
-
-    Args:
-        batch: rows of a step, of all processes.
-        lengths: of the rows.
-        seed: of the order.
-    """
-
-    def __init__(self, batch: int, lengths: list[int], seed: int) -> None:
-        super().__init__(batch, lengths=lengths)
-        self.seed = seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Told by the dataloader, before it begins."""
-        self.generator = torch.Generator().manual_seed(self.seed + epoch)
-
-
 class _Resume(TrainerCallback):
     """Restores, when a training that resumes begins, what is neither weights nor the optimizer's."""
 
@@ -288,16 +270,7 @@ class _Resume(TrainerCallback):
             torch.set_rng_state(kept["epoch_random"])
         self.trainer._epoch_random = torch.get_rng_state()
         if args.world_size > 1:
-            _tell_epoch(train_dataloader, int(state.epoch or 0))
-
-
-def _tell_epoch(loader: Any, epoch: int) -> None:
-    """Tell the sampler which pass begins; accelerate's shares of batches, where some are skipped, do not pass it on."""
-    batches = loader.batch_sampler
-    while batches is not None and not hasattr(batches, "sampler"):
-        batches = getattr(batches, "batch_sampler", None)
-    if isinstance(sampler := getattr(batches, "sampler", None), OrderOfEpoch):
-        sampler.set_epoch(epoch)
+            tell_epoch(train_dataloader, int(state.epoch or 0))
 
 
 def is_whole(epoch: float | None) -> bool:
