@@ -8,9 +8,8 @@ it has its answer. Without ``--run`` a run is made first: the embedded model on 
 searches read more of the catalogue than those of a model that knows it.
 
 The soak begins with a warm-up by as many clients, who ask for the users with the longest prompts. Resident memory rises
-and falls with every call of the model, whatever the time: so it is read all along, and told for each quarter. What is
-kept for good raises the least of the quarters, one after the other. The soak ends with SIGTERM while every client waits
-for an answer.
+and falls with every call of the model, whatever the time: so it is read all along, and told for each quarter, with the
+server's open files. The soak ends with SIGTERM while every client waits for an answer.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import argparse
 import asyncio
 import contextlib
 import random
-import re
 import statistics
 import subprocess
 import sys
@@ -33,15 +31,16 @@ from pathlib import Path
 import httpx2
 import numpy as np
 import polars as pl
+import psutil
 import torch
 
 from rankwise.recommend.store import STORE, Store, read_store
+from soaking import Reading, quarters, read
 from synthetic_run import make_run
 from timing import machine, table
 
 WAYS = {"together": 16, "one at a time": 1}  # --batch
 MOMENT = 0.1  # seconds between two readings of a soak's memory
-QUARTERS = 4
 ARRIVAL = 0.2  # seconds that a request has to reach the server before SIGTERM does
 
 
@@ -51,13 +50,6 @@ class Server:
 
     process: subprocess.Popen[str]
     address: str
-
-    @property
-    def memory(self) -> float:
-        """Resident mebibytes; NaN where the system is not Linux."""
-        status = Path(f"/proc/{self.process.pid}/status")
-        found = re.search(r"VmRSS:\s+(\d+) kB", status.read_text()) if status.exists() else None
-        return int(found[1]) / 1024 if found else float("nan")
 
 
 @dataclass
@@ -146,19 +138,20 @@ def longest_prompts(store: Store, count: int) -> list[str]:
 
 @dataclass
 class Soak:
-    """A whole load, resident memory in mebibytes all along, and what became of the requests in flight at SIGTERM."""
+    """A whole load, readings of the server all along, and what became of the requests in flight at SIGTERM."""
 
     load: Load
-    memory: list[float]
+    readings: list[Reading]
     last: Counter[str]
 
 
 async def soak(server: Server, users: list[str], clients: int, seconds: float) -> Soak:
-    load, stop, memory = Load(), asyncio.Event(), list[float]()
+    load, stop, found = Load(), asyncio.Event(), list[Reading]()
+    seen = psutil.Process(server.process.pid)
     started = time.perf_counter()
     tasks = [asyncio.create_task(client(server.address, users, seed, load, stop)) for seed in range(clients)]
     while time.perf_counter() < started + seconds:
-        memory.append(server.memory)
+        found.append(read(seen, done=len(load.times)))
         await asyncio.sleep(MOMENT)
     stop.set()
     await asyncio.sleep(ARRIVAL)
@@ -166,7 +159,7 @@ async def soak(server: Server, users: list[str], clients: int, seconds: float) -
     server.process.terminate()
     await asyncio.gather(*tasks)
     load.seconds = time.perf_counter() - started
-    return Soak(load, memory, load.outcomes - before)
+    return Soak(load, found, load.outcomes - before)
 
 
 def run_soak(run: Path, store: Store, arguments: argparse.Namespace, folder: Path) -> None:
@@ -183,9 +176,7 @@ def run_soak(run: Path, store: Store, arguments: argparse.Namespace, folder: Pat
     print(f"{clients} clients for {arguments.soak:g} s: {len(times)} requests, {dict(load.outcomes)}")
     print(f"p50 {np.percentile(times, 50):.0f} ms, p95 {np.percentile(times, 95):.0f} ms, longest {times.max():.0f} ms")
     print(f"in flight at SIGTERM: {dict(found.last)}; exit status {code}, {ended:.1f} s after the last answer\n")
-    quarters = enumerate(np.array_split(found.memory, QUARTERS), start=1)
-    rows = [[str(number), *(f"{np.percentile(part, at):.0f}" for at in (0, 50, 100))] for number, part in quarters]
-    print(table(["quarter", "least MiB", "median", "most"], rows))
+    print(quarters(found.readings, "requests"))
     if set(load.outcomes + warm.outcomes) != {"200"} or code != 0:
         sys.exit(1)
 

@@ -4,8 +4,7 @@
 
 `rankwise train` on the shipped model and a synthetic log: a short supervised stage, then softmax-DPO with answers drawn
 anew, SoRA's gates, and a checkpoint every few seconds. Its resident memory, its open files and the step of its last
-checkpoint are read all along. Memory that is kept for good raises the least of the quarters, one after the other. It
-ends with SIGTERM, after which a checkpoint must be there, and the status 1. Linux only.
+checkpoint are read all along. It ends with SIGTERM, after which a checkpoint must be there, and the status 1.
 """
 
 from __future__ import annotations
@@ -17,19 +16,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import psutil
 
 from rankwise.recommend.synthetic import SyntheticSettings, write_synthetic
-from timing import machine, table
+from soaking import Reading, quarters, read
+from timing import machine
 
-QUARTERS = 4
 MOMENT = 0.5  # seconds between two readings
-MEBIBYTE = 2**20
 
 
 def written(folder: Path, checkpoints: float) -> Path:
@@ -50,34 +45,15 @@ def written(folder: Path, checkpoints: float) -> Path:
     return path
 
 
-@dataclass
-class Reading:
-    """What was seen at one moment: memory in mebibytes, open files, and the last checkpoint's step."""
-
-    moment: float
-    memory: float
-    files: int
-    step: int
-
-
 def readings(process: subprocess.Popen[str], checkpoints: Path, seconds: float) -> list[Reading]:
     """From the first checkpoint on."""
     seen, found = psutil.Process(process.pid), list[Reading]()
     while process.poll() is None and (not found or found[-1].moment - found[0].moment < seconds):
         steps = [int(path.name.rpartition("-")[2]) for path in checkpoints.glob("checkpoint-*")]
         if steps:
-            memory = seen.memory_info().rss / MEBIBYTE
-            found.append(Reading(time.monotonic(), memory, seen.num_fds(), max(steps)))
+            found.append(read(seen, done=max(steps)))
         time.sleep(MOMENT)
     return found
-
-
-def row(number: int, part: Sequence[Reading]) -> list[str]:
-    """Of a quarter."""
-    memory, files = [one.memory for one in part], [one.files for one in part]
-    steps, seconds = part[-1].step - part[0].step, part[-1].moment - part[0].moment
-    spread = [f"{np.percentile(memory, at):.0f}" for at in (0, 50, 100)]
-    return [str(number), *spread, f"{min(files)} to {max(files)}", f"{steps / seconds:.2f}"]
 
 
 def main() -> None:
@@ -105,9 +81,7 @@ def main() -> None:
         left = [path.name for path in checkpoints.glob("checkpoint-*")]
         last = (folder / "told.txt").read_text(encoding="utf-8").strip().splitlines()[-1]
     print(f"{found[-1].moment - found[0].moment:.0f} s of the long stage; status {status}; {last}\n")
-    parts = [found[len(found) * at // QUARTERS : len(found) * (at + 1) // QUARTERS] for at in range(QUARTERS)]
-    rows = [row(number, part) for number, part in enumerate(parts, start=1)]
-    print(table(["quarter", "least MiB", "median", "most", "open files", "steps/s"], rows))
+    print(quarters(found, "steps"))
     if status != 1 or not left:
         sys.exit(1)
 

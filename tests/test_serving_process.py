@@ -278,10 +278,10 @@ def test_the_benchmark_compares_and_soaks_to_the_end(run: Path) -> None:
     soaked = output("--soak", "2", "--soak-clients", "4", "--warm-up", "0.5")
     assert len(re.findall(r"requests, \{'200': \d+\}", soaked)) == 2 and "exit status 0" in soaked
     lines = [line for line in soaked.splitlines() if re.match(r"\| \d", line)]
-    memory = [list(map(float, re.findall(r"\d+|nan", line))) for line in lines]
-    assert [quarter for quarter, *_ in memory] == [1, 2, 3, 4]
-    if sys.platform == "linux":
-        assert all(0 < least <= middle <= most for _, least, middle, most in memory)
+    quarters = [list(map(float, re.findall(r"\d+(?:\.\d+)?", line))) for line in lines]
+    assert [number for number, *_ in quarters] == [1, 2, 3, 4]
+    for _, least, middle, most, fewest, most_files, rate in quarters:
+        assert 0 < least <= middle <= most and 0 < fewest <= most_files and rate >= 0
 
 
 # Mistakes
