@@ -52,6 +52,21 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
         {"stages": [EVEN, small_runs.DPO | {"name": "softmax-DPO", "negatives": 3, "batch_size": 4}]},
     ),
     "dora": ("instructions", {"adapter": {"kind": "lora", "r": 4, "use_dora": True}, "stages": [EVEN]}),
+    "adalora": ("instructions", {"adapter": {"kind": "adalora", "r": 2}, "stages": [EVEN | {"epochs": 5}]}),
+    "lora+": (
+        "instructions",
+        {"adapter": {"kind": "lora", "r": 4, "lora_plus_ratio": 16}, "stages": [EVEN | {"learning_rate": 1e-3}]},
+    ),
+    "vera": ("instructions", {"adapter": {"kind": "vera", "r": 8}, "stages": [EVEN | {"learning_rate": 1e-2}]}),
+    "prompt": (
+        "instructions",
+        {"adapter": {"kind": "prompt", "tokens": 4}, "stages": [EVEN | {"learning_rate": 1e-2}]},
+    ),
+    "prefix": (
+        "instructions",
+        {"adapter": {"kind": "prefix", "tokens": 4}, "stages": [EVEN | {"learning_rate": 1e-2}]},
+    ),
+    "bottleneck": ("instructions", {"adapter": {"kind": "bottleneck", "size": 4}, "stages": [EVEN]}),
     "a class": ("classification", {"adapter": {"kind": "full"}, "stages": [EVEN | {"learning_rate": 1e-3}]}),
 }
 SHARDED = ("milora", "sora that is cut", "softmax-DPO")
@@ -221,21 +236,19 @@ def test_rows_that_are_seen_twice_are_counted(runs: Path) -> None:
     assert counts["sft: rows seen twice in an epoch, so that its last batch is shared out evenly"] == 8
 
 
-def killed(folder: Path, values: dict[str, Any], processes: int, step: int) -> tuple[int, str, float]:
-    """The status, the words and the seconds of a training of which one process is killed after a step."""
-    path = folder / "recipe.json"
-    path.write_text(json.dumps(values), encoding="utf-8")
-    command = torchrun(processes, "-m", "rankwise", "train", str(path))
+def cut_off(folder: Path, values: dict[str, Any], processes: int, how: signal.Signals) -> tuple[int, str, float]:
+    """The status, the words and the seconds of a training after nine steps: SIGTERM for all, SIGKILL for the last."""
+    command = torchrun(processes, "-m", "rankwise", "train", written(folder, values))
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
     ) as run:
         checkpoints = Path(values["output"]) / "checkpoints" / "sft"
         until = time.monotonic() + 120
-        while not any(int(path.name.rpartition("-")[2]) >= step for path in checkpoints.glob("checkpoint-*")):
+        while not any(int(path.name.rpartition("-")[2]) >= 9 for path in checkpoints.glob("checkpoint-*")):
             assert run.poll() is None and time.monotonic() < until, run.communicate()[0][-3000:]
             time.sleep(0.01)
         workers = sorted(psutil.Process(run.pid).children(), key=lambda child: child.environ()["RANK"])
-        workers[-1].send_signal(signal.SIGKILL)
+        (workers[-1] if how is signal.SIGKILL else run).send_signal(how)
         began = time.monotonic()
         told = run.communicate(timeout=60)[0]
         return run.returncode, told, time.monotonic() - began
@@ -247,13 +260,24 @@ def test_a_process_that_dies_ends_the_others_and_two_go_on_where_four_were(
     kind, changes = RUNS["milora"]
     values = of_even_rows(small_runs.values(kind, tmp_path / "data", base, **changes))
     values = spread(values) | {"stages": [LONG], "checkpoint_seconds": 0, "output": str(tmp_path / "cut")}
-    status, told, seconds = killed(tmp_path, values, 4, step=9)
+    status, told, seconds = cut_off(tmp_path, values, 4, signal.SIGKILL)
     assert status != 0 and seconds < 60
     assert "another process of this training has ended" in told or "stopped by " in told
     assert not (tmp_path / "cut" / "report.html").exists()
-    done = started(2, "-m", "rankwise", "train", str(tmp_path / "recipe.json"))
+    done = started(2, "-m", "rankwise", "train", str(tmp_path / "cut.json"))
     assert done.returncode == 0, done.stderr[-4000:]
     assert_same(runs / "undisturbed", tmp_path / "cut")
+
+
+def test_one_goes_on_where_two_were_asked_to_end(tmp_path: Path, base: Path, runs: Path) -> None:
+    """AdaLoRA, whose importances and plan are in the checkpoint."""
+    kind, changes = RUNS["adalora"]
+    values = of_even_rows(small_runs.values(kind, tmp_path / "data", base, **changes))
+    values |= {"checkpoint_seconds": 0, "output": str(tmp_path / "cut")}
+    status, told, seconds = cut_off(tmp_path, values, 2, signal.SIGTERM)
+    assert status != 0 and seconds < 30 and told.count("stopped by SIGTERM") == 1, told
+    Run(make_recipe(values), small_runs.silent())()
+    assert_same(runs / "adalora" / "one", tmp_path / "cut")
 
 
 def test_a_command_that_does_not_share_its_work_is_refused(
