@@ -1,7 +1,8 @@
 """A step of a recipe's sft stage against bare ``transformers.Trainer``, with the same PEFT adapter, rows and settings.
 
 The shipped model learns text, so that every token is a label and both compute the same. What is timed is the trainers'
-own ``train_runtime`` over all steps, in turns; rankwise's has its callbacks, its log and its loss.
+own ``train_runtime`` over all steps, in turns; rankwise's has its callbacks, its log and its loss, and is timed with
+the recipe's ``deterministic`` too.
 ``--clock processor`` takes the processor's time of making and running the trainer instead, which other work on the
 machine stretches less.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import tempfile
 import time
@@ -26,12 +28,13 @@ from transformers import Trainer, TrainingArguments
 from rankwise.methods import with_adapter
 from rankwise.models import load_language_model, load_tokenizer, quiet_libraries
 from rankwise.recipes import make_recipe
+from rankwise.run import deterministic
 from rankwise.schema import ModelSettings
 from rankwise.tokenise import AnswerCollator
 from rankwise.training import train_stage
 from timing import interleaved, machine, ratio, spread
 
-WAYS = ("transformers.Trainer", "rankwise")
+WAYS = ("transformers.Trainer", "rankwise", "rankwise, deterministic")
 
 
 def rows(count: int, length: int, vocabulary: int) -> list[dict[str, Any]]:
@@ -124,14 +127,16 @@ def main() -> None:
         def measured(way: str, kind: str = kind) -> float:
             model = model_of(kind)
             work = partial(*((bare, model) if way == WAYS[0] else (ours, model, kind)), data, options.batch)
-            return (work() if options.clock == "wall" else processor_time(work)) / options.steps
+            with deterministic(way == WAYS[2]):
+                return (work() if options.clock == "wall" else processor_time(work)) / options.steps
 
         measures = {way: partial(measured, way) for way in WAYS}
         found = interleaved(measures, options.runs)
         for way in WAYS:
             milliseconds = [1000 * value for value in found[way]]
             print(f"{kind}, {way}: {spread(milliseconds, 'ms a step', 1)}")
-        print(f"{kind}: rankwise over transformers.Trainer {ratio(found[WAYS[1]], found[WAYS[0]])}")
+        for one, other in itertools.pairwise(reversed(WAYS)):
+            print(f"{kind}: {one} over {other} {ratio(found[one], found[other])}")
 
 
 if __name__ == "__main__":
