@@ -41,11 +41,11 @@ def test_a_stage_whose_adapter_lacks_a_tensor_does_not_fit(tmp_path: Path) -> No
 
 
 def test_the_cases_of_a_row_stay_within_the_run(tmp_path: Path) -> None:
-    """A row's name is a file's: one that leads elsewhere has no cases."""
+    """A row's name is a file's: one that leads elsewhere, or that no file can have, has no cases."""
     (tmp_path / "run" / "cases").mkdir(parents=True)
     (tmp_path / "run" / "outside.parquet").write_bytes(b"not to be read")
-    rows = [{"name": "../outside", "metrics": {}}, {"name": str(tmp_path / "run" / "outside"), "metrics": {}}]
-    assert read_cases(Run(tmp_path / "run", results={"rows": rows})) == {}
+    for name in ("../outside", str(tmp_path / "run" / "outside"), "{" * 5000, "half \ud800", "nothing \0"):
+        assert read_cases(Run(tmp_path / "run", results={"rows": [{"name": name, "metrics": {}}]})) == {}
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '[["a"]]', "[1]"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from rankwise.errors import UserError, cut, shown
 
 MOST_YAML = 2**17  # bytes: PyYAML takes seconds for as many
 DEPTH = 32  # of lists and mappings within one another
+LONGEST_NAME = 255  # bytes of a file's name
+NO_NAME = re.compile(r"[\0\ud800-\udfff]")  # no file's name has these: NUL, and halves of surrogate pairs
 DEEP = f"more than {DEPTH} lists and mappings within one another"
 
 
@@ -213,4 +216,6 @@ def open_tensors(path: Path, remedy: str, framework: str = "pt") -> Iterator[Any
 
 def is_file_name(name: object) -> bool:
     """Whether a name out of a file stays within the folder that it is joined to."""
-    return isinstance(name, str) and Path(name).name == name != ".." and 0 < len(name.encode()) <= 255
+    if not isinstance(name, str) or NO_NAME.search(name):
+        return False
+    return Path(name).name == name != ".." and 0 < len(name.encode()) <= LONGEST_NAME

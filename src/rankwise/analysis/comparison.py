@@ -11,7 +11,7 @@ import polars as pl
 from rankwise.analysis.markup import Cell, muted, section, table
 from rankwise.analysis.runfolder import CASES, Run
 from rankwise.errors import UserError
-from rankwise.reading import read_parquet
+from rankwise.reading import is_file_name, read_parquet
 from rankwise.recommend.cases import ABOUT, ACTIVITY, values
 from rankwise.recommend.uncertainty import Comparison, by_group, compare_paired
 
@@ -34,9 +34,9 @@ def read_cases(run: Run) -> dict[str, pl.DataFrame]:
     """
     found: dict[str, pl.DataFrame] = {}
     for row in run.results.get("rows") or []:
-        path = run.folder / CASES / f"{row['name']}.parquet"
-        if path.parent == run.folder / CASES and path.is_file():
-            found[str(row["name"])] = _read(path)
+        name = f"{row['name']}.parquet"
+        if is_file_name(name) and (run.folder / CASES / name).is_file():
+            found[str(row["name"])] = _read(run.folder / CASES / name)
     names = list(found)
     for name in names[1:]:
         if not found[name].select(list(ABOUT)).equals(found[names[0]].select(list(ABOUT))):
