@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 import rankwise as rw
 import tiny
 from rankwise import MiloraConfig
+from rankwise.directions.streaming import START
 from rankwise.errors import UserError
+from rankwise.files import new_folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -24,7 +26,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_an_export_replaces_an_earlier_one(tmp_path):
     model = tiny.adapted("llama")
     rw.export(model, tmp_path / "adapter")
-    (tmp_path / "adapter" / "notes.txt").write_text("old")
     rw.export(model, tmp_path / "adapter", rank=1)
     names = ("adapter_config.json", "adapter_model.safetensors", "manifest.json")
     assert contents(tmp_path).keys() == {f"adapter/{name}" for name in names}
@@ -43,6 +44,38 @@ def test_a_crash_while_writing_leaves_the_earlier_one(tmp_path, monkeypatch):
     for folder in ("adapter", "other"):
         with pytest.raises(OSError, match="no space left"):
             rw.export(model, tmp_path / folder, rank=1)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "more/notes.txt", "adapter_model.bin"])
+def test_an_export_with_something_of_another_is_not_replaced(tmp_path, name):
+    model = tiny.adapted("llama")
+    rw.export(model, tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("precious")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=rf"something other than an earlier export \({name}\): give a new folder"):
+        rw.export(model, tmp_path, rank=1)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("layout", ["uniform", "merged", "own"])
+@pytest.mark.parametrize("kind", ["a stage", "a start", "saved by PEFT", "another program's"])
+def test_what_looks_like_an_export_is_not_replaced(tmp_path, kind, layout):
+    """A trained checkpoint above all, which has the same files."""
+    model = tiny.adapted("llama")
+    if kind == "another program's":
+        (tmp_path / "config.json").write_text("{}")
+        (tmp_path / "adapter_config.json").write_text("{}")
+    elif kind == "saved by PEFT":
+        model.save_pretrained(tmp_path)
+    else:
+        with new_folder(tmp_path / "made", None if kind == "a stage" else START) as made:
+            model.save_pretrained(made)
+    folder = tmp_path / "made" if (tmp_path / "made").exists() else tmp_path
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="something other than an earlier export"):
+        rw.export(model, folder, layout=layout)
     assert contents(tmp_path) == before
 
 

@@ -124,6 +124,16 @@ def test_a_new_folder_is_made_and_replaced_as_a_whole(tmp_path):
     assert tree(tmp_path / "runs") == {"folder": "/", "folder/two": "zwei"}
 
 
+@pytest.mark.parametrize("name", ["n" * 255, "ä" * 127])
+def test_names_as_long_as_a_system_takes(tmp_path, name):
+    for text in ("old", "new"):
+        write_text(tmp_path / name, text)
+        with new_folder(tmp_path / "folders" / name) as made:
+            write_text(made / "text", text)
+    assert (tmp_path / name).read_text() == (tmp_path / "folders" / name / "text").read_text() == "new"
+    assert len(list(tmp_path.iterdir())) == 2 and len(list((tmp_path / "folders").iterdir())) == 1
+
+
 def test_a_folder_is_not_there_before_its_block_ends(tmp_path):
     with new_folder(tmp_path / "folder") as made:
         assert made.is_dir() and made.parent == tmp_path

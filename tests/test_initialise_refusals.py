@@ -12,6 +12,7 @@ import tiny
 from rankwise.directions.model_files import ModelFiles
 from rankwise.directions.streaming import initialise
 from rankwise.errors import UserError
+from rankwise.files import new_folder
 from tiny_starts import saved, settings
 
 FAMILIES = list(tiny.TARGETS)
@@ -153,6 +154,12 @@ def test_folders_that_are_refused(tmp_path, source):
     (tmp_path / "notes" / "thesis.txt").write_text("ten years", encoding="utf-8")
     with pytest.raises(UserError, match="holds something other than an earlier start"):
         initialise(str(source), tmp_path / "notes", settings())
+    with new_folder(tmp_path / "trained") as made:  # a checkpoint of MiLoRA has a start's files
+        (made / "milora.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match="holds something other than an earlier start"):
+        initialise(str(source), tmp_path / "trained", settings())
+    with pytest.raises(UserError, match=r"target_modules .*: "):
+        initialise(str(source), tmp_path / "start", settings(target_modules="q_proj("))
     with pytest.raises(UserError, match=r"no model's folder \(it has no config.json\)"):
         initialise(str(tmp_path / "nowhere"), tmp_path / "start", settings())
     shutil.rmtree(source)

@@ -137,6 +137,20 @@ def test_base_models(attack: Attack, tmp_path: Path, adapter: Path, model_folder
     attack.refused(initialise, str(folder), tmp_path / "start", tiny_starts.settings())
 
 
+@pytest.mark.parametrize("name", ["adapter_model.bin", "other.safetensors.index.json", "other.safetensors"])
+def test_base_models_that_name_another_file_of_weights(
+    attack: Attack, tmp_path: Path, adapter: Path, model_folder: Path, name: str
+) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "base")
+    shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
+    torch.save(tiny.make("llama").state_dict(), folder / "adapter_model.bin")
+    change(folder / "config.json", transformers_weights=name)
+    message = f"config.json has transformers_weights '{name}'"
+    attack.refused(load_language_model, ModelSettings(path=str(folder)), match=message)
+    attack.refused(load_adapter_folder, adapter / "adapter", str(folder), match=message)
+    attack.refused(initialise, str(folder), tmp_path / "start", tiny_starts.settings(), match=message)
+
+
 SECRETS = {name: f"a-secret-of-{name.lower()}" for name in ("RANKWISE_TOKEN", "HF_TOKEN", "WANDB_API_KEY")}
 
 

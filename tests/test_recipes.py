@@ -139,6 +139,7 @@ def test_a_recipe_cannot_be_changed():
         ("export", {"energy": 1.5}, "export.energy 1.5: Input should be less than or equal to 1"),
         ("evaluation", {"cases": 0}, "evaluation.cases 0: "),
         ("seed", -1, "seed -1: "),
+        ("seed", 2**32, "seed 4294967296: "),
         ("precision", "float16", "precision 'float16' is unknown: did you mean 'bfloat16'?"),
         # stages that do not fit
         ("stages.1", {"kind": "sft"}, "stages.1.name 'sft' occurs twice: name each stage differently"),

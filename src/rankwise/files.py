@@ -18,6 +18,7 @@ from rankwise.errors import UserError
 
 ASIDE = ".old"  # how the name of a folder ends that another is about to replace
 MANIFEST = "manifest.json"  # in a folder: the size and the SHA-256 of each of its files
+LONGEST = 200  # bytes of a name that is written out in that of what is being written
 UNFINISHED = "[0-9a-f]" * 32  # how the name of what is being written ends
 
 
@@ -113,13 +114,17 @@ def in_use(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, kind: str | None = None) -> Iterator[Path]:
     """A temporary folder to fill, which takes the place of ``path`` when the block ends without an error.
 
     It gets a ``manifest.json``, by which :func:`check_folder` sees later whether its files are still what they were.
     Where the block or the exchange fails, ``path`` is as it was. A folder that was there is moved aside first and
     removed last. What a process that was killed left of its temporary folder is removed by the next one, and where it
     was killed in the middle of the exchange, what was moved aside is put back first.
+
+    Args:
+        path: of the folder.
+        kind: what it is, for :func:`check_replaceable`.
 
     Raises:
         FileExistsError: ``path`` is a file.
@@ -133,7 +138,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     lock, _ = _lock(temporary)
     try:
         yield temporary
-        complete_folder(temporary, path)
+        complete_folder(temporary, path, kind)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -142,10 +147,11 @@ def new_folder(path: Path) -> Iterator[Path]:
             os.close(lock)
 
 
-def complete_folder(made: Path, path: Path) -> None:
+def complete_folder(made: Path, path: Path, kind: str | None = None) -> None:
     """Write the manifest of a folder that is filled, have it on the disk, and put it in the place of ``path``."""
     files = sorted(file for file in made.rglob("*") if file.is_file() and file != made / MANIFEST)
-    listed = {file.relative_to(made).as_posix(): _described(file) for file in files}
+    named = {} if kind is None else {"kind": kind}
+    listed = {file.relative_to(made).as_posix(): _described(file) | named for file in files}
     (made / MANIFEST).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
     for file in (*files, made / MANIFEST):
         _settle(file)
@@ -153,6 +159,27 @@ def complete_folder(made: Path, path: Path) -> None:
         _settle_folder(folder)
     _exchange(made, path)
     _settle_folder(path.parent)
+
+
+def check_replaceable(folder: Path, kind: str) -> None:
+    """See that a folder is new, empty, or one of this kind with nothing else in it, so that nothing else is lost.
+
+    Raises:
+        UserError: it is a file, or holds something else: a trained checkpoint, another program's folder, a note.
+    """
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    held = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir()} - {MANIFEST}
+    try:
+        listed = _manifest(folder / MANIFEST) if folder.is_dir() else {}
+        theirs = {name for name, entry in listed.items() if entry.get("kind") == kind}
+    except (OSError, ValueError, AttributeError):
+        theirs = set()
+    if folder.exists() and (held != theirs or not held):
+        stray = f" ({sorted(held - theirs)[0]})" if held - theirs else ""
+        raise UserError(
+            f"{folder} holds something other than an earlier {kind}{stray}: give a new folder, or remove it first"
+        )
 
 
 def check_folder(folder: Path, whole: bool = False) -> None:
@@ -210,7 +237,7 @@ def _remove_leftovers(path: Path) -> None:
     Where ``path`` is gone and one folder was moved aside, its exchange was cut off: that one is put back. Of several,
     none is touched, for a person to look at.
     """
-    unfinished = f".{glob.escape(path.name)}.{UNFINISHED}"
+    unfinished = f".{glob.escape(_short(path.name))}.{UNFINISHED}"
     aside = list(path.parent.glob(f"{unfinished}{ASIDE}"))
     if aside and not path.exists():
         if len(aside) > 1:
@@ -297,4 +324,9 @@ def _exchange(made: Path, path: Path) -> None:
 
 def _beside(path: Path, end: str = "") -> Path:
     """A name that no other process takes; made with the user's own permissions, which tempfile's would not have."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}{end}")
+    return path.with_name(f".{_short(path.name)}.{uuid.uuid4().hex}{end}")
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for what is put around it: most filesystems take 255 bytes."""
+    return name if len(name.encode()) <= LONGEST else hashlib.sha256(name.encode()).hexdigest()

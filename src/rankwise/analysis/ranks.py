@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rankwise.analysis.spectra import effective_rank
 from rankwise.errors import UserError, cut, shown
+from rankwise.files import check_folder
 from rankwise.reading import open_tensors, read_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -52,9 +53,10 @@ def read_adapter(adapter_folder: Path) -> tuple[list[dict[str, Any]], dict[str, 
         as 2 r. Beside them the counts of tensors that belong to no pair A, B.
 
     Raises:
-        UserError: the folder holds no adapter, one without LoRA matrices, or unreadable files.
+        UserError: the folder holds no adapter, one without LoRA matrices, or unreadable or damaged files.
     """
     folder = Path(adapter_folder)
+    check_folder(folder)
     config = _read_config(folder)
     tensors, ignored = _read_tensors(folder / WEIGHTS)
     stacked_start = (folder / SIDE_FILE).is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import time
 from collections.abc import Generator, Mapping
 from contextlib import closing
@@ -22,19 +23,20 @@ from transformers import PreTrainedModel
 
 from rankwise.directions.basehash import weight_hash
 from rankwise.directions.cache import check_device, start_cache
-from rankwise.directions.checkpoint import SIDE_FILE, stack_pair
+from rankwise.directions.checkpoint import stack_pair
 from rankwise.directions.dora import MAGNITUDE
 from rankwise.directions.milora import MiloraConfig
 from rankwise.directions.model_files import ModelFiles, meta_model, model_folder
 from rankwise.directions.saving import live_pair
 from rankwise.directions.tensor_file import DTYPES, TensorFile
 from rankwise.errors import UserError
-from rankwise.files import check_writable, new_folder
+from rankwise.files import check_replaceable, check_writable, new_folder
 from rankwise.memory import return_free_memory
 from rankwise.peft_bridge import adapted_layers
 from rankwise.peft_bridge.matrices import factor_matrices
 
 ADAPTER = "default"
+START = "start"  # in the manifest of what is written here
 LINEAR = ("lora_A.weight", "lora_B.weight")
 EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 
@@ -105,7 +107,7 @@ def initialise(
     _check_writable(Path(folder))
     cache = start_cache(config.cache) if config.cache else None
     before = (cache.reused, cache.broken) if cache else (0, 0)
-    with new_folder(Path(folder)) as made:
+    with new_folder(Path(folder), START) as made:
         found = _write(made, adapted, layers, files, config, dtype, console)
     after = (cache.reused, cache.broken) if cache else (0, 0)
     return InitReport(
@@ -189,9 +191,7 @@ def _check(folder: Path, config: MiloraConfig, dtype: torch.dtype) -> None:
         )
     if (rank := min([config.r, *(config.rank_pattern or {}).values()])) < 1:
         raise UserError(f"rank {rank} is not possible: it must be 1 or more")
-    held = folder.is_dir() and any(folder.iterdir()) and not (folder / SIDE_FILE).is_file()
-    if folder.is_file() or held:
-        raise UserError(f"{folder} holds something other than an earlier start: give a new folder")
+    check_replaceable(folder, START)
 
 
 def _check_writable(folder: Path) -> None:
@@ -209,8 +209,10 @@ def _adapted(model: PreTrainedModel, config: MiloraConfig) -> PeftModel:
         adapted = peft.get_peft_model(model, blank, low_cpu_mem_usage=True)
     except UserError:
         raise
-    except ValueError as error:  # PEFT's word for targets that match nothing, or that it cannot adapt
-        raise UserError(f"target_modules {config.target_modules}: {error}") from error
+    except (ValueError, re.error) as error:  # targets that match nothing, cannot be adapted, or are no pattern
+        patterns = {"target_modules": config.target_modules, "rank_pattern": config.rank_pattern}
+        given = ", ".join(f"{name} {value}" for name, value in patterns.items() if value)
+        raise UserError(f"{given}: {error}") from error
     return adapted
 
 

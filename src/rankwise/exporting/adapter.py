@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from rankwise.errors import UserError, nearest
 from rankwise.exporting.merged import check_mergeable, write_merged
-from rankwise.exporting.plain_lora import write_plain_lora
-from rankwise.files import new_folder
+from rankwise.exporting.plain_lora import EXPORT, write_plain_lora
+from rankwise.files import check_replaceable, new_folder
 from rankwise.low_rank import Factors, Loss, balanced_svd, distance, halves, kept_rank, padded
 from rankwise.peft_bridge import active_adapter, adapted_layers, adapter_state, matrix_factors
 from rankwise.processes import held_whole
@@ -129,9 +129,7 @@ def _check(rank: int | None, energy: float | None, layout: str, folder: Path) ->
         raise UserError(f"energy {energy} is not possible: it is a share, above 0 and at most 1")
     if layout in ("own", "merged") and (rank is not None or energy is not None):
         raise UserError(f"layout {layout!r} holds the whole update: leave rank and energy out, or take another layout")
-    mark = "config.json" if layout == "merged" else "adapter_config.json"
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file()):
-        raise UserError(f"{folder} holds something other than an earlier export: give a new folder")
+    check_replaceable(folder, EXPORT)
 
 
 def _check_start(config: PeftConfig) -> None:
@@ -191,7 +189,7 @@ def _factors(written: Mapping[str, Written], layout: Layout) -> dict[str, Factor
 
 def _export_own(model: PeftModel, adapter: str, folder: Path) -> ExportReport:
     """Write the adapter as PEFT saves it."""
-    with new_folder(folder) as made:
+    with new_folder(folder, EXPORT) as made:
         model.save_pretrained(made, selected_adapters=[adapter], state_dict=held_whole(model))
     state = adapter_state(model, adapter)
     return ExportReport({}, 0.0, sum(tensor.numel() for tensor in state.values()))
@@ -201,7 +199,7 @@ def _export_merged(model: PeftModel, adapter: str, folder: Path) -> ExportReport
     """Write the whole model with the update added to its weights."""
     check_mergeable(model, adapter)
     ranks = {name: _own_rank(layer, adapter, name) for name, layer in adapted_layers(model, adapter)}
-    with new_folder(folder) as made:
+    with new_folder(folder, EXPORT) as made:
         losses, parameters = write_merged(model, adapter, made)
     return _report({name: rank for name, rank in ranks.items() if rank}, losses, parameters)
 

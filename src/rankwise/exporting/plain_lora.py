@@ -15,6 +15,8 @@ from rankwise.low_rank import Factors
 from rankwise.peft_bridge import adapted_layers, adapter_state, base_modules, pattern_keys, target_modules
 from rankwise.peft_bridge.matrices import in_embedding
 
+EXPORT = "export"  # in the manifests of what is written here
+
 
 def write_plain_lora(model: PeftModel, adapter: str, factors: Mapping[str, Factors], folder: Path) -> None:
     """Write a folder that PEFT loads on the untouched base: config and tensors, replaced in one step.
@@ -29,7 +31,7 @@ def write_plain_lora(model: PeftModel, adapter: str, factors: Mapping[str, Facto
     tensors = _other_tensors(model, adapter)
     for name, (b, a) in factors.items():
         tensors |= _named(f"base_model.model.{name}", layers[name], adapter, b, a)
-    with new_folder(folder) as made:
+    with new_folder(folder, EXPORT) as made:
         _config(model, adapter, factors).save_pretrained(made)
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,11 @@ def with_adapter(base: PreTrainedModel, recipe: Recipe, task_type: str, stage: P
         made: PeftModel = peft.get_peft_model(base, stage_config(recipe, task_type, stage))
     except UserError:
         raise
-    except (ValueError, TypeError) as error:  # PEFT's words for targets that match nothing, or that it cannot adapt
+    except (
+        ValueError,
+        TypeError,
+        re.error,
+    ) as error:  # targets that fit nothing, or are no pattern
         place = "target_modules" if hasattr(settings, "target_modules") else "kind"
         raise UserError(f"adapter.{place} {getattr(settings, place)}: {error}") from error
     return made

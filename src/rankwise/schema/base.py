@@ -36,6 +36,7 @@ FileName = Annotated[str, AfterValidator(_possible)]
 File = Annotated[FileName, AfterValidator(_expand), AfterValidator(_possible)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
 Positive = Annotated[float, Field(gt=0)]
 Moment = Annotated[int | float | str, BeforeValidator(_iso)]
 Part = Literal["minor", "principal", "middle", "random"]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from rankwise.errors import nearest
-from rankwise.schema.base import Count, File, Positive, Section, Share
+from rankwise.schema.base import Count, File, Positive, Section, Seed, Share
 from rankwise.schema.methods import METHODS, written_out
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of a method or a task: it becomes a part of file names
@@ -56,7 +56,7 @@ class Search(Section):
 
     first: float = Field(0.25, gt=0, le=1, description="Share of the epochs in the first round.")
     factor: int = Field(2, ge=2, description="By this much each round is longer and tries fewer settings.")
-    seed: int = Field(0, ge=0, description="Of the runs in the search, and of what they hold out.")
+    seed: Seed = Field(0, description="Of the runs in the search, and of what they hold out.")
 
 
 class Comparison(Section):
@@ -73,7 +73,7 @@ class Comparison(Section):
     budgets: list[Share] = Field(
         [], description="To choose the share of parameters that SoRA keeps from; as set if not given."
     )
-    seeds: list[int] = Field([0, 1, 2], min_length=1, description="Of the runs that are reported.")
+    seeds: list[Seed] = Field([0, 1, 2], min_length=1, description="Of the runs that are reported.")
     against: str | None = Field(None, description="Method that the others are compared with; the first if not given.")
     metrics: dict[str, str] = Field({}, description="Of a task, the metric that decides; its first if not given.")
     search: Search = Search()

@@ -18,7 +18,7 @@ from rankwise.schema.adapters import (
     SoraSettings,
     VeraSettings,
 )
-from rankwise.schema.base import EMBEDDED, Count, File, FileName, Layout, Section, Share
+from rankwise.schema.base import EMBEDDED, Count, File, FileName, Layout, Section, Seed, Share
 from rankwise.schema.data import (
     ChoiceData,
     ClassificationData,
@@ -120,7 +120,7 @@ class Recipe(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     export: ExportSettings = ExportSettings()
     output: FileName = Field(description="Folder of the run; new or empty, or of the same run, unfinished.")
-    seed: int = Field(0, ge=0, description="Of the data's draws, the adapter and the training.")
+    seed: Seed = Field(0, description="Of the data's draws, the adapter and the training.")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="Arithmetic of the training.")
     deterministic: bool = Field(
         False, description="Refuse GPU kernels whose results differ from run to run; slower, and not needed on a CPU."

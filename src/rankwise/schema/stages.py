@@ -18,6 +18,7 @@ class Stage(Section):
 
     name: str = Field(
         "",
+        max_length=100,
         pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$",
         description="Name in tables and folders; the kind if not given.",
     )
