@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import json
+import shutil
+from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,12 +21,13 @@ from rankwise.analysis.comparison import read_cases
 from rankwise.analysis.runfolder import Run
 from rankwise.comparing.cell_run import run_cell
 from rankwise.errors import UserError
-from rankwise.files import MANIFEST, InUse, in_use
+from rankwise.files import MANIFEST, Damaged, InUse, in_use
 from rankwise.methods import load_stage, save_stage
 from rankwise.preferences.reference_values import check_resumed
-from rankwise.recipes import dump_recipe
+from rankwise.recipes import dump_recipe, make_recipe
 from rankwise.recommend.logs.reading import Form, read_table, text
 from rankwise.schema import Recipe
+from rankwise.tasks import files
 from rankwise.tasks.files import DataChanged
 
 ADAPTER = "adapter_model.safetensors"
@@ -118,6 +122,68 @@ def test_a_run_whose_data_changed_is_not_gone_on_with(
     file.write_bytes(file.read_bytes() + b"\n")
     with pytest.raises(UserError, match=r"data\.\S+( \(\S+\))? has changed since this run began.*begin another run"):
         run.Run(recipe, small_runs.silent())()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_run_whose_base_changed_is_not_gone_on_with(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    base = shutil.copytree(model_folder, tmp_path / "base")
+    recipe = small_runs.recipe("text", tmp_path, base, stages=[small_runs.SFT])
+    broken_off(monkeypatch, recipe)
+    if name == "model.safetensors":
+        tensors = load_file(base / name)
+        save_file({key: value + 0.01 for key, value in tensors.items()}, base / name, metadata={"format": "pt"})
+    else:
+        (base / name).write_text((base / name).read_text() + "\n")
+    with pytest.raises(DataChanged, match=rf"model\.path \({name}\) has changed since this run began"):
+        run.Run(recipe, small_runs.silent())()
+
+
+def test_a_run_whose_template_changed_is_not_gone_on_with(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = small_runs.values("interactions", tmp_path, model_folder, stages=[small_runs.SFT])
+    own = tmp_path / "own.yaml"
+    shipped = resources.files("rankwise.recommend") / "templates" / f"{values['data'].get('template', 'films')}.yaml"
+    own.write_text(shipped.read_text())
+    recipe = make_recipe(values | {"data": values["data"] | {"template": str(own)}})
+    broken_off(monkeypatch, recipe)
+    own.write_text(own.read_text() + "\n")
+    with pytest.raises(DataChanged, match=r"data\.template has changed"):
+        run.Run(recipe, small_runs.silent())()
+
+
+def test_large_weights_are_compared_in_many_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "BLOCK", 4)
+    monkeypatch.setattr(files, "BLOCKS", 8)
+    path, content = tmp_path / "model.safetensors", bytes(range(100))
+    path.write_bytes(content)
+    before = files._digest(path, tmp_path / "run")
+    for changed in (content[:-1], content + b"x", b"x" + content[1:], content[:-1] + b"x", bytes(100)):
+        path.write_bytes(changed)
+        assert files._digest(path, tmp_path / "run") != before
+    path.write_bytes(content)
+    assert files._digest(path, tmp_path / "run") == before
+
+
+def test_a_cell_with_a_damaged_stage_is_no_result_and_keeps_what_it_has(model_folder: Path, tmp_path: Path) -> None:
+    stages = [small_runs.SFT, small_runs.SFT | {"name": "more"}]
+    recipe = small_runs.recipe("instructions", tmp_path, model_folder, stages=stages)
+    run.Run(recipe, small_runs.silent())()
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    results["rows"] = [row for row in results["rows"] if row["name"] != "more"]
+    (tmp_path / "run" / "results.json").write_text(json.dumps(results))
+    (tmp_path / "run" / "report.html").unlink()
+    (tmp_path / "run.yaml").write_text(dump_recipe(recipe))
+    weights = tmp_path / "run" / "stages" / "sft" / ADAPTER
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(Damaged, match="is not as it was written"):
+        run_cell(tmp_path / "run.yaml")
+    assert not (tmp_path / "run.json").exists()
+    weights.write_bytes(content)
+    assert run_cell(tmp_path / "run.yaml")["failed"] is None
 
 
 def test_a_cell_whose_data_changed_keeps_what_it_has(

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import rankwise.commands
+import rankwise.run
 import rankwise.training
 import small_runs
 from rankwise.checkpoints import stopping
@@ -24,6 +25,7 @@ from rankwise.checkpoints.stopping import SaveInTime, StopRequest, stopped_by_si
 from rankwise.cli import main
 from rankwise.errors import Stopped, UserError
 from rankwise.files import in_use
+from rankwise.measuring import measured
 from rankwise.recipes import dump_recipe
 from rankwise.run import Run
 
@@ -71,6 +73,50 @@ def test_a_training_that_is_asked_to_end_saves_a_checkpoint_first(
     assert [path.name for path in checkpoints_of(Path(recipe.output), "sft").iterdir()] == ["checkpoint-4"]
     assert Run(recipe, small_runs.silent())()["rows"] == expected["rows"]
     assert small_runs.hashes(Path(recipe.output) / "cases") == small_runs.hashes(Path(whole.output) / "cases")
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"kind": "milora", "r": 2},
+        {"kind": "sora", "r": 4, "threshold": 0.02, "gate_lr": 0.05, "shrink_after": 2},
+        {"kind": "full"},
+    ],
+)
+def test_a_stage_that_was_trained_and_not_measured_is_not_trained_again(
+    adapter: dict[str, Any], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = [SHORT, SHORT | {"name": "more"}]
+    whole = small_runs.recipe("instructions", tmp_path / "whole", model_folder, stages=stages, adapter=adapter)
+    expected = Run(whole, small_runs.silent())()
+    recipe = whole.model_copy(update={"output": str(tmp_path / "run"), "checkpoint_seconds": None})
+
+    def asked_to_end(task: Any, model: Any, name: str, *more: Any, **settings: Any) -> dict[str, Any]:
+        if name in ending:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        return measured(task, model, name, *more, **settings)
+
+    def trained(*given: Any, **settings: Any) -> dict[str, int]:
+        names.append(given[2].name)
+        return rankwise.training.train_stage(*given, **settings)
+
+    names, ending = list[str](), list[str]()
+    monkeypatch.setattr(rankwise.run, "train_stage", trained)
+    monkeypatch.setattr(rankwise.run, "measured", asked_to_end)
+    for name in ("sft", "more"):
+        ending[:] = [name]
+        with pytest.raises(Stopped, match="stopped by SIGTERM: the same command goes on with what is not finished"):
+            Run(recipe, small_runs.silent())()
+    ending.clear()
+    found = Run(recipe, small_runs.silent())()
+    assert names == ["sft", "more"] and found["rows"] == expected["rows"] and found["counts"] == expected["counts"]
+    assert found.keys() == expected.keys()
+    for part in ("stages/sft", "stages/more", "adapter"):
+        one, two = (small_runs.hashes(Path(folder.output) / part) for folder in (whole, recipe))
+        assert {name: value for name, value in one.items() if name.endswith(".safetensors")} == {
+            name: value for name, value in two.items() if name.endswith(".safetensors")
+        }
 
 
 @pytest.mark.parametrize("again", [True, False])

@@ -79,6 +79,10 @@ def clear_unfinished(folder: Path) -> None:
         _remove_unlocked(left)
 
 
+class Damaged(UserError):
+    """A folder is not what was written."""
+
+
 class InUse(UserError):
     """Another process writes in the folder."""
 
@@ -192,22 +196,22 @@ def check_folder(folder: Path, whole: bool = False) -> None:
         whole: whether a folder without a manifest is refused; it is taken as it is otherwise: others write none.
 
     Raises:
-        UserError: a file is missing or another, or the manifest is missing or unreadable.
+        Damaged: a file is missing or another, or the manifest is missing or unreadable.
     """
     path = folder / MANIFEST
     if not path.is_file():
         if whole:
-            raise UserError(f"{folder} has no {MANIFEST}: it was not written to its end, or is of another program")
+            raise Damaged(f"{folder} has no {MANIFEST}: it was not written to its end, or is of another program")
         return
     try:
         listed = {folder / name: (entry["bytes"], entry["sha256"]) for name, entry in _manifest(path).items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: fetch or make the folder again") from error
+        raise Damaged(f"{path} is damaged: fetch or make the folder again") from error
     for file, (size, digest) in listed.items():
         if not file.is_file():
-            raise UserError(f"{file} is missing: fetch or make the folder again")
+            raise Damaged(f"{file} is missing: fetch or make the folder again")
         if (file.stat().st_size, file_digest(file)) != (size, digest):
-            raise UserError(
+            raise Damaged(
                 f"{file} is not as it was written, by its SHA-256 in {MANIFEST}: fetch or make the folder again, or "
                 f"remove {MANIFEST} if you changed the file yourself"
             )

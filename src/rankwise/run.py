@@ -35,6 +35,7 @@ from rankwise.checkpoints.resuming import (
     forget_after,
     whole_checkpoint,
 )
+from rankwise.checkpoints.stopping import stopped_by_sigterm
 from rankwise.errors import UserError
 from rankwise.exporting import export
 from rankwise.files import check_folder, new_folder, remove_folder, write_json, write_text
@@ -100,10 +101,11 @@ class Run:
 
         Raises:
             UserError: another process is at it, its data changed since it began, or what the parts of a run refuse.
-            Stopped: it was asked to end while it trained.
+            Stopped: it was asked to end.
         """
         quiet_libraries()
-        with self.processes.holding(self.folder), deterministic(self.recipe.deterministic), loss_of_others_told():
+        alone = self.processes.holding(self.folder)
+        with alone, deterministic(self.recipe.deterministic), loss_of_others_told(), stopped_by_sigterm():
             self.results = earlier_results(self.folder, self.recipe, again=self.again)
             self._data = data_digests(self.recipe)
             check_same_data(self.results.get("data", {}), self._data)
@@ -116,11 +118,12 @@ class Run:
             task = load_task(self.recipe, self.tokenizer, self.context)
             self._texts = held_out_elsewhere(self.recipe, self.tokenizer, self.context)
         done = {row["name"] for row in self.results.get("rows", [])}
+        self._trained = done | {self.results.get("trained")}  # the last stage that was, perhaps not measured yet
         self._open(task)
         set_seed(self.recipe.seed)
         base = task.load_model()
         with logs_shown(self.console):
-            model = with_adapter(base, self.recipe, task.task_type, self._saved(done))
+            model = with_adapter(base, self.recipe, task.task_type, self._saved())
         share_buffers(model)
         self.results["parameters"] = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         self._adapted = [name for name, _ in adapted_layers(model, active_adapter(model))]
@@ -142,10 +145,10 @@ class Run:
             raise UserError(f"{self.results['stopped']}; {self.folder} holds what the stage before it left")
         return self.results
 
-    def _saved(self, done: set[str]) -> Path | None:
+    def _saved(self) -> Path | None:
         """What an earlier run left of the first stage, from which this one goes on: finished, or a checkpoint of it."""
         first = self.recipe.stages[0].name
-        if first in done:
+        if first in self._trained:
             return self.folder / "stages" / first
         return self._checkpoint(first)
 
@@ -188,14 +191,19 @@ class Run:
         self._remove(self.folder / CHECKPOINTS)
 
     def _stage(self, task: Task, model: PeftModel, stage: AnyStage) -> None:
-        """Train, save and measure one stage."""
-        if self.processes.is_first:
-            forget_after(self.folder / ALLOCATIONS, stage.name)
-        with self._timed(stage.name):
-            counts = self._train(task, model, stage)
-        self.results["counts"] |= {f"{stage.name}: {name}": count for name, count in counts.items()}
-        if self.processes.is_first:
-            save_stage(model, self.folder / "stages" / stage.name)
+        """Train and save one stage, where an earlier run has not, and measure it."""
+        saved = self.folder / "stages" / stage.name
+        if stage.name in self._trained:
+            load_stage(model, saved)
+        else:
+            if self.processes.is_first:
+                forget_after(self.folder / ALLOCATIONS, stage.name)
+            with self._timed(stage.name):
+                counts = self._train(task, model, stage)
+            self.results["counts"] |= {f"{stage.name}: {name}": count for name, count in counts.items()}
+            if self.processes.is_first:
+                save_stage(model, saved)
+            self._write("results.json", self.results | {"trained": stage.name})
         self._measure(task, model, stage.name)
         self._remove(checkpoints_of(self.folder, stage.name))
 
@@ -320,6 +328,7 @@ class Run:
         self._row(row)
 
     def _row(self, row: dict[str, Any]) -> None:
+        self.results.pop("trained", None)
         self.results["rows"].append(row)
         self._write("results.json", self.results)
         self.console.print(row_line(row), highlight=False)

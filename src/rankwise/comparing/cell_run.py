@@ -17,7 +17,7 @@ from rankwise.checkpoints.resuming import CHECKPOINTS, REPORT
 from rankwise.comparing.cells import VERSION, digest_of
 from rankwise.comparing.running import BUSY
 from rankwise.errors import Stopped, UserError
-from rankwise.files import InUse, in_use, remove_folder, write_json
+from rankwise.files import Damaged, InUse, in_use, remove_folder, write_json
 from rankwise.memory import peak_memory
 from rankwise.tasks.files import DataChanged
 
@@ -71,7 +71,7 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
         }
         found["step_seconds"] = step_seconds(folder / "metrics.jsonl")
         found |= {"curve": loss_curve(folder / "metrics.jsonl"), "ranks": layer_ranks(folder / "ranks.json")}
-    except (InUse, DataChanged):  # a UserError too, and no result
+    except (InUse, DataChanged, Damaged):  # a UserError too, and no result
         raise
     except (UserError, torch.OutOfMemoryError) as mistake:
         found["failed"] = str(mistake)

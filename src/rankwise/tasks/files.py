@@ -8,10 +8,13 @@ from pathlib import Path
 
 from rankwise.errors import UserError, naming
 from rankwise.files import file_digest
+from rankwise.models import EMBEDDED_FOLDER, resolve
 from rankwise.recommend.logs.known import known_log
 from rankwise.schema import ChoiceData, GlueData, InteractionData, MathsData, Recipe
 from rankwise.tasks.glue import glue_files
 
+BLOCK, BLOCKS = 2**18, 256  # bytes that are read in one place of a large file of weights, and how many places
+WEIGHTS = ".safetensors"
 KEYS = ("interactions", "items", "train", "validation", "test", "names")
 
 
@@ -53,8 +56,14 @@ def _files(data: object) -> Iterator[tuple[str, Path]]:
 
 
 def data_digests(recipe: Recipe) -> dict[str, str]:
-    """The SHA-256 of each file that a recipe reads, by its key; of a folder, over the names and contents in it."""
+    """The SHA-256 of each file that a recipe reads, by its key; of a folder, over the names and contents in it.
+
+    Of weights of more than 64 MiB it is that of the size and of 256 places, from the first to the last byte.
+    """
     found = [(f"data.{name}", path) for name, path in _files(recipe.data)]
+    if (template := getattr(recipe.data, "template", None)) and Path(template).is_file():
+        found.append(("data.template", Path(template)))
+    found += [(f"model.path ({file.name})", file) for file in _base_files(Path(resolve(recipe.model.path)))]
     for name, data in recipe.evaluation.tasks.items():
         found += [(f"evaluation.tasks.{name}.{key}", path) for key, path in _files(data)]
     found += [(f"evaluation.texts.{name}", Path(path)) for name, path in recipe.evaluation.texts.items()]
@@ -63,12 +72,33 @@ def data_digests(recipe: Recipe) -> dict[str, str]:
 
 def _digest(path: Path, output: Path) -> str:
     """Of a file, or of a folder without the run's own, which may lie in it."""
+    if path.suffix == WEIGHTS and path.stat().st_size > BLOCK * BLOCKS:
+        return _digest_of_places(path)
     if not path.is_dir():
         return file_digest(path)
     found = hashlib.sha256()
     for file in sorted(one for one in path.rglob("*") if one.is_file() and output not in one.resolve().parents):
         found.update(f"{file.relative_to(path).as_posix()} {file_digest(file)}\n".encode())
     return found.hexdigest()
+
+
+def _digest_of_places(path: Path) -> str:
+    """Of a file's size and of blocks that lie evenly in it: hashing all of a large model would take minutes."""
+    size = path.stat().st_size
+    found = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for number in range(BLOCKS):
+            file.seek((size - BLOCK) * number // (BLOCKS - 1))
+            found.update(file.read(BLOCK))
+    return found.hexdigest()
+
+
+def _base_files(folder: Path) -> Iterator[Path]:
+    """What a base is loaded from, where it is a folder; what is shipped has the version of rankwise."""
+    if folder.is_dir() and folder != EMBEDDED_FOLDER:
+        for file in sorted(folder.iterdir()):
+            if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja", WEIGHTS):
+                yield file
 
 
 def check_same_data(earlier: Mapping[str, str], now: Mapping[str, str]) -> None:
