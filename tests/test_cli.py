@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -206,6 +207,14 @@ def test_recommend_to_one_and_to_all(runs: list[Path], tmp_path: Path, capsys: p
         table = pl.read_parquet(out / "part-*.parquet")
         assert table.height == 3 * count
         assert table.filter(user="u1")["title"].to_list() == titles
+
+    other = shutil.copytree(run, tmp_path / "run")
+    words = ["recommend", str(other), "--out", str(tmp_path / "of-other")]
+    assert main(words) == 0 and main(words) == 0
+    manifest = next(other.glob("stages/*/manifest.json"))
+    manifest.write_text(manifest.read_text() + " ")  # as if another training had the same path
+    assert main(words) == 2
+    assert "holds recommendations of other users or settings" in capsys.readouterr().err
 
 
 def test_export_and_inspect(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

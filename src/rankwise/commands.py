@@ -113,7 +113,7 @@ def evaluate(arguments: Arguments, console: Console) -> Any:
 def recommend(arguments: Arguments, console: Console) -> Any:
     """Show the best titles of the whole catalogue for a user or a history, or write those of all users as Parquet."""
     from rankwise.recommend.cluster import check_cluster
-    from rankwise.recommending import load_recommender, recommend_once, recommend_to_folder
+    from rankwise.recommending import asked_of, load_recommender, recommend_once, recommend_to_folder
 
     if arguments.cluster:
         check_cluster()
@@ -130,7 +130,7 @@ def recommend(arguments: Arguments, console: Console) -> Any:
     }
     recommender = load_recommender(arguments.run, arguments.stage)
     if arguments.out is not None:
-        settings = {"run": str(Path(arguments.run).resolve()), "stage": arguments.stage}
+        settings = asked_of(Path(arguments.run).resolve(), arguments.stage)
         folder = Path(arguments.out)
         whom = {"users": users, "cluster": arguments.cluster}
         return recommend_to_folder(recommender, folder, console, settings=settings, **whom, **options)

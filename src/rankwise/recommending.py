@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
@@ -16,6 +17,7 @@ from rich.text import Text
 
 from rankwise.errors import UserError
 from rankwise.evaluation import open_run, trained_stage
+from rankwise.files import MANIFEST, file_digest
 from rankwise.models import context_limit, load_tokenizer
 from rankwise.recommend.batch import Part, open_parts, recommend_users, write_part
 from rankwise.recommend.cluster import over_cluster
@@ -82,6 +84,13 @@ def ranking_table(ranking: Ranking) -> Table:
     return table
 
 
+def asked_of(run: Path, stage: str | None) -> dict[str, Any]:
+    """What a folder of recommendations is of: a run and its stage, and what these hold, in SHA-256 of manifests."""
+    made = [*run.glob(f"stages/{glob.escape(stage) if stage else '*'}/{MANIFEST}"), run / STORE / MANIFEST]
+    digests = {path.parent.relative_to(run).as_posix(): file_digest(path) for path in sorted(made) if path.is_file()}
+    return {"run": str(run), "stage": stage, "digests": digests}
+
+
 def recommend_to_folder(
     recommender: Recommender,
     folder: Path,
@@ -99,7 +108,7 @@ def recommend_to_folder(
         folder: see :func:`rankwise.recommend.batch.recommend_users`.
         console: to say how far it is.
         users: none for all of the log.
-        settings: the ``run`` and its ``stage``.
+        settings: of :func:`asked_of`.
         cluster: whether the workers of a Ray cluster do it, each with a model of its own.
         **options: of :meth:`Recommender.recommend`.
     """

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from rankwise.errors import UserError
 from rankwise.processes import any_of, gathered
@@ -84,14 +86,19 @@ class FiniteTrainer(Trainer):
         rows = sorted({int(number) for one in told for number in one[3:] if number > 0})
         more = int(sum(one[2] for one in told)) - len(rows[:NAMED])
         named = ", ".join(map(str, rows[:NAMED])) + (f" and {more} more" if more > 0 else "")
-        where = f"at step {self.state.global_step + 1}" + (f", on rows {named} of the training data" if rows else "")
+        where = f"at step {self.state.global_step + 1}" + (
+            f", on rows {named} of those that are trained on" if rows else ""
+        )
+        home = Path(self._get_output_dir(None))
+        last = get_last_checkpoint(home) if home.is_dir() else None
+        kept = "" if last is None else f", and the last checkpoint is {last}"
         return (
             f"{what} {where}: lower the stage's learning_rate, look at these rows, or leave such steps out (on_nan: "
-            "skip); the weights are as they were before the step"
+            f"skip); the weights are as they were before the step{kept}"
         )
 
     def _row_numbers(self, inputs: Any) -> Iterable[int]:
-        """Which rows of the training data a batch was made of, from 1: those that have its tokens."""
+        """Which of the rows that are trained on a batch was made of, from 1: those that have its tokens."""
         if not isinstance(inputs, Mapping) or "input_ids" not in inputs or self.train_dataset is None:
             return []
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
