@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rankwise.analysis.spectra import effective_rank
-from rankwise.errors import UserError, cut, shown
+from rankwise.errors import UserError, cut
 from rankwise.files import check_folder
+from rankwise.peft_bridge.patterns import check_patterns
 from rankwise.reading import open_tensors, read_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -59,6 +60,7 @@ def read_adapter(adapter_folder: Path) -> tuple[list[dict[str, Any]], dict[str, 
     check_folder(folder)
     config = _read_config(folder)
     tensors, ignored = _read_tensors(folder / WEIGHTS)
+    check_patterns(config, tensors, f"{folder / CONFIG}: ")
     stacked_start = (folder / SIDE_FILE).is_file()
     if stacked_start:
         from rankwise.directions.checkpoint import read_side
@@ -202,11 +204,7 @@ def _rank_of(module: str, config: Mapping[str, Any]) -> int | None:
         masks = config.get("rank_pattern") or {}
         return sum(masks[key]) if (key := f"{module}.lora_E") in masks else operator.index(config["init_r"])
     for pattern, rank in (config.get("rank_pattern") or {}).items():
-        try:
-            found = re.match(rf"(.*\.)?({pattern})$", module)
-        except re.error as error:
-            raise UserError(f"rank_pattern {shown(pattern)} is no regular expression ({error}): correct it") from error
-        if found:
+        if re.match(rf"(.*\.)?({pattern})$", module):
             return operator.index(rank)
     return operator.index(config["r"]) if config.get("r") is not None else None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import time
 from collections.abc import Generator, Mapping
 from contextlib import closing
@@ -34,6 +33,7 @@ from rankwise.files import check_replaceable, check_writable, new_folder
 from rankwise.memory import return_free_memory
 from rankwise.peft_bridge import adapted_layers
 from rankwise.peft_bridge.matrices import factor_matrices
+from rankwise.peft_bridge.patterns import check_patterns
 
 ADAPTER = "default"
 START = "start"  # in the manifest of what is written here
@@ -205,14 +205,13 @@ def _adapted(model: PreTrainedModel, config: MiloraConfig) -> PeftModel:
     """The model with PEFT's own choice of modules and ranks, all on the meta device."""
     blank = copy.copy(config)
     blank.init_lora_weights = False
+    check_patterns(config.to_dict(), [name for name, _ in model.named_modules()])
     try:
         adapted = peft.get_peft_model(model, blank, low_cpu_mem_usage=True)
     except UserError:
         raise
-    except (ValueError, re.error) as error:  # targets that match nothing, cannot be adapted, or are no pattern
-        patterns = {"target_modules": config.target_modules, "rank_pattern": config.rank_pattern}
-        given = ", ".join(f"{name} {value}" for name, value in patterns.items() if value)
-        raise UserError(f"{given}: {error}") from error
+    except ValueError as error:  # PEFT's word for targets that match nothing, or that it cannot adapt
+        raise UserError(f"target_modules {config.target_modules}: {error}") from error
     return adapted
 
 

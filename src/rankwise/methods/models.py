@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from rankwise.methods.in_place import load_whole, save_whole, train_all, train_b
 from rankwise.methods.virtual_tokens import with_virtual_tokens
 from rankwise.models import loading
 from rankwise.peft_bridge import active_adapter, adapter_state, adapter_weights
+from rankwise.peft_bridge.patterns import check_patterns
 from rankwise.processes import held_whole
 from rankwise.ranks import SoraConfig, match_ranks
 from rankwise.reading import open_tensors
@@ -65,15 +65,12 @@ def with_adapter(base: PreTrainedModel, recipe: Recipe, task_type: str, stage: P
         return train_biases(base, task_type)
     if isinstance(settings, PromptSettings | PrefixSettings):
         return with_virtual_tokens(base, adapter_config(settings, task_type, recipe.seed))
+    check_patterns(settings.model_dump(), [name for name, _ in base.named_modules()], "adapter.")
     try:
         made: PeftModel = peft.get_peft_model(base, stage_config(recipe, task_type, stage))
     except UserError:
         raise
-    except (
-        ValueError,
-        TypeError,
-        re.error,
-    ) as error:  # targets that fit nothing, or are no pattern
+    except (ValueError, TypeError) as error:  # PEFT's words for targets that match nothing, or that it cannot adapt
         place = "target_modules" if hasattr(settings, "target_modules") else "kind"
         raise UserError(f"adapter.{place} {getattr(settings, place)}: {error}") from error
     return made
