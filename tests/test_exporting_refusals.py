@@ -60,11 +60,13 @@ def test_an_export_with_something_of_another_is_not_replaced(tmp_path, name):
 
 
 @pytest.mark.parametrize("layout", ["uniform", "merged", "own"])
-@pytest.mark.parametrize("kind", ["a stage", "a start", "saved by PEFT", "another program's"])
+@pytest.mark.parametrize("kind", ["a stage", "a start", "saved by PEFT", "another program's", "a list for a manifest"])
 def test_what_looks_like_an_export_is_not_replaced(tmp_path, kind, layout):
     """A trained checkpoint above all, which has the same files."""
     model = tiny.adapted("llama")
-    if kind == "another program's":
+    if kind == "a list for a manifest":
+        (tmp_path / "manifest.json").write_text("[{}]")
+    elif kind == "another program's":
         (tmp_path / "config.json").write_text("{}")
         (tmp_path / "adapter_config.json").write_text("{}")
     elif kind == "saved by PEFT":

@@ -51,10 +51,16 @@ def test_one_that_takes_for_ever_is_named(key: str, pattern: str) -> None:
         check_patterns({key: value}, NAMES, "here: ")
 
 
-@pytest.mark.parametrize("pattern", ["q_proj(", "*", "[a"])
+@pytest.mark.parametrize("pattern", ["q_proj(", "*", "[a", "q_proj\\", r"\q_proj", "(?i)q_proj"])
 def test_what_is_no_pattern_is_told(pattern: str) -> None:
     with pytest.raises(UserError, match=r"rank_pattern .* is no regular expression"):
         check_patterns({"rank_pattern": {pattern: 2}}, NAMES)
+
+
+def test_flags_stand_where_the_pattern_is_taken_by_itself() -> None:
+    check_patterns({"target_modules": r"(?i).*\.Q_PROJ"}, NAMES)
+    with pytest.raises(UserError, match="takes more than 1 s"):
+        check_patterns({"target_modules": "(?i)(([A-Z0-9_.])+)+!"}, NAMES)
 
 
 def test_lists_are_names() -> None:

@@ -21,7 +21,7 @@ from rankwise.recommend.batch import recommend_users
 from rankwise.recommend.prepare import InteractionSettings, prepare_interactions
 from rankwise.recommend.prompts import load_template
 from rankwise.recommend.recommender import Recommender
-from rankwise.recommend.store import Store, make_store, read_store, write_store
+from rankwise.recommend.store import Store, closest, make_store, read_store, write_store
 from rankwise.tokenise import encode_completion, encode_prompt
 from rankwise.trees.catalogue import separate_log_probabilities
 
@@ -265,3 +265,10 @@ def test_many_users_are_written_in_parts_that_are_not_made_twice(
     with pytest.raises(UserError, match="user 'nobody' is none of 3"):
         list(recommend_users(recommender, ["nobody"], tmp_path / "new", {}, **options))
     assert not (tmp_path / "new").exists()
+
+
+def test_of_many_titles_those_are_compared_that_share_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rankwise.recommend.store.MOST_COMPARED", 2)
+    known = [*(f"Number {number}" for number in range(50)), "The River", "Of Mice"]
+    assert closest("the rivr", known)[0] == "The River"
+    assert closest("of mise", known)[0] == "Of Mice"

@@ -173,11 +173,12 @@ def check_replaceable(folder: Path, kind: str) -> None:
     """
     if folder.is_dir() and not any(folder.iterdir()):
         return
-    held = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir()} - {MANIFEST}
+    held = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_symlink() or not file.is_dir()}
+    held -= {MANIFEST}
     try:
         listed = _manifest(folder / MANIFEST) if folder.is_dir() else {}
         theirs = {name for name, entry in listed.items() if entry.get("kind") == kind}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError):
         theirs = set()
     if folder.exists() and (held != theirs or not held):
         stray = f" ({sorted(held - theirs)[0]})" if held - theirs else ""

@@ -86,9 +86,8 @@ class FiniteTrainer(Trainer):
         rows = sorted({int(number) for one in told for number in one[3:] if number > 0})
         more = int(sum(one[2] for one in told)) - len(rows[:NAMED])
         named = ", ".join(map(str, rows[:NAMED])) + (f" and {more} more" if more > 0 else "")
-        where = f"at step {self.state.global_step + 1}" + (
-            f", on rows {named} of those that are trained on" if rows else ""
-        )
+        seen = f", on rows {named} of those that are trained on" if rows else ""
+        where = f"at step {self.state.global_step + 1}{seen}"
         home = Path(self._get_output_dir(None))
         last = get_last_checkpoint(home) if home.is_dir() else None
         kept = "" if last is None else f", and the last checkpoint is {last}"

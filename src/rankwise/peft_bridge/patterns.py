@@ -13,7 +13,7 @@ from rankwise.errors import UserError, shown
 
 SECONDS = 10.0  # that all patterns of an adapter may take with all names
 # How PEFT matches each of a configuration's patterns.
-WHOLE, END, LAYERS = "({})\\Z", "(.*\\.)?({})$", ".*\\.({})\\.(\\d+)\\."
+WHOLE, END, LAYERS = "{}", "(.*\\.)?({})$", ".*\\.({})\\.(\\d+)\\."
 FORMS = {
     "target_modules": WHOLE,
     "exclude_modules": WHOLE,
@@ -29,7 +29,7 @@ for number, pattern in enumerate(patterns):
     print(number, flush=True)
     found = re.compile(pattern)
     for name in names:
-        found.match(name)
+        found.match(name), found.fullmatch(name)
 """
 
 
@@ -46,12 +46,14 @@ def check_patterns(config: Mapping[str, Any], names: Iterable[str], where: str =
     Raises:
         UserError: one is no regular expression, or takes too long.
     """
-    wanted = [(key, pattern) for key, pattern in _patterns(config) if not PLAIN.fullmatch(pattern)]
+    wanted = list(_patterns(config))
     for key, pattern in wanted:
         try:
             re.compile(pattern)
+            re.compile(FORMS[key].format(pattern))
         except (re.error, RecursionError, OverflowError) as error:
             raise UserError(f"{where}{key} {shown(pattern)} is no regular expression ({error}): correct it") from error
+    wanted = [(key, pattern) for key, pattern in wanted if not PLAIN.fullmatch(pattern)]
     if not wanted:
         return
     asked = json.dumps([[FORMS[key].format(pattern) for key, pattern in wanted], list(names)])
