@@ -253,6 +253,20 @@ def test_what_takes_too_long_is_given_up_and_never_computed(stages: Stages, held
     assert held.histories == ["fox", "a dog"]
 
 
+def test_finding_a_title_is_within_the_time_limit(stages: Stages, held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = threading.Event()
+    monkeypatch.setattr(Store, "find", lambda store, names: found.wait(60) and list(names))
+    try:
+        with serving_runs.client(stages, timeout=0.5) as client:
+            answer = client.post("/recommend", json=ASKED)
+            assert (answer.status_code, "no answer within 0.5 s" in answer.json()["detail"]) == (504, True)
+            assert client.get("/health").status_code == 200
+            found.set()
+    finally:
+        found.set()
+    assert held.histories == []
+
+
 def _until(holds: Any) -> None:
     for _ in range(600):
         if holds():

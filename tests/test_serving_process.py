@@ -14,12 +14,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import httpx2
 import pytest
 
 import serving_runs
+import small_runs
 from rankwise.cli import main
+from rankwise.serving.server import serve_run
+from rankwise.serving.settings import ServerSettings
 
 SLOW = """
 import sys, time
@@ -56,16 +60,6 @@ class Served:
         self.port = 0
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-
-    def wait_until_it_listens(self) -> None:
-        self.port = int(self.wait_for(r"http://127\.0\.0\.1:(\d+)/"))
-        for _ in range(600):
-            try:
-                self.connect().close()
-                return
-            except OSError:
-                time.sleep(0.05)
-        raise AssertionError("it does not listen")
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -120,7 +114,7 @@ def served(run: Path, *options: str, seconds: float = 2.0, head: float = 10) -> 
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     server = Served(process)
     try:
-        server.wait_until_it_listens()
+        server.port = int(server.wait_for(r"http://127\.0\.0\.1:(\d+)/"))
         yield server
     finally:
         process.kill()
@@ -311,6 +305,22 @@ def test_mistakes_are_told_before_anything_is_served(
     out, err = capsys.readouterr()
     assert err.startswith("rankwise: ") and err.count("\n") == 1 and message in err
     assert "serving" not in out
+
+
+def test_who_reads_the_address_can_connect_at_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    connected = []
+
+    def read(line: str, **options: object) -> None:
+        if line.startswith("serving "):
+            port = int(line.rstrip("/").rpartition(":")[2])
+            socket.create_connection(("127.0.0.1", port), timeout=10).close()
+            connected.append(port)
+
+    console = small_runs.silent()
+    monkeypatch.setattr(console, "print", read)
+    monkeypatch.setattr("rankwise.serving.server._Server", Mock())
+    serve_run(run, ["base model"], ServerSettings(port=0), console)
+    assert len(connected) == 1
 
 
 def test_without_its_libraries_the_command_says_what_to_install(

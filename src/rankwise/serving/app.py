@@ -157,11 +157,18 @@ def _add_recommend(app: FastAPI, stages: Stages, worker: Worker, settings: Serve
     @app.post("/recommend", dependencies=TOKEN, responses=problems, response_model=Answer)
     async def recommend(asked: Asked, request: Request) -> Answer | Response:
         """The best titles after a history, as one stage of the run has it."""
+        try:
+            async with asyncio.timeout(settings.timeout):
+                return await _recommend(asked, request)
+        except TimeoutError:
+            return JSONResponse({"detail": f"no answer within {settings.timeout:g} s: try again later"}, 504)
+
+    async def _recommend(asked: Asked, request: Request) -> Answer | Response:
         stage = asked.stage or stages.after
         stages.check(stage)
         if asked.user is not None and not store.has_user(asked.user):
             return JSONResponse({"detail": f"user {asked.user!r} is not in the log"}, 404)
-        history = await run_in_threadpool(_history, store, asked)
+        history = await asyncio.to_thread(_history, store, asked)  # which goes on, where time is up
         question = Question(
             stage=stage,
             history=tuple(history),
@@ -171,16 +178,13 @@ def _add_recommend(app: FastAPI, stages: Stages, worker: Worker, settings: Serve
         )
         answer = asyncio.wrap_future(worker.submit(question))
         gone = asyncio.create_task(_client_left(request))
-        either: set[asyncio.Future[Any]] = {answer, gone}
         try:
-            await asyncio.wait(either, timeout=settings.timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
             if answer.cancelled():
                 return JSONResponse({"detail": "the server is stopping"}, 503)
             if answer.done():
                 return _answer(stage, history, answer.result())
-            if gone.done():
-                return Response(status_code=GONE)
-            return JSONResponse({"detail": f"no answer within {settings.timeout:g} s: try again later"}, 504)
+            return Response(status_code=GONE)
         finally:
             answer.cancel()  # where it still waits, the model never sees it
             gone.cancel()

@@ -40,6 +40,7 @@ def serve_run(run: Path, names: list[str] | None, settings: ServerSettings, cons
         for name, number in stages.recommender.counts.items():
             if number:
                 console.print(f"  {name}: {number}", style="dim", highlight=False)
+        listener.listen()  # who reads the next line may connect at once, and waits until the server runs
         console.print(f"serving {', '.join(stages.kinds)} of {run}: {address}", highlight=False, soft_wrap=True)
         config = uvicorn.Config(
             create_app(stages, settings, run.resolve().name),
