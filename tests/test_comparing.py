@@ -94,6 +94,7 @@ def test_a_cells_place_follows_from_all_that_it_depends_on() -> None:
     ("changes", "message"),
     [
         ({"methods": ["lora", "lora"]}, "methods 'lora' occurs twice"),
+        ({"methods": ["lora", {"kind": "lora", "name": "LoRA"}]}, "methods 'LoRA' occurs twice, letters' case aside"),
         ({"methods": ["lra"]}, "'lra' is no method: did you mean 'lora'"),
         ({"methods": [{"kind": "pissa", "part": "minor"}]}, "adapter.part 'minor' is not PiSSA"),
         ({"methods": [{"kind": "lora", "name": "a/b"}]}, r"methods.0.name 'a/b'"),
@@ -101,6 +102,8 @@ def test_a_cells_place_follows_from_all_that_it_depends_on() -> None:
         ({"against": "mlora"}, "against 'mlora' is none of the methods"),
         ({"metrics": {"stries": "loss"}}, "metrics.stries is of no task: did you mean 'stories'"),
         ({"tasks": {"a/b": TASK}}, "tasks 'a/b' becomes a part of file names"),
+        ({"tasks": {81 * "a": TASK}}, "take up to 80 letters"),
+        ({"methods": [{"kind": "lora", "name": 81 * "a"}]}, "String should match pattern"),
         ({"methods": [{"kind": "lora", "r": 4, "ranks": [2]}]}, r"methods.lora has r 4 and ranks \[2\]"),
         (
             {"methods": [{"kind": "lora", "budgets": [0.5]}]},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 EMBEDDED = "embedded"
+TAKEN = {"con", "prn", "aux", "nul", *(f"{device}{number}" for device in ("com", "lpt") for number in range(10))}
 
 
 def _expand(path: str) -> str:
@@ -27,11 +29,29 @@ def _possible(path: str) -> str:
     return path
 
 
+def _of_any_system(name: str) -> str:
+    """A name that every system takes for a file or a folder."""
+    if name.endswith(".") or name.partition(".")[0].lower() in TAKEN:
+        raise ValueError("Windows takes no file of this name: choose another")
+    return name
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """The first name that was there before, letters' case aside: to some systems these are one file."""
+    before: set[str] = set()
+    for name in names:
+        if name.casefold() in before:
+            return name
+        before.add(name.casefold())
+    return None
+
+
 def _iso(value: object) -> object:
     """A date as text: YAML reads one that is not quoted as a date."""
     return value.isoformat() if isinstance(value, date) else value
 
 
+Name = Annotated[str, AfterValidator(_of_any_system)]  # of a file or a folder that is made for it
 FileName = Annotated[str, AfterValidator(_possible)]
 File = Annotated[FileName, AfterValidator(_expand), AfterValidator(_possible)]
 Share = Annotated[float, Field(gt=0, lt=1)]

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from rankwise.errors import nearest
-from rankwise.schema.base import Count, File, Positive, Section, Seed, Share
+from rankwise.errors import nearest, shown
+from rankwise.schema.base import Count, File, Positive, Section, Seed, Share, repeated
 from rankwise.schema.methods import METHODS, written_out
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of a method or a task: it becomes a part of file names
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"  # of a method or a task: they become parts of file names
 
 
 class MethodEntry(Section):
@@ -95,8 +95,8 @@ class Comparison(Section):
     def _known(self) -> Comparison:
         """Names are unique and known."""
         names = [entry.name for entry in self.methods]
-        if twice := next((name for number, name in enumerate(names) if name in names[:number]), None):
-            raise ValueError(f"methods {twice!r} occurs twice: give each entry a name of its own")
+        if twice := repeated(names):
+            raise ValueError(f"methods {twice!r} occurs twice, letters' case aside: give each entry a name of its own")
         for entry in self.methods:
             if entry.kind not in METHODS:
                 raise ValueError(f"methods {entry.kind!r} is no method: {nearest(entry.kind, METHODS)}")
@@ -105,7 +105,9 @@ class Comparison(Section):
             raise ValueError(f"against {self.against!r} is none of the methods: {nearest(self.against, names)}")
         for task in self.tasks:
             if not re.match(NAME, task):
-                raise ValueError(f"tasks {task!r} becomes a part of file names: take letters, digits, '.', '_' and '-'")
+                raise ValueError(
+                    f"tasks {shown(task)} becomes a part of file names: take up to 80 letters, digits, '.', '_' and '-'"
+                )
         for entry in self.methods:
             if entry.ranks and "r" in entry.adapter:
                 raise ValueError(

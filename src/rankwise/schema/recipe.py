@@ -18,7 +18,7 @@ from rankwise.schema.adapters import (
     SoraSettings,
     VeraSettings,
 )
-from rankwise.schema.base import EMBEDDED, Count, File, FileName, Layout, Section, Seed, Share
+from rankwise.schema.base import EMBEDDED, Count, File, FileName, Layout, Section, Seed, Share, repeated
 from rankwise.schema.data import (
     ChoiceData,
     ClassificationData,
@@ -161,8 +161,10 @@ class Recipe(Section):
             if stage.kind == "sft" and stage.loss == "row" and isinstance(self.data, NO_ROWS):
                 raise ValueError(f"stages.{number}.loss row: data of kind {self.data.kind} have no prompt to learn")
             made = [one.name for one in stage.written_out()]
-            if twice := next((name for name in made if name in names), None):
-                raise ValueError(f"stages.{number}.name {twice!r} occurs twice: name each stage differently")
+            if twice := repeated([*names, *made]):
+                raise ValueError(
+                    f"stages.{number}.name {twice!r} occurs twice, letters' case aside: name each stage differently"
+                )
             if stage.start is not None and stage.start not in names:
                 known = f"one of {', '.join(names)}" if names else "nothing: no stage is before it"
                 raise ValueError(f"stages.{number}.start {stage.start!r} is no earlier stage; possible: {known}")

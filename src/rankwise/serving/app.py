@@ -178,8 +178,9 @@ def _add_recommend(app: FastAPI, stages: Stages, worker: Worker, settings: Serve
         )
         answer = asyncio.wrap_future(worker.submit(question))
         gone = asyncio.create_task(_client_left(request))
+        either: set[asyncio.Future[Any]] = {answer, gone}
         try:
-            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if answer.cancelled():
                 return JSONResponse({"detail": "the server is stopping"}, 503)
             if answer.done():
