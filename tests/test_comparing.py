@@ -247,6 +247,14 @@ def test_tables(tmp_path: Path) -> None:
     assert r"dora & 0.9333 $\pm$ 0.1528 & 0.5539 to 1.3128 & -0.1667" in latex(comparison, summary)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_score_that_is_no_number_is_told_and_in_no_mean(tmp_path: Path, value: float) -> None:
+    comparison = made(output=str(tmp_path), learning_rates=[0.1], methods=["lora", "dora"])
+    lora, dora = summary_of(comparison, lambda one: value if (one.method, one.seed) == ("dora", 1) else 1.0 + one.seed)
+    assert (lora["failed"], dora["failed"]) == (None, "loss of seed 1 is no number")
+    assert (dora["mean"], dora["values"], dora["metrics"]) == (2.0, {0: 1.0, 2: 3.0}, {"loss": 2.0})
+
+
 def test_text_is_escaped_in_latex(tmp_path: Path) -> None:
     comparison = made(tasks={"a_b": TASK}, output=str(tmp_path), learning_rates=[1])
     text = latex(comparison, summary_of(comparison, lambda _: 1.0))

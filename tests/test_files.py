@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import stat
@@ -312,6 +313,15 @@ def test_one_process_writes_in_a_folder_at_a_time(tmp_path):
     (tmp_path / "run" / f".result.{'a' * 32}").write_text("half")
     with in_use(tmp_path / "run"):
         assert tree(tmp_path / "run") == {"result": "1"}
+
+
+def test_numbers_that_json_has_not_are_null(tmp_path):
+    value = {"a": math.nan, "b": [1.5, (-math.inf, "x")], "c": {"d": {1: math.inf}}, "e": [True, None, 3]}
+    plain = {"a": None, "b": [1.5, [None, "x"]], "c": {"d": {"1": None}}, "e": [True, None, 3]}
+    write_json(tmp_path / "one.json", value)
+    write_jsonl(tmp_path / "lines.jsonl", [value, {"f": 2.5}])
+    assert json.loads((tmp_path / "one.json").read_text()) == plain
+    assert [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()] == [plain, {"f": 2.5}]
 
 
 def test_a_folder_can_be_tried_before_slow_work(tmp_path):

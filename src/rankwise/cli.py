@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 from rankwise import __version__, commands
 from rankwise.errors import Stopped, UserError, system_failure
+from rankwise.files import to_json
 
 Arguments = argparse.Namespace
 
@@ -137,7 +137,7 @@ def main(words: Sequence[str] | None = None) -> int:
         _tell(f"failed: {type(error).__name__}: {error}", number)
         return 1
     if arguments.json and not number:
-        print(json.dumps(result, ensure_ascii=False))
+        print(to_json(result))
     return 0
 
 

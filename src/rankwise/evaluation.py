@@ -17,7 +17,7 @@ from rankwise.analysis.tables import result_table
 from rankwise.errors import UserError, nearest
 from rankwise.exporting import ExportReport, Layout, export
 from rankwise.files import write_json
-from rankwise.measuring import measured, measured_row
+from rankwise.measuring import measured, measured_row, not_numbers
 from rankwise.methods import load_stage, with_adapter
 from rankwise.models import (
     context_limit,
@@ -50,6 +50,8 @@ def evaluate_run(run: Path, overrides: Sequence[str], console: Console) -> dict[
     rows = [measured_row(name, measure(), task.cases) for name, measure in task.baselines().items()]
     rows.append(measured(task, model, stage, recipe, texts=texts))
     columns, counts = [*task.columns, *texts.columns], {**task.counts, **texts.counts}
+    for row in rows:
+        counts |= not_numbers(row)
     results = {"task": task.kind, "columns": columns, "rows": rows, "counts": counts}
     write_json(run / "evaluation.json", results)
     console.print(result_table(results))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -51,14 +52,31 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """A value as JSON; NaN and infinity, which JSON has not, as ``null``."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """The same with None in the place of each number that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Replace ``path`` by ``value`` as indented JSON, in one step."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Replace ``path`` by ``value`` as indented JSON (:func:`to_json`), in one step."""
+    write_text(path, to_json(value, indent=2) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Replace ``path`` by one JSON object a line, in one step; the rows need not be in memory together."""
-    _write(path, (json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
+    _write(path, (to_json(row).encode() + b"\n" for row in rows))
 
 
 def check_writable(folder: Path) -> None:

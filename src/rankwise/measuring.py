@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,16 @@ def measured_row(name: str, found: Measurement, number: int, cases: Path | None 
             found.cases.write_parquet(buffer)
             write_bytes(cases / f"{name}.parquet", buffer.getvalue())
     return row
+
+
+def not_numbers(row: Mapping[str, Any]) -> dict[str, int]:
+    """How many metrics of a row are NaN or infinite, as a count with a name; nothing where none is.
+
+    They are written as ``null``.
+    """
+    values = [*row["metrics"].values(), *row.get("training_metrics", {}).values()]
+    number = sum(not math.isfinite(value) for value in values)
+    return {f"{row['name']}: measures that are no number": number} if number else {}
 
 
 def row_line(row: Mapping[str, Any]) -> str:

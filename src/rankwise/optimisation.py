@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 
 from rankwise.errors import UserError
+from rankwise.files import to_json
 from rankwise.ranks import AdaloraCallback, AllocationCallback, SoraCallback, sora_optimizer
 from rankwise.ranks.adalora.allocation import set_schedule
 from rankwise.ranks.allocating.allocation import allocation_steps
@@ -102,7 +102,7 @@ def record_allocation(callback: AllocationCallback, folder: Path, stage: str, he
     """Append what was moved in a stage to a run's ``allocations.jsonl``; returns counts of it."""
     with (folder / ALLOCATIONS).open("a", encoding="utf-8") as file:
         for event in callback.history:
-            file.write(json.dumps({"stage": stage, **asdict(event)}) + "\n")
+            file.write(to_json({"stage": stage, **asdict(event)}) + "\n")
     return {
         "rows held out to score directions": held,
         "directions moved": sum(event.moved for event in callback.history),

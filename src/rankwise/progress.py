@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.checkpoints.resuming import forget_after
+from rankwise.files import to_json
 from rankwise.ranks import SoraConfig, gate_counts, gates
 
 
@@ -107,7 +107,7 @@ class MetricsFile(TrainerCallback):
             line["steps_timed"] = state.global_step - self.begun
         line |= {name: value if isinstance(value, int) else float(value) for name, value in (logs or {}).items()}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(to_json(line) + "\n")
 
 
 class ConsoleLog(logging.Handler):

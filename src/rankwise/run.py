@@ -39,7 +39,7 @@ from rankwise.checkpoints.stopping import stopped_by_sigterm
 from rankwise.errors import UserError
 from rankwise.exporting import export
 from rankwise.files import check_folder, new_folder, remove_folder, write_json, write_text
-from rankwise.measuring import measured, measured_row, row_line
+from rankwise.measuring import measured, measured_row, not_numbers, row_line
 from rankwise.memory import peak_memory
 from rankwise.methods import base_of, load_stage, save_stage, with_adapter
 from rankwise.models import context_limit, load_tokenizer, quiet_libraries
@@ -330,6 +330,7 @@ class Run:
     def _row(self, row: dict[str, Any]) -> None:
         self.results.pop("trained", None)
         self.results["rows"].append(row)
+        self.results["counts"] |= not_numbers(row)
         self._write("results.json", self.results)
         self.console.print(row_line(row), highlight=False)
 

@@ -160,7 +160,7 @@ def train_stage(
             callbacks=callbacks,
         )
     made.remove_callback(PrinterCallback)
-    made.checkpoint_folder, made.on_nan = checkpoints_of(folder, stage.name), stage.on_nan
+    made.checkpoint_folder, made.on_nan, made.tokenizer = checkpoints_of(folder, stage.name), stage.on_nan, tokenizer
     if checkpoint is not None:
         _match(model, checkpoint)
     tools = training_tools(model, stage, adapter, total_steps(stage, len(made.train_dataset)))

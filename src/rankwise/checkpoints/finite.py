@@ -9,7 +9,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from rankwise.errors import UserError
@@ -17,6 +24,7 @@ from rankwise.processes import any_of, gathered
 
 OnNan = Literal["stop", "skip"]
 NAMED = 8  # rows that an error names
+END = 40  # characters of each that it shows
 
 
 class FiniteTrainer(Trainer):
@@ -28,16 +36,18 @@ class FiniteTrainer(Trainer):
 
     Attributes:
         on_nan: ``stop`` or ``skip``.
+        tokenizer: writes out the rows that an error names; ``processing_class`` where it is None.
         skipped: steps that were left out.
     """
 
     on_nan: OnNan = "stop"
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.skipped = 0
         self._seen: list[tuple[Any, Tensor]] = []  # the batches of this step, and their losses
-        self._norm: Any = None  # of this step's gradient
+        self._norm: Any = 0.0  # of this step's gradient
         self.add_callback(_LookAtSteps(self))
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -46,9 +56,9 @@ class FiniteTrainer(Trainer):
         self._seen.append((inputs, loss))
         return loss if self.on_nan == "stop" else loss.nan_to_num(0.0, 0.0, 0.0)
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Trainer's hook: the norm before the gradient is clipped is the one to look at."""
-        self._norm = super()._clip_grad_norm(model)
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Trainer's hook: the norm before the gradient is clipped, and without a scaler's scale."""
+        self._norm = super()._get_grad_norm(model, grad_norm)
         return self._norm
 
     def look(self, model: nn.Module) -> None:
@@ -59,18 +69,15 @@ class FiniteTrainer(Trainer):
         """
         seen, self._seen = self._seen, []
         losses = torch.stack([loss.detach().float() for _, loss in seen])
-        trained = [weight for weight in model.parameters() if weight.grad is not None]
-        norm, self._norm = self._norm, None
-        if norm is None:  # nothing is clipped
-            norm = nn.utils.get_total_norm([weight.grad for weight in trained if weight.grad is not None])
+        norm = float(self._norm or 0.0)  # DeepSpeed may not know it
         scaled = self.accelerator.scaler is not None
         (bad,) = any_of(self.args.device, not bool(losses.isfinite().all()) or not (scaled or math.isfinite(norm)))
         if not bad:
             return
         if self.on_nan == "stop":
-            raise UserError(self._told(losses, float(norm), [inputs for inputs, _ in seen]))
+            raise UserError(self._told(losses, norm, [inputs for inputs, _ in seen]))
         self.skipped += 1
-        for weight in trained:
+        for weight in model.parameters():
             weight.grad = None
 
     def _told(self, losses: Tensor, norm: float, batches: list[Any]) -> str:
@@ -85,7 +92,7 @@ class FiniteTrainer(Trainer):
         what = f"the loss is {told[0][1]}" if told[0][0] else f"the gradient's norm is {norm}"
         rows = sorted({int(number) for one in told for number in one[3:] if number > 0})
         more = int(sum(one[2] for one in told)) - len(rows[:NAMED])
-        named = ", ".join(map(str, rows[:NAMED])) + (f" and {more} more" if more > 0 else "")
+        named = ", ".join(map(self._named, rows[:NAMED])) + (f" and {more} more" if more > 0 else "")
         seen = f", on rows {named} of those that are trained on" if rows else ""
         where = f"at step {self.state.global_step + 1}{seen}"
         home = Path(self._get_output_dir(None))
@@ -95,6 +102,19 @@ class FiniteTrainer(Trainer):
             f"{what} {where}: lower the stage's learning_rate, look at these rows, or leave such steps out (on_nan: "
             f"skip); the weights are as they were before the step{kept}"
         )
+
+    def _named(self, number: int) -> str:
+        """A row that is trained on: its number, which files do not know, and how it ends; many begin alike."""
+        tokenizer = self.tokenizer or self.processing_class
+        if not isinstance(tokenizer, PreTrainedTokenizerBase) or self.train_dataset is None:
+            return str(number)
+        text = str(tokenizer.decode(self._tokens(self.train_dataset[number - 1])[-END:], skip_special_tokens=True))
+        return f"{number} (... {' '.join(text.split())[-END:]!r})"
+
+    def _tokens(self, row: Any) -> list[int]:
+        """What a row that is trained on says."""
+        tokens: list[int] = row["input_ids"]
+        return tokens
 
     def _row_numbers(self, inputs: Any) -> Iterable[int]:
         """Which of the rows that are trained on a batch was made of, from 1: those that have its tokens."""

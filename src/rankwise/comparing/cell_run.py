@@ -17,7 +17,7 @@ from rankwise.checkpoints.resuming import CHECKPOINTS, REPORT
 from rankwise.comparing.cells import VERSION, digest_of
 from rankwise.comparing.running import BUSY
 from rankwise.errors import Stopped, UserError
-from rankwise.files import Damaged, InUse, in_use, remove_folder, write_json
+from rankwise.files import Damaged, InUse, in_use, remove_folder, to_json, write_json
 from rankwise.memory import peak_memory
 from rankwise.tasks.files import DataChanged
 
@@ -78,7 +78,7 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
     found["threads"] = torch.get_num_threads()
     found |= {"seconds": round(time.perf_counter() - started, 2)}
     found.setdefault("peak_memory", peak_memory())
-    kept = json.loads(json.dumps(found))  # as it will be read
+    kept = json.loads(to_json(found))  # as it will be read
     write_json(result, kept | {"digest": digest_of(kept)})
     if not keep_adapter or found["failed"]:
         for name in (*TRAINED, "adapter"):

@@ -36,6 +36,8 @@ def run_rows(comparison: Comparison, cells: Iterable[Cell]) -> list[dict[str, An
             continue
         row = final_row(result)
         metric = deciding_metric(comparison, cell.task, result["columns"]) if row else None
+        value = row["metrics"].get(metric) if row else None
+        scored = value is not None and math.isfinite(value)
         rows.append(
             {
                 "task": cell.task,
@@ -47,7 +49,7 @@ def run_rows(comparison: Comparison, cells: Iterable[Cell]) -> list[dict[str, An
                 "seed": cell.seed,
                 "share": cell.share,
                 "metric": metric,
-                "value": row["metrics"].get(metric) if row else None,
+                "value": value if scored else None,
                 "metrics": row["metrics"] if row else {},
                 "base": _base(result),
                 "updates": result.get("updates") or {},
@@ -60,10 +62,10 @@ def run_rows(comparison: Comparison, cells: Iterable[Cell]) -> list[dict[str, An
                 "step_seconds": result.get("step_seconds"),
                 "seconds": result.get("seconds"),
                 "peak_memory": result.get("peak_memory"),
-                "failed": result.get("failed"),
+                "failed": result.get("failed") or (None if scored else f"{metric} of seed {cell.seed} is no number"),
                 "run": cell.folder.name,
                 "recipe": dump_recipe(cell.recipe),
-                "result": json.dumps(result, ensure_ascii=False),
+                "result": json.dumps(result, ensure_ascii=False),  # to the letter: it has a digest
             }
         )
     return rows
@@ -191,7 +193,7 @@ def _scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not values:
         return {"metric": None, "values": {}, "metrics": {}} | dict.fromkeys(("mean", "deviation", "low", "high"))
     metric = next(row["metric"] for row in rows if row["metric"])
-    means = _means(row["metrics"] for row in rows)
+    means = _means(row["metrics"] for row in rows if row["value"] is not None)
     return {"metric": metric, "values": values, "metrics": means, **spread(list(values.values()))._asdict()}
 
 

@@ -64,6 +64,11 @@ class BatchMaker:
         return SequenceBatch(**AnswerCollator(self.padding)(sequences), exists=exists)
 
 
+def listed(rows: Sequence[PreferenceRow]) -> dict[str, list[PreferenceRow]]:
+    """A batch as the rows themselves: which answers they get may depend on the step at which they are trained on."""
+    return {"rows": list(rows)}
+
+
 def by_answer(values: Sequence[Sequence[float]], filling: float) -> Tensor:
     """A value for each answer of each row, (batch, most answers), filled on the right."""
     most = max(map(len, values))

@@ -20,7 +20,7 @@ from rankwise.checkpoints import CheckpointedTrainer
 from rankwise.checkpoints.state_file import read_state, write_state
 from rankwise.errors import UserError
 from rankwise.likelihood import unwrapped
-from rankwise.preferences.batches import BatchMaker, SequenceBatch, answer_totals, by_answer
+from rankwise.preferences.batches import BatchMaker, SequenceBatch, answer_totals, by_answer, listed
 from rankwise.preferences.checks import check_arguments, check_positions
 from rankwise.preferences.config import OWN, SoftmaxDPOConfig
 from rankwise.preferences.datasets import read_data
@@ -111,7 +111,7 @@ class SoftmaxDPOTrainer(CheckpointedTrainer):
             train_dataset=data.train,
             eval_dataset=data.evaluation,
             processing_class=processing_class,
-            data_collator=_listed,
+            data_collator=listed,
             callbacks=callbacks,
             **kwargs,
         )
@@ -367,6 +367,10 @@ class SoftmaxDPOTrainer(CheckpointedTrainer):
         """The base's hook: rows know their numbers."""
         return [row.number for row in inputs["rows"]]
 
+    def _tokens(self, row: PreferenceRow) -> list[int]:
+        """The base's hook: the row with its chosen answer."""
+        return [*row.prompt, *row.answers[0]]
+
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
@@ -393,8 +397,3 @@ class SoftmaxDPOTrainer(CheckpointedTrainer):
         elif "loss" in logs:
             logs |= self._means.take(self._added_up)
         super().log(logs, *args, **kwargs)
-
-
-def _listed(rows: Sequence[PreferenceRow]) -> dict[str, list[PreferenceRow]]:
-    """A batch as the rows themselves: which answers they get may depend on the step at which they are trained on."""
-    return {"rows": list(rows)}
