@@ -115,12 +115,23 @@ def test_models_that_are_refused(tmp_path, source, damage, message):
     [
         ({"target_modules": ["oak"]}, "oak"),
         ({"r": 9, "target_modules": ["v_proj"]}, r"v_proj: rank 9 .* smaller side is 8"),
+        ({"r": 10**15}, f"rank {10**15} is far more than the matrices of the model have: give 1024 or less"),
+        ({"rank_pattern": {"v_proj": 10**15}}, f"rank {10**15} is far more than the matrices of the model"),
         ({"modules_to_save": ["lm_head"]}, "a start holds no .*lm_head"),
         ({"start_device": "oak"}, "start_device 'oak'"),
         ({"init_lora_weights": False}, "init_lora_weights=False asks for no start"),
         ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication repeats layers .* use get_peft_model"),
     ],
-    ids=["targets", "rank", "modules_to_save", "device", "no start", "layer_replication"],
+    ids=[
+        "targets",
+        "rank",
+        "a rank beyond all",
+        "a pattern beyond all",
+        "modules_to_save",
+        "device",
+        "no start",
+        "layer_replication",
+    ],
 )
 def test_settings_that_are_refused_before_anything_is_read(tmp_path, source, monkeypatch, changes, message):
     monkeypatch.setattr(ModelFiles, "weight", None)

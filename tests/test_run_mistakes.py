@@ -68,6 +68,29 @@ def test_a_mistake_is_told_before_slow_work(
     assert small_runs.hashes(tmp_path) == present
 
 
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (
+            {"kind": "lora", "r": 10**12},
+            f"adapter.r {10**12} is far more than the matrices of the model have: give 1024 or less",
+        ),
+        ({"kind": "milora", "r": 10**12}, f"adapter.r {10**12} is far more than the matrices of the model"),
+        ({"kind": "sora", "r": 10**12}, f"adapter.r {10**12} is far more than the matrices of the model"),
+        ({"kind": "adalora", "r": 10**12}, f"adapter.initial_rank {3 * 10**12 // 2} is far more than the matrices"),
+        ({"kind": "vera", "r": 10**12}, f"adapter.r {10**12} would make matrices larger than the whole model: give"),
+        ({"kind": "bottleneck", "size": 10**12}, f"adapter.size {10**12} would make matrices larger than the whole"),
+        ({"kind": "prompt", "tokens": 10**12}, f"adapter.tokens {10**12} leaves no room in the model's 256 positions"),
+        ({"kind": "prefix", "tokens": 10**12}, f"adapter.tokens {10**12} leaves no room in the model's 256 positions"),
+    ],
+)
+def test_an_adapter_far_beyond_the_model_is_refused(
+    model_folder: Path, tmp_path: Path, adapter: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        Run(small_runs.recipe("text", tmp_path, model_folder, adapter=adapter), small_runs.silent())()
+
+
 def test_labels_have_no_loss_on_whole_rows(model_folder: Path, tmp_path: Path) -> None:
     stages = [small_runs.SFT | {"loss": "row"}]
     with pytest.raises(UserError, match=r"stages\.0\.loss row: data of kind classification have no prompt"):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from rankwise.errors import UserError, nearest
 from rankwise.peft_bridge import base_modules
 from rankwise.peft_bridge.matrices import refusal
+
+ALWAYS = 1024  # ranks and widths that no model is too small for: some methods take more than its matrices have
 
 
 def check_module(module: nn.Module, name: str, config: LoraConfig) -> None:
@@ -47,3 +51,36 @@ def check_targets(model: nn.Module, config: LoraConfig) -> None:
             ends = {".".join(name.split(".")[-parts:]) for name in names}
             known = {end for end in ends if not end.isdigit()} or ends
             raise UserError(f"target_modules {entry!r} matches no module of the model: {nearest(entry, known)}")
+
+
+def check_rank(model: nn.Module, rank: int, name: str) -> None:
+    """Refuse a large rank that no matrix of a model has, before anything of that size is made.
+
+    Raises:
+        UserError: it is above :data:`ALWAYS` and the smaller side of each of them; ``name`` is the setting's.
+    """
+    most = max(ALWAYS, *(min(_shape(module)) for _, module in base_modules(model)))
+    if rank > most:
+        raise UserError(f"{name} {rank} is far more than the matrices of the model have: give {most} or less")
+
+
+def check_width(model: nn.Module, width: int, name: str) -> None:
+    """Refuse a large width of shared or further matrices by which each would be larger than all of a model.
+
+    Raises:
+        UserError: it is above :data:`ALWAYS` and such a width; ``name`` is the setting's.
+    """
+    whole = sum(math.prod(_shape(module)) for _, module in base_modules(model))
+    most = max(ALWAYS, whole // max(1, *(max(_shape(module)) for _, module in base_modules(model))))
+    if width > most:
+        raise UserError(f"{name} {width} would make matrices larger than the whole model: give {most} or less")
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """Of a module's matrix, also where its weight is packed or spread over processes; (0, 0) where it has none."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim < 2:
+        return 0, 0
+    return len(weight), math.prod(weight.shape[1:])
