@@ -29,10 +29,11 @@ from rankwise.cli import main
 from rankwise.errors import UserError
 from rankwise.processes import Processes, number_started
 from rankwise.recipes import make_recipe
-from rankwise.run import Run
+from rankwise.run import VERSIONS, Run
 from rankwise.sharing import check_shared_out
 
 SCRIPT = Path(__file__).with_name("process_runs.py")
+PROCESSES = Path(__file__).parents[1] / "examples" / "processes"
 EVEN = small_runs.SFT | {"epochs": 3, "batch_size": 4}
 LONG = EVEN | {"epochs": 8, "group_by_length": True}
 CUT = {"kind": "sora", "r": 4, "threshold": 0.02, "gate_lr": 0.05, "shrink_after": 2}
@@ -228,6 +229,34 @@ def test_gates_were_cut_in_one_process_while_it_trained(runs: Path) -> None:
 def test_the_adapter_of_spread_weights_loads_with_plain_peft(runs: Path, base: Path) -> None:
     for name in SHARDED:
         AutoPeftModelForCausalLM.from_pretrained(runs / name / "spread" / "adapter")
+
+
+def test_the_settings_of_accelerate_that_ship_start_the_same_training(tmp_path: Path, base: Path, runs: Path) -> None:
+    kind, changes = RUNS["milora"]
+    values = of_even_rows(small_runs.values(kind, tmp_path / "data", base, **changes)) | {
+        "output": str(tmp_path / "two")
+    }
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(PROCESSES / "ddp.yaml")]
+    command = [*launch, "--num_processes", "2", "-m", "rankwise", "train", written(tmp_path, values)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads((tmp_path / "two" / VERSIONS).read_text())["processes"] == "2"
+    assert_same(runs / "milora" / "one", tmp_path / "two")
+
+
+def test_the_recipe_of_spread_weights_that_ships_runs(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"instruction": f"Say {word}.", "input": "", "output": word} for word in ("fox", "river", "dog", "tree")]
+    (tmp_path / "alpaca.json").write_text(json.dumps(rows * 5), encoding="utf-8")
+    monkeypatch.setenv("RANKWISE_DATA", "data")
+    changes = [f"model.path={base}", "model.context=200", f"data.train={tmp_path / 'alpaca.json'}", "adapter.r=4"]
+    changes += ["stages.0.batch_size=4", "evaluation.cases=4", f"output={tmp_path / 'run'}"]
+    done = started(2, "-m", "rankwise", "train", str(PROCESSES / "sharded.yaml"), *changes)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads((tmp_path / "run" / VERSIONS).read_text())["processes"] == "2"
+    assert read_results(tmp_path / "run")["rows"][-1]["name"] == "sft"
+    AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "adapter")
 
 
 def test_rows_that_are_seen_twice_are_counted(runs: Path) -> None:
