@@ -5,6 +5,8 @@ import warnings
 import peft
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import tiny
@@ -76,6 +78,34 @@ def test_an_allocation_is_saved_and_loaded(tmp_path, steps):
     (tmp_path / "adalora.safetensors").write_bytes(b"half")
     with pytest.raises(UserError, match="is not readable as safetensors"):
         loaded.load(tmp_path / "adalora.safetensors", steps)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda tensors, counts: tensors.pop(next(name for name in tensors if name.startswith("uncertainty"))),
+        lambda tensors, counts: counts.pop("history"),
+        lambda tensors, counts: counts.pop("skipped"),
+        lambda tensors, counts: counts.update(history="[[1, 2]]"),
+        lambda tensors, counts: counts.update(history='["x"]'),
+        lambda tensors, counts: counts.update(history="3"),
+        lambda tensors, counts: counts.update(skipped="[]"),
+        lambda tensors, counts: counts.update(step="["),
+        lambda tensors, counts: counts.update(step="99"),
+        lambda tensors, counts: tensors.update(more=torch.ones(2)),
+    ],
+)
+def test_an_allocation_that_is_damaged_is_told_and_not_taken_over(tmp_path, damage):
+    saved, loaded, fresh = unfinished(7), AdaloraAllocation(adapt(), STEPS), AdaloraAllocation(adapt(), STEPS)
+    path = tmp_path / "adalora.safetensors"
+    saved.save(path)
+    with safe_open(path, "pt") as file:
+        tensors, counts = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    damage(tensors, counts)
+    save_file(tensors, path, counts)
+    with pytest.raises(UserError, match=r"adalora.safetensors is .*: resume from"):
+        loaded.load(path, 7)
+    assert_same_state(loaded, fresh)
 
 
 def test_gradients_that_are_not_finite_leave_the_importance_as_it_was():

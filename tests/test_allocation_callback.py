@@ -14,6 +14,7 @@ import rankwise as rw
 from rankwise.errors import UserError
 from rankwise.ranks import AllocationCallback, importance, match_ranks
 from rankwise.ranks.allocating.allocation import choose
+from rankwise.ranks.allocating.callback import EVENTS
 from rankwise.ranks.resizing import resize_adapter
 
 
@@ -173,6 +174,17 @@ def test_a_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     match_ranks(resumed, checkpoint)
     rest = run(resumed, tmp_path / "resumed", str(checkpoint)).history
     assert [event.step for event in rest] == [12, 16]
+    kept = AllocationCallback(trainer(adapted(), tmp_path / "kept"), **settings)
+    callback = AllocationCallback(trainer(adapted(), tmp_path / "other"), **settings)
+    kept.history = rest
+    kept.save_beside(tmp_path, 0)
+    callback.load_beside(tmp_path, 0)
+    assert callback.history == rest
+    for damaged in ("[", "{}", "[3]", '[{"step": 1}]', '[{"step": "x", "moved": 1}]'):
+        (tmp_path / EVENTS).write_text(damaged, encoding="utf-8")
+        with pytest.raises(UserError, match=r"allocation_events.json .*: resume from another checkpoint"):
+            callback.load_beside(tmp_path, 0)
+    assert callback.history == rest
     assert [event.ranks for event in rest] == [event.ranks for event in events[2:]]
     expected, found = whole.state_dict(), resumed.state_dict()
     assert expected.keys() == found.keys()

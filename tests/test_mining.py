@@ -11,7 +11,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerF
 
 import tiny_families
 from rankwise.errors import UserError
-from rankwise.preferences.drawing import Negatives
+from rankwise.preferences.drawing import MINED_FILE, Negatives
 from rankwise.preferences.mining import answer_trie, mine_hard
 from rankwise.preferences.negatives import Catalogue
 from rankwise.preferences.rows import PreferenceRow
@@ -122,3 +122,27 @@ def test_what_was_mined_is_for_as_many_processes(tmp_path: Path) -> None:
     assert negatives.take_mined(tmp_path, 0, 2) == 1 and negatives._mined == {3: ["a"], 5: ["b"]}
     assert negatives.take_mined(tmp_path, 0, 4) == 0
     assert negatives.take_mined(tmp_path, 1, 2) == 0
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        "[]",
+        "{",
+        "{}",
+        '{"batches": 1}',
+        '{"batches": 1, "answers": []}',
+        '{"batches": 1, "answers": {"x": ["a"]}}',
+        '{"batches": 1, "answers": {"3": 4}}',
+        '{"batches": 1, "answers": {"3": ["c"]}}',
+        '{"batches": "many", "answers": {"3": ["a"]}}',
+        '{"batches": NaN, "answers": {"3": ["a"]}}',
+    ],
+)
+def test_what_was_mined_and_is_damaged_is_told(tmp_path: Path, kept: str) -> None:
+    negatives = object.__new__(Negatives)
+    negatives._ids, negatives._mined = {"a": [1], "b": [2]}, {3: ["b"]}
+    (tmp_path / MINED_FILE.format(0)).write_text(kept, encoding="utf-8")
+    with pytest.raises(UserError, match=r"mined_answers_0\.json .*: resume from another checkpoint"):
+        negatives.take_mined(tmp_path, 0, 2)
+    assert negatives._mined == {3: ["b"]}

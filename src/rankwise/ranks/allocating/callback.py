@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -26,9 +26,11 @@ from rankwise.ranks.allocating.allocation import (
     importance,
 )
 from rankwise.ranks.resizing import check_one_process, resize_adapter
+from rankwise.reading import first_line, read_json
 
 logger = logging.getLogger(__name__)
 EVENTS = "allocation_events.json"  # in a checkpoint
+AGAIN = "resume from another checkpoint"
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,16 @@ class AllocationCallback(TrainerCallback):
         write_json(folder / EVENTS, [asdict(event) for event in self.history])
 
     def load_beside(self, folder: Path, process: int) -> None:
-        """Take them from there."""
-        self.history = [AllocationEvent(**event) for event in json.loads((folder / EVENTS).read_text("utf-8"))]
+        """Take them from there.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        kept = read_json(folder / EVENTS, list, AGAIN)
+        try:
+            self.history = TypeAdapter(list[AllocationEvent]).validate_python(kept)
+        except ValidationError as error:
+            raise UserError(f"{folder / EVENTS} is damaged ({first_line(error)}): {AGAIN}") from error
 
     def _move(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
         started = time.perf_counter()
