@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+from collections.abc import Callable
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
@@ -64,22 +65,24 @@ def test_a_checkpoint_that_tells_of_no_reference(tmp_path: Path) -> None:
         check_resumed(tmp_path, [], [], torch.float32)
 
 
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".zst", text.zstd.compress)])
 def test_a_compressed_file_in_another_encoding_is_unpacked_so_far(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, pack: Callable[[bytes], bytes]
 ) -> None:
-    path, form = tmp_path / "log.csv.gz", Form(separator=",", encoding="utf-16")
-    path.write_bytes(gzip.compress("user,item\n1,2\n".encode("utf-16")))
+    path, form = tmp_path / f"log.csv{suffix}", Form(separator=",", encoding="utf-16")
+    path.write_bytes(pack("user,item\n1,2\n".encode("utf-16")))
     assert read_table(path, form)[0].rows() == [("1", "2")]
     monkeypatch.setattr(text, "LARGEST", 20)
     with pytest.raises(UserError, match="it has more than 20 bytes, too many for a file that is not in UTF-8"):
         read_table(path, form)
 
 
-@pytest.mark.parametrize("name", ["log.csv", "log.csv.gz", "log.jsonl"])
+@pytest.mark.parametrize("name", ["log.csv", "log.csv.gz", "log.csv.zst", "log.jsonl"])
 @pytest.mark.parametrize("order", ["utf-16-le", "utf-16-be"])
 def test_a_log_in_utf_16_is_not_read_as_text_full_of_nul_characters(tmp_path: Path, name: str, order: str) -> None:
     content = "\ufeffuser,item\n1,2\n".encode(order)
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    pack = {".gz": gzip.compress, ".zst": text.zstd.compress}.get(Path(name).suffix, bytes)
+    (tmp_path / name).write_bytes(pack(content))
     with pytest.raises(UserError, match="it is in UTF-16: save it in UTF-8"):
         read_table(tmp_path / name)
 

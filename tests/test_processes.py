@@ -14,16 +14,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from transformers import TrainerState, TrainingArguments
 
 import process_runs
 import small_runs
 from rankwise.analysis.results import read_results
-from rankwise.checkpoints.order import OrderOfEpoch, tell_epoch
 from rankwise.checkpoints.trainer import CheckpointedTrainer
 from rankwise.cli import main
 from rankwise.errors import UserError
@@ -365,35 +362,6 @@ def test_weights_that_accelerate_would_spread_are_refused(monkeypatch: pytest.Mo
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UserError, match=r"ACCELERATE_USE_DEEPSPEED is set: .* by DeepSpeed, .* model.shard=true"):
         Processes()
-
-
-def test_a_sampler_without_passes_is_left_alone() -> None:
-    rows = list(range(8))
-    settings = {"num_processes": 2, "process_index": 0, "put_on_device": False}
-    made = prepare_data_loader(DataLoader(rows, batch_size=2, sampler=SequentialSampler(rows)), **settings)
-    tell_epoch(made, 1)
-    assert [batch.tolist() for batch in made] == [[0, 1], [4, 5]]
-
-
-@pytest.mark.parametrize("seedable", [True, False])
-def test_a_pass_that_goes_on_has_its_own_order(seedable: bool) -> None:
-    """Batches of two processes that are skipped by accelerate, which does not tell every sampler of the pass."""
-    rows = list(range(24))
-    sampler = RandomSampler(rows) if seedable else OrderOfEpoch(4, lengths=[1 + row % 5 for row in rows], seed=3)
-
-    def loader() -> Any:
-        made = DataLoader(rows, batch_size=2, sampler=sampler)
-        settings = {"num_processes": 2, "process_index": 1, "use_seedable_sampler": True, "data_seed": 3}
-        return prepare_data_loader(made, put_on_device=False, rng_types=[], **settings)
-
-    passes = loader()
-    first, second = ([batch.tolist() for batch in passes] for _ in range(2))
-    assert first != second
-    again = loader()
-    tell_epoch(again, 1)
-    left = skip_first_batches(again, 2)
-    left.set_epoch(1)  # as the Trainer does
-    assert [batch.tolist() for batch in left] == second[2:]
 
 
 def test_one_process_waits_for_nobody() -> None:

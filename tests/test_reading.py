@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from rankwise.errors import UserError
 from rankwise.recommend.logs.items import read_items
 from rankwise.recommend.logs.reading import Form, find_column, find_optional_column, read_batches, read_table
-from rankwise.recommend.logs.reading.text import LONGEST
+from rankwise.recommend.logs.reading.text import LONGEST, zstd
 
 
 def test_csv_is_text_with_quotes_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
@@ -77,10 +78,10 @@ def test_quotes_are_plain_characters_in_the_header_too(tmp_path: Path) -> None:
     assert table.to_dicts() == [{"id": "1", '"title"': '12" disk'}]
 
 
-@pytest.mark.parametrize("name", ["log.csv.gz", "log.csv", "log.jsonl.gz"])
+@pytest.mark.parametrize("name", ["log.csv.gz", "log.csv", "log.jsonl.gz", "log.csv.zst"])
 def test_a_line_without_end_is_refused(tmp_path: Path, name: str) -> None:
     """A small compressed file can hold a line that fills the memory."""
-    opened = gzip.open if name.endswith(".gz") else open
+    opened = {".gz": gzip.open, ".zst": zstd.open}.get(Path(name).suffix, open)
     with opened(tmp_path / name, "wb") as file:
         file.write(b"user,item,time\n" + b"0" * (LONGEST + 1))
     with pytest.raises(UserError, match=r"a line has more than 16777216 bytes"):
@@ -88,10 +89,12 @@ def test_a_line_without_end_is_refused(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("cut", [5, 30, -4])
-def test_a_broken_compressed_file_is_refused(tmp_path: Path, cut: int) -> None:
-    (tmp_path / "log.csv.gz").write_bytes(gzip.compress(b"user,item,time\n" + bytes(range(256)) * 9)[:cut])
-    with pytest.raises(UserError, match=r"log\.csv\.gz: not readable as CSV"):
-        list(read_batches(tmp_path / "log.csv.gz"))
+@pytest.mark.parametrize("pack", [gzip.compress, zstd.compress])
+def test_a_broken_compressed_file_is_refused(tmp_path: Path, cut: int, pack: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / ("log.csv.gz" if pack is gzip.compress else "log.csv.zst")
+    path.write_bytes(pack(b"user,item,time\n" + bytes(range(256)) * 9)[:cut])
+    with pytest.raises(UserError, match=rf"{path.name}: not readable as CSV"):
+        list(read_batches(path))
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "..", "", 1, "a" * 300])

@@ -13,11 +13,14 @@ from rankwise.errors import UserError, shown
 from rankwise.reading import first_line, is_file_name, read_json
 from rankwise.recommend.logs.reading.columns import as_text
 from rankwise.recommend.logs.reading.forms import ACCEPTED, COLUMNAR, COMPRESSED, SUFFIXES, Form
-from rankwise.recommend.logs.reading.text import ROW, Tables, broken_rows, check_lines, objects, separated
+from rankwise.recommend.logs.reading.text import ROW, Tables, broken_rows, check_lines, objects, separated, zstd
 
 ROWS = 250_000  # of a batch
 NO_ROWS = "it is empty but for its header"
-BROKEN = (pl.exceptions.PolarsError, pl.exceptions.PanicException, UnicodeDecodeError, OSError, EOFError, zlib.error)
+BROKEN = (
+    *(pl.exceptions.PolarsError, pl.exceptions.PanicException),
+    *(UnicodeDecodeError, OSError, EOFError, zlib.error, zstd.ZstdError),
+)
 _STATE, _SPLITS = "state.json", "dataset_dict.json"  # of a folder that the datasets library wrote
 
 

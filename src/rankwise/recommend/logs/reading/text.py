@@ -6,13 +6,21 @@ import ast
 import codecs
 import gzip
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from io import BufferedIOBase
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
 from rankwise.errors import UserError, shown
-from rankwise.recommend.logs.reading.forms import Form
+from rankwise.recommend.logs.reading.forms import COMPRESSED, Form
+
+if sys.version_info >= (3, 14):
+    from compression import zstd as zstd
+else:
+    from backports import zstd as zstd
 
 ROW = "\0row"  # the number of a row in its file, from 1
 TOO_LONG, NO_OBJECT = "more fields than columns", "no JSON object"
@@ -36,16 +44,14 @@ def _filled(fields: Sequence[str | None]) -> list[str | None]:
 
 
 def check_lines(path: Path, encoding: str) -> None:
-    """See that no line of a text file is too long for memory, which a small compressed file can hold; not of ``.zst``.
+    """See that no line of a text file is too long for memory, which a small compressed file can hold.
 
     Raises:
         UserError: one is, or the file is in UTF-16 and the encoding UTF-8.
-        OSError, EOFError, zlib.error: the file is broken.
+        OSError, EOFError, zlib.error, ZstdError: the file is broken.
     """
-    if path.suffix.lower() == ".zst":
-        return
     begun = 0  # bytes of a line that has not ended
-    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+    with _opened(path) as file:
         while chunk := file.read(2**20):
             # polars would read it as text that is full of NUL characters.
             if encoding == "utf8" and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -139,21 +145,26 @@ def _lines(path: Path, form: Form, rows: int) -> Iterator[pl.DataFrame]:
 def _source(path: Path, form: Form) -> Path | bytes:
     if form.encoding == "utf8":
         return path
-    if path.suffix.lower() == ".gz":
+    if path.suffix.lower() in COMPRESSED:
         return _unpacked(path).decode(form.encoding).encode()
-    if path.suffix.lower() == ".zst":
-        raise UserError(f"{path}: a file in {form.encoding} is not read compressed: unpack it first")
     return path.read_text(encoding=form.encoding).encode()
 
 
 def _unpacked(path: Path) -> bytes:
-    with gzip.open(path) as file:
+    with _opened(path) as file:
         content = file.read(LARGEST + 1)
     if len(content) > LARGEST:
         raise UserError(
             f"{path}: it has more than {LARGEST} bytes, too many for a file that is not in UTF-8: convert it"
         )
     return content
+
+
+def _opened(path: Path) -> BufferedIOBase:
+    """A file, unpacked where it is compressed, as bytes."""
+    kinds: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".zst": zstd.open}
+    opened: BufferedIOBase = kinds.get(path.suffix.lower(), open)(path, "rb")
+    return opened
 
 
 def _json_object(line: str) -> dict[str, object] | None:
