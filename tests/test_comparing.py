@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,9 @@ def test_mistakes(changes: dict[str, Any], message: str) -> None:
         made(**changes)
 
 
+LOG = {"kind": "interactions", "interactions": "log.csv", "items": "items.csv"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -137,6 +141,14 @@ def test_mistakes(changes: dict[str, Any], message: str) -> None:
         ({"tasks": {"a": TASK | {"evaluation": "fast"}}}, "tasks.a.evaluation 'fast' is no mapping"),
         ({"tasks": {"a": TASK | {"stages": [{"kind": "sft", "epochs": "lots"}]}}}, "epochs 'lots' of the last stage"),
         ({"tasks": {"a": {"stages": TASK["stages"]}}}, "tasks.a with lora: data are missing"),
+        (
+            {"tasks": {"a": TASK | {"data": LOG | {"split": "users"}}}},
+            "tasks.a with lora: data.split users deals them out anew for each seed: take last or time",
+        ),
+        (
+            {"tasks": {"a": TASK | {"data": LOG, "evaluation": {"split": "validation"}}}},
+            "tasks.a with lora: evaluation.split validation is what settings are chosen by: leave it out",
+        ),
         ({"methods": [{"kind": "lora", "x": 1}]}, "tasks.stories with lora: adapter.x is unknown"),
         ({}, "data.train a.txt does not exist"),
     ],
@@ -245,6 +257,15 @@ def test_tables(tmp_path: Path) -> None:
     assert "| 0.9333 ± 0.1528 | 0.5539 to 1.3128 | -0.1667 |" in text
     assert "not possible" in text
     assert r"dora & 0.9333 $\pm$ 0.1528 & 0.5539 to 1.3128 & -0.1667" in latex(comparison, summary)
+
+
+def test_a_result_without_rows_is_told(tmp_path: Path) -> None:
+    comparison = made(output=str(tmp_path), learning_rates=[0.1])
+    cells = final_cells(comparison, choose(comparison, fake(lambda _: 0.0, [])))
+    fake(lambda _: 1.0, [])(cells)
+    cells[0].beside(".json").write_text(json.dumps({"version": 1, "failed": None, "rows": [], "columns": ["loss"]}))
+    with pytest.raises(UserError, match=r"has no row of results: remove it to run the cell again"):
+        run_rows(comparison, cells)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

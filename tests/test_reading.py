@@ -97,6 +97,21 @@ def test_a_broken_compressed_file_is_refused(tmp_path: Path, cut: int, pack: Cal
         list(read_batches(path))
 
 
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, "not what the datasets library writes: save the dataset again"),
+        ({"_data_files": [{"name": "a.arrow"}]}, "not what the datasets library writes"),
+        ({"_data_files": [{"filename": "a.arrow"}]}, "a dataset without its file a.arrow: save it again"),
+        ({"_data_files": [], "_indices_files": [{}]}, r"a selection of its rows: save its flatten_indices\(\) to disk"),
+    ],
+)
+def test_a_saved_dataset_that_cannot_be_read_is_told(tmp_path: Path, state: object, message: str) -> None:
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=message):
+        list(read_batches(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "..", "", 1, "a" * 300])
 def test_a_saved_dataset_stays_within_its_folder(tmp_path: Path, name: object) -> None:
     (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))

@@ -73,6 +73,17 @@ def test_stages_are_named_by_their_kind_and_may_start_from_an_earlier_one():
     assert [stage.start for stage in recipe.stages] == [None, None, "sft"]
 
 
+def test_an_environment_variable_that_is_not_set_is_told(monkeypatch):
+    monkeypatch.setenv("FILMS", "films")
+    monkeypatch.delenv("NO_FILMS", raising=False)
+    values = copy.deepcopy(TEXT)
+    values["data"]["train"] = "$FILMS/a.txt"
+    assert make_recipe(values).data.train == "films/a.txt"
+    values["data"]["train"] = "$NO_FILMS/a.txt"
+    with pytest.raises(UserError, match=r"data.train '\$NO_FILMS/a.txt': an environment variable in it is not set"):
+        make_recipe(values)
+
+
 def test_a_recipe_cannot_be_changed():
     recipe = make_recipe(copy.deepcopy(TEXT))
     with pytest.raises(ValueError, match="frozen"):

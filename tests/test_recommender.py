@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -218,6 +220,32 @@ def test_a_store_is_written_and_read(tmp_path: Path) -> None:
         read_store(tmp_path / "store")
     with pytest.raises(UserError, match=r"no settings\.json: recommendations need a finished run"):
         read_store(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"most_history": -1}, "-1 is no count"),
+        ({"most_history": "3"}, "'3' is no count"),
+        ({"template": 3}, "no attribute 'items'"),
+        ({"titles": lambda table: table.drop("items")}, "there is no column items"),
+        ({"titles": lambda table: pl.concat([table, table])}, "a title is missing, or is there twice"),
+        ({"histories": lambda table: table.with_columns(user=pl.lit(None, pl.String))}, "a user is missing"),
+        ({"histories": lambda table: table.with_columns(pl.lit("a").alias("titles"))}, "there is no column titles of"),
+    ],
+)
+def test_a_store_that_is_none_is_told(tmp_path: Path, damage: dict[str, Any], message: str) -> None:
+    write_store(tmp_path / "store", store())
+    (tmp_path / "store" / MANIFEST).unlink()
+    for name, change in damage.items():
+        path = tmp_path / "store" / f"{name}.parquet"
+        if callable(change):
+            change(pl.read_parquet(path)).write_parquet(path)
+        else:
+            settings = json.loads((tmp_path / "store" / "settings.json").read_text())
+            (tmp_path / "store" / "settings.json").write_text(json.dumps(settings | {name: change}))
+    with pytest.raises(UserError, match=rf"store is damaged \(.*{message}.*\): run its recipe again"):
+        read_store(tmp_path / "store")
 
 
 def test_the_store_has_every_item_whether_or_not_it_was_chosen(tmp_path: Path) -> None:
