@@ -137,12 +137,32 @@ def test_what_is_finished_is_kept_where_a_comparison_is_broken_off(
     assert pl.read_parquet(Path(values["output"]) / "runs.parquet")["seed"].to_list() == [0, 0]
 
 
+def test_what_was_kept_stays_while_more_is_compared(
+    values: dict[str, Any], in_this_process: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another learning rate, which is chosen among before any of the reported runs is looked at."""
+    compare(make_comparison(values | {"learning_rates": [1e-2]}), small_runs.silent())
+    path = Path(values["output"]) / "runs.parquet"
+    before = pl.read_parquet(path)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(running, "in_a_process", interrupted)
+        compare(make_comparison(values), small_runs.silent())
+    kept = pl.read_parquet(path).select(before.columns)
+    assert kept.sort("run").equals(before.sort("run"))
+    compare(make_comparison(values), small_runs.silent())
+    assert pl.read_parquet(path)["part"].value_counts().sort("part").rows() == [("final", 4), ("search", 4)]
+
+
 def test_what_is_finished_is_kept_as_it_goes_on(
     values: dict[str, Any], in_this_process: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = []
     monkeypatch.setattr(comparing, "EVERY", 0.0)
-    monkeypatch.setattr(comparing, "write_runs", lambda _, rows: counts.append(len(rows)))
+    monkeypatch.setattr(comparing, "write_runs", lambda _, rows, earlier: counts.append(len(rows)))
     compare(make_comparison(values | {"learning_rates": [1e-2]}), small_runs.silent())
     assert counts[-1] == 4
     assert counts[:-1] == sorted(counts[:-1])

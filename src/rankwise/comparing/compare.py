@@ -18,6 +18,7 @@ from rankwise.comparing.report import SUMMARY, SUMMARY_VERSION, write_comparison
 from rankwise.comparing.running import run_cells
 from rankwise.comparing.summary import (
     RUNS,
+    earlier_runs,
     latex,
     markdown,
     restore,
@@ -62,6 +63,7 @@ def compare(comparison: Comparison, console: Console, cluster: bool = False) -> 
     if restored := restore(folder):
         console.print(f"{restored} runs are finished in {folder / RUNS}", highlight=False)
     (folder / CELLS).mkdir(parents=True, exist_ok=True)
+    earlier = earlier_runs(folder)
     cells: list[Cell] = []
     written = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -76,7 +78,7 @@ def compare(comparison: Comparison, console: Console, cluster: bool = False) -> 
                 nonlocal written
                 progress.advance(bar)
                 if time.monotonic() - written > EVERY:  # a process may be ended without notice
-                    write_runs(folder, run_rows(comparison, cells))
+                    write_runs(folder, run_rows(comparison, cells), earlier)
                     written = time.monotonic()
 
             run_cells(wanted, comparison.processes, keep, told, cluster)
@@ -84,9 +86,10 @@ def compare(comparison: Comparison, console: Console, cluster: bool = False) -> 
         try:
             chosen = choose(comparison, run)
             run(final_cells(comparison, chosen), "seeds")
+            earlier = None  # all that belongs to it is there
         finally:  # also of a comparison that is broken off
             rows = run_rows(comparison, cells)
-            write_runs(folder, rows)
+            write_runs(folder, rows, earlier)
     found = summarise(comparison, rows, chosen)
     results = {
         "version": SUMMARY_VERSION,

@@ -25,6 +25,7 @@ from rankwise.recipes import dump_recipe
 from rankwise.schema import METHODS, Comparison
 
 RUNS = "runs.parquet"
+ANOTHER = "remove it, or give another output"  # where it is no such file
 
 
 def run_rows(comparison: Comparison, cells: Iterable[Cell]) -> list[dict[str, Any]]:
@@ -77,13 +78,14 @@ def _base(result: Mapping[str, Any]) -> dict[str, float]:
     return found[0] if found else {}
 
 
-def write_runs(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+def write_runs(folder: Path, rows: Sequence[Mapping[str, Any]], earlier: pl.DataFrame | None = None) -> Path:
     """All runs as Parquet, a row each; metrics as columns ``metric: <name>``, where updates lie as ``updates: <name>``.
 
     Metrics on training rows are ``training: <name>``; CKA of the last layer's hidden states with those of the base is
     in ``drift: <rows>``.
 
-    ``recipe`` (YAML) and ``result`` (JSON) are all that a cell consists of: see :func:`restore`.
+    ``recipe`` (YAML) and ``result`` (JSON) are all that a cell consists of: see :func:`restore`. Runs of an ``earlier``
+    file that are not among the rows stay: so nothing is lost while a comparison comes to them.
     """
     nested = ("metrics", "updates", "drift", "base", "training", "curve", "ranks")
     flat = [{key: value for key, value in row.items() if key not in nested} for row in rows]
@@ -95,9 +97,28 @@ def write_runs(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
         for values, one in zip(flat, found, strict=True):
             values |= {f"{column}: {name}": one.get(name) for name in names}
     buffer = io.BytesIO()
-    pl.DataFrame(flat, infer_schema_length=None).write_parquet(buffer)
+    table = pl.DataFrame(flat, infer_schema_length=None)
+    if earlier is not None:
+        others = earlier.filter(~pl.col("run").is_in([row["run"] for row in rows]))
+        table = pl.concat([table, others], how="diagonal_relaxed")
+    table.write_parquet(buffer)
     write_bytes(folder / RUNS, buffer.getvalue())
     return folder / RUNS
+
+
+def earlier_runs(folder: Path) -> pl.DataFrame | None:
+    """The runs that :func:`write_runs` wrote before, if it did.
+
+    Raises:
+        UserError: the file is none that a comparison wrote.
+    """
+    path = folder / RUNS
+    if not path.is_file():
+        return None
+    found: pl.DataFrame = read_parquet(path, ANOTHER)
+    if found.schema.get("run") != pl.String:
+        raise UserError(f"{path} holds no runs of a comparison: {ANOTHER}")
+    return found
 
 
 def restore(folder: Path) -> int:
@@ -112,11 +133,11 @@ def restore(folder: Path) -> int:
     path = folder / RUNS
     if (folder / CELLS).is_dir() or not path.is_file():
         return 0
-    kept = read_parquet(path, "remove it, or give another output", ["run", "recipe", "result"])
+    kept = read_parquet(path, ANOTHER, ["run", "recipe", "result"])
     if set(kept.dtypes) != {pl.String} or sum(kept.null_count().row(0)):
-        raise UserError(f"{path} holds no runs of a comparison: remove it, or give another output")
+        raise UserError(f"{path} holds no runs of a comparison: {ANOTHER}")
     if stray := [name for name in kept["run"] if not is_file_name(name)]:
-        raise UserError(f"{path}: run {stray[0]!r} is no file name: remove it, or give another output")
+        raise UserError(f"{path}: run {stray[0]!r} is no file name: {ANOTHER}")
     made = folder / f"{CELLS}.part"
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
