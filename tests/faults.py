@@ -326,11 +326,11 @@ def differences(found: Any, expected: Any, where: str = "") -> Iterator[str]:
 
 
 def run_attempts(folder: Path, names: Sequence[str], kills: int, seed: int) -> collections.Counter[str]:
-    """Attempts until there were so many kills in all, the jobs in turn; counts of kills by job and by kind."""
+    """Attempts until there were so many kills in all, one of each job at least; counts by job and by kind."""
     known = prepared(folder / "base", folder / "made")
     wholes = {name: undisturbed(known[name], folder / f"whole-{name}") for name in names}
     generator, counts, number = random.Random(seed), collections.Counter[str](), 0
-    while sum(counts[name] for name in names) < kills:
+    while sum(counts[name] for name in names) < kills or not all(counts[name] for name in names):
         name = names[number % len(names)]
         number += 1
         for how in attempt(known[name], folder / f"attempt-{number}", wholes[name], generator):

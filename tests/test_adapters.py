@@ -118,15 +118,21 @@ def another_base(folder: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(folder / "other")}))
 
 
+def far_too_large(folder: Path) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 10**12}))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (far_too_large, r"adapter_config.json: r 1000000000000 is far more than the matrices of the model have: give"),
         (no_weights, "holds no adapter_model.safetensors"),
         (half_a_config, "is not JSON"),
         (no_base, "names no base model: give it with --model"),
         (another_base, "on .*other cannot be loaded: .*; save the adapter again, or give its base with --model"),
     ],
-    ids=["no weights", "half a config", "no base", "another base"],
+    ids=["far too large", "no weights", "half a config", "no base", "another base"],
 )
 def test_folders_that_are_refused(tmp_path, source, damage, message):
     peft.get_peft_model(base(source), CONFIGS["lora"]).save_pretrained(tmp_path / "adapter")

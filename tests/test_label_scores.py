@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from scipy.stats import rankdata
@@ -54,6 +56,13 @@ def test_outputs_that_are_all_the_same_correlate_with_nothing() -> None:
         "Spearman": 0.0,
     }
     assert label_scores(("Matthews", "F1"), np.eye(2)[[0, 0]], np.array([0, 1])) == {"Matthews": 0.0, "F1": 0.0}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_outputs_that_are_no_number_have_no_score(value: float) -> None:
+    """The largest of them would be some label."""
+    found = label_scores(["accuracy", "F1", "Matthews"], np.array([[0.0, 1.0], [value, 0.0]]), np.array([1, 0]))
+    assert list(found) == ["accuracy", "F1", "Matthews"] and all(map(math.isnan, found.values()))
 
 
 def test_what_cannot_be_scored_is_refused() -> None:

@@ -155,9 +155,11 @@ def test_a_recipe_cannot_be_changed():
         # stages that do not fit
         ("stages.1", {"kind": "sft"}, "stages.1.name 'sft' occurs twice, letters' case aside: name each stage"),
         ("stages.1", {"kind": "sft", "name": "SFT"}, "stages.1.name 'SFT' occurs twice, letters' case aside"),
-        ("stages.0.name", "Con", "stages.0.name 'Con': Windows takes no file of this name: choose another"),
-        ("stages.0.name", "lpt1.a", "stages.0.name 'lpt1.a': Windows takes no file of this name"),
-        ("stages.0.name", "a.", "stages.0.name 'a.': Windows takes no file of this name"),
+        ("stages.0.name", "sasrec", "stages.0.name 'sasrec' is a name of the result table: choose another"),
+        ("stages.0.name", "Random", "stages.0.name 'Random' is a name of the result table: choose another"),
+        ("stages.0.name", "Con", "stages.0.name 'Con': Windows takes no file of the name 'Con': choose another"),
+        ("stages.0.name", "lpt1.a", "stages.0.name 'lpt1.a': Windows takes no file of the name 'lpt1.a'"),
+        ("stages.0.name", "a.", "stages.0.name 'a.': Windows takes no file of the name 'a.'"),
         ("stages.0.start", "sft", "stages.0.start 'sft' is no earlier stage; possible: nothing: no stage is before it"),
         (
             "stages",

@@ -30,6 +30,7 @@ from rankwise.serving.pages import PAGES
 from rankwise.serving.rate import Rate
 from rankwise.serving.settings import MOST_BODY, ServerSettings, read_token
 from rankwise.serving.stages import Stages
+from rankwise.serving.title_search import TitleSearch
 
 TITLES = ["fox", "red fox", "river", "the river", "a dog"]
 TOKEN = "a-token-of-26-letters-long"
@@ -265,6 +266,18 @@ def test_finding_a_title_is_within_the_time_limit(stages: Stages, held: Held, mo
     finally:
         found.set()
     assert held.histories == []
+
+
+def test_titles_while_typing_are_within_the_time_limit(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = threading.Event()
+    monkeypatch.setattr(TitleSearch, "find", lambda search, query, limit: found.wait(60) and [])
+    try:
+        with serving_runs.client(stages, timeout=0.5) as client:
+            answer = client.get("/titles", params={"q": "fox"})
+            assert (answer.status_code, answer.json()) == (504, {"detail": "no answer within 0.5 s: try again later"})
+            found.set()
+    finally:
+        found.set()
 
 
 def _until(holds: Any) -> None:

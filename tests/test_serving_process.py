@@ -319,6 +319,7 @@ def test_who_reads_the_address_can_connect_at_once(run: Path, monkeypatch: pytes
     console = small_runs.silent()
     monkeypatch.setattr(console, "print", read)
     monkeypatch.setattr("rankwise.serving.server._Server", Mock())
+    monkeypatch.setattr("rankwise.serving.server._log_to_stderr", Mock())
     serve_run(run, ["base model"], ServerSettings(port=0), console)
     assert len(connected) == 1
 

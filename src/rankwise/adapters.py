@@ -26,6 +26,7 @@ from rankwise.models import loading, quiet_libraries, resolve
 from rankwise.models.index import read_index
 from rankwise.peft_bridge import adapter_weights
 from rankwise.peft_bridge.patterns import check_patterns
+from rankwise.peft_bridge.targets import check_sizes
 from rankwise.reading import open_tensors, read_json
 
 # What an adapter's own tensors have in their names; all others are of a trained head, or biases.
@@ -54,6 +55,7 @@ def load_adapter_folder(folder: Path, model: str | None = None) -> PeftModel:
         raise UserError(f"{folder / CONFIG} names no base model: give it with --model")
     base = _base(place, settings.get("task_type"), folder)
     check_patterns(settings, [name for name, _ in base.named_modules()], f"{folder / CONFIG}: ")
+    check_sizes(base, settings, f"{folder / CONFIG}: ")
     if (folder / SIDE_FILE).is_file():
         return load_checkpoint(base, folder)
     with loading(f"{folder} on {place}", "save the adapter again, or give its base with --model"):

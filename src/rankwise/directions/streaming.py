@@ -34,7 +34,7 @@ from rankwise.memory import return_free_memory
 from rankwise.peft_bridge import adapted_layers
 from rankwise.peft_bridge.matrices import factor_matrices
 from rankwise.peft_bridge.patterns import check_patterns
-from rankwise.peft_bridge.targets import check_rank
+from rankwise.peft_bridge.targets import check_sizes
 
 ADAPTER = "default"
 START = "start"  # in the manifest of what is written here
@@ -207,7 +207,7 @@ def _adapted(model: PreTrainedModel, config: MiloraConfig) -> PeftModel:
     blank = copy.copy(config)
     blank.init_lora_weights = False
     check_patterns(config.to_dict(), [name for name, _ in model.named_modules()])
-    check_rank(model, max([config.r, *(config.rank_pattern or {}).values()]), "rank")
+    check_sizes(model, config.to_dict())
     try:
         adapted = peft.get_peft_model(model, blank, low_cpu_mem_usage=True)
     except UserError:

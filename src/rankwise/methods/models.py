@@ -81,13 +81,13 @@ def with_adapter(base: PreTrainedModel, recipe: Recipe, task_type: str, stage: P
 def _check_size(base: PreTrainedModel, settings: AdapterSettings) -> None:
     """Refuse an adapter far beyond the model's own sizes, which would end where memory does."""
     if isinstance(settings, AdaloraSettings):
-        check_rank(base, settings.first_rank, "adapter.initial_rank")
+        check_rank(base, settings.first_rank, "adapter.initial_rank" if settings.initial_rank else "adapter.r: 1.5 r,")
     elif isinstance(settings, LoraSettings):
         check_rank(base, settings.r, "adapter.r")
     elif isinstance(settings, VeraSettings):
         check_width(base, settings.r, "adapter.r")
     elif isinstance(settings, BottleneckSettings):
-        check_width(base, settings.size, "adapter.size")
+        check_rank(base, settings.size, "adapter.size")
 
 
 def stage_config(recipe: Recipe, task_type: str, stage: Path | None = None) -> PeftConfig:

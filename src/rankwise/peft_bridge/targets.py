@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -53,19 +55,35 @@ def check_targets(model: nn.Module, config: LoraConfig) -> None:
             raise UserError(f"target_modules {entry!r} matches no module of the model: {nearest(entry, known)}")
 
 
-def check_rank(model: nn.Module, rank: int, name: str) -> None:
-    """Refuse a large rank that no matrix of a model has, before anything of that size is made.
+def check_sizes(model: nn.Module, settings: Mapping[str, Any], where: str = "") -> None:
+    """Refuse sizes in a config of PEFT's or ours that are far beyond the model's, before anything is made of them.
 
     Raises:
-        UserError: it is above :data:`ALWAYS` and the smaller side of each of them; ``name`` is the setting's.
+        UserError: there is such a size; ``where`` is told before its name.
     """
-    most = max(ALWAYS, *(min(_shape(module)) for _, module in base_modules(model)))
-    if rank > most:
+    pattern = settings.get("rank_pattern")
+    sizes = {name: settings.get(name) for name in ("r", "init_r", "size")}
+    sizes |= {f"rank_pattern.{name}": rank for name, rank in (pattern if isinstance(pattern, dict) else {}).items()}
+    check = check_width if settings.get("peft_type") == PeftType.VERA else check_rank
+    for name, size in sizes.items():
+        if isinstance(size, int):
+            check(model, size, f"{where}{name}")
+
+
+def check_rank(model: nn.Module, rank: int, name: str) -> None:
+    """Refuse a rank, or a width, far beyond those of a model's matrices, before anything of that size is made.
+
+    Raises:
+        UserError: it is above :data:`ALWAYS` and twice the smaller side of each of them, which MiLoRA's plain form may
+            have; ``name`` is the setting's.
+    """
+    most = max(min(_shape(module)) for _, module in base_modules(model))
+    if rank > max(ALWAYS, 2 * most):
         raise UserError(f"{name} {rank} is far more than the matrices of the model have: give {most} or less")
 
 
 def check_width(model: nn.Module, width: int, name: str) -> None:
-    """Refuse a large width of shared or further matrices by which each would be larger than all of a model.
+    """Refuse a large width of matrices that are shared by all modules, if one would be larger than all of a model.
 
     Raises:
         UserError: it is above :data:`ALWAYS` and such a width; ``name`` is the setting's.

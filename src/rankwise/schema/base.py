@@ -29,10 +29,14 @@ def _possible(path: str) -> str:
     return path
 
 
-def _of_any_system(name: str) -> str:
-    """A name that every system takes for a file or a folder."""
+def of_any_system(name: str) -> str:
+    """A name that every system takes for a file or a folder.
+
+    Raises:
+        ValueError: Windows takes none of this name.
+    """
     if name.endswith(".") or name.partition(".")[0].lower() in TAKEN:
-        raise ValueError("Windows takes no file of this name: choose another")
+        raise ValueError(f"Windows takes no file of the name {name!r}: choose another")
     return name
 
 
@@ -51,7 +55,7 @@ def _iso(value: object) -> object:
     return value.isoformat() if isinstance(value, date) else value
 
 
-Name = Annotated[str, AfterValidator(_of_any_system)]  # of a file or a folder that is made for it
+FolderName = Annotated[str, AfterValidator(of_any_system)]  # of a file or a folder that is made for it
 FileName = Annotated[str, AfterValidator(_possible)]
 File = Annotated[FileName, AfterValidator(_expand), AfterValidator(_possible)]
 Share = Annotated[float, Field(gt=0, lt=1)]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from rankwise.errors import nearest, shown
-from rankwise.schema.base import Count, File, Positive, Section, Seed, Share, repeated
+from rankwise.schema.base import Count, File, FolderName, Positive, Section, Seed, Share, of_any_system, repeated
 from rankwise.schema.methods import METHODS, written_out
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"  # of a method or a task: they become parts of file names
@@ -19,7 +19,7 @@ class MethodEntry(Section):
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
-    name: str = Field("", pattern=NAME, description="Shown in the tables; the kind if not given.")
+    name: FolderName = Field("", pattern=NAME, description="Shown in the tables; the kind if not given.")
     kind: str = Field(description="A method's name.")
     learning_rates: list[Positive] | None = Field(None, min_length=1, description="To try instead of everybody's.")
     ranks: list[Count] | None = Field(None, min_length=1, description="To try instead of everybody's.")
@@ -104,10 +104,11 @@ class Comparison(Section):
         if self.against is not None and self.against not in names:
             raise ValueError(f"against {self.against!r} is none of the methods: {nearest(self.against, names)}")
         for task in self.tasks:
-            if not re.match(NAME, task):
+            if not re.fullmatch(NAME, task):
                 raise ValueError(
                     f"tasks {shown(task)} becomes a part of file names: take up to 80 letters, digits, '.', '_' and '-'"
                 )
+            of_any_system(task)
         for entry in self.methods:
             if entry.ranks and "r" in entry.adapter:
                 raise ValueError(

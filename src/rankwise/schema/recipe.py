@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -34,8 +34,9 @@ from rankwise.schema.stages import AnyStage, SoftmaxDpoStage
 LOOKED_AT = LoraSettings | VeraSettings | FullSettings  # whose updates are changes of matrices
 SHARDED = ("lora", "milora", "sora")  # beside a base whose weights are spread over processes
 NO_ROWS = ClassificationData | GlueData | SequenceData
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")]
-RESERVED = ("random", "popularity", "most frequent", "base model")
+Heading = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")]
+Baseline = Literal["random", "popularity", "item-knn", "als", "gru4rec", "caser", "sasrec"]
+RESERVED = (*get_args(Baseline), "most frequent", "base model")  # rows of results, and files of their cases
 
 
 class ModelSettings(Section):
@@ -68,10 +69,10 @@ class EvaluationSettings(Section):
         True, description="In recommendation and choices, also the papers' protocol: greedy text, and what it names."
     )
     base: bool = Field(True, description="Also measure the base model.")
-    texts: dict[Name, File] = Field(
+    texts: dict[Heading, File] = Field(
         {}, description="Of a language model, also the loss on these texts, by name: what it forgets of them."
     )
-    tasks: dict[Name, Data] = Field(
+    tasks: dict[Heading, Data] = Field(
         {},
         description="Of a language model, also the metrics on these data, by name, sections as `data`: what it forgets "
         "of tasks that it is not trained for.",
@@ -91,7 +92,7 @@ class EvaluationSettings(Section):
         [], description="In classification and GLUE, also measure on held-out sentences with these mistakes."
     )
     noise_share: Share = Field(0.1, description="Share of the words that get a mistake.")
-    baselines: list[Literal["random", "popularity", "item-knn", "als", "gru4rec", "caser", "sasrec"]] = Field(
+    baselines: list[Baseline] = Field(
         ["random", "popularity"],
         description="In recommendation, what else is measured; item-knn and als need rankwise[recsys].",
     )
@@ -156,11 +157,11 @@ class Recipe(Section):
         """Names are unique, starts are known, and preference training has rows to train on."""
         names: list[str] = []
         for number, stage in enumerate(self.stages):
-            if stage.name in RESERVED:
-                raise ValueError(f"stages.{number}.name {stage.name!r} is a name of the result table: choose another")
             if stage.kind == "sft" and stage.loss == "row" and isinstance(self.data, NO_ROWS):
                 raise ValueError(f"stages.{number}.loss row: data of kind {self.data.kind} have no prompt to learn")
             made = [one.name for one in stage.written_out()]
+            if taken := next((name for name in made if name.casefold() in RESERVED), None):
+                raise ValueError(f"stages.{number}.name {taken!r} is a name of the result table: choose another")
             if twice := repeated([*names, *made]):
                 raise ValueError(
                     f"stages.{number}.name {twice!r} occurs twice, letters' case aside: name each stage differently"

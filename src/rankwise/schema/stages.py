@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from rankwise.schema.base import Count, FileName, Name, Positive, Section
+from rankwise.schema.base import Count, FileName, FolderName, Positive, Section
 from rankwise.schema.negatives import negatives_misfit
 
 Threshold = Annotated[float, Field(ge=0)]
@@ -16,7 +16,7 @@ Threshold = Annotated[float, Field(ge=0)]
 class Stage(Section):
     """One training of the adapter."""
 
-    name: Name = Field(
+    name: FolderName = Field(
         "",
         max_length=100,
         pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$",

@@ -81,9 +81,9 @@ def create_app(stages: Stages, settings: ServerSettings, name: str = "") -> Fast
         redoc_url=None,
         lifespan=lifespan,
     )
-    _add_problems(app)
+    _add_problems(app, settings)
     _add_state(app, stages, worker, metrics, name)
-    _add_titles(app, stages.recommender.store)
+    _add_titles(app, stages.recommender.store, settings)
     _add_recommend(app, stages, worker, settings)
     add_pages(app)
     app.add_middleware(Guard, settings=settings, open_paths=OPEN)
@@ -91,7 +91,7 @@ def create_app(stages: Stages, settings: ServerSettings, name: str = "") -> Fast
     return app
 
 
-def _add_problems(app: FastAPI) -> None:
+def _add_problems(app: FastAPI, settings: ServerSettings) -> None:
     """What went wrong is answered as one sentence, without the request's own text where that may be long."""
 
     async def invalid(request: Request, error: Exception) -> Response:
@@ -111,6 +111,10 @@ def _add_problems(app: FastAPI) -> None:
         assert isinstance(error, Busy)
         return JSONResponse({"detail": str(error)}, 503, {"retry-after": str(error.seconds)})
 
+    async def late(request: Request, error: Exception) -> Response:
+        return JSONResponse({"detail": f"no answer within {settings.timeout:g} s: try again later"}, 504)
+
+    app.add_exception_handler(TimeoutError, late)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(UnknownTitle, unknown)
     app.add_exception_handler(UserError, mistaken)
@@ -137,16 +141,17 @@ def _add_state(app: FastAPI, stages: Stages, worker: Worker, metrics: Metrics, n
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _add_titles(app: FastAPI, store: Store) -> None:
+def _add_titles(app: FastAPI, store: Store, settings: ServerSettings) -> None:
     search = TitleSearch(store.titles["title"].to_list(), store.titles["popularity"].to_list())
 
-    @app.get("/titles", dependencies=TOKEN, responses=_problems(401, 422))
+    @app.get("/titles", dependencies=TOKEN, responses=_problems(401, 422, 504))
     async def find_titles(
         q: Annotated[str, Query(max_length=MOST_CHARACTERS, description=PART)] = "",
         limit: Annotated[int, Query(ge=1, le=MOST_FOUND)] = 10,
     ) -> FoundTitles:
         """Titles that fit the letters so far, the likeliest first."""
-        found = await run_in_threadpool(search.find, q, limit)
+        async with asyncio.timeout(settings.timeout):
+            found = await asyncio.to_thread(search.find, q, limit)
         return FoundTitles(titles=[FoundTitle(title=title, items=store.items[title]) for title in found])
 
 
@@ -157,11 +162,8 @@ def _add_recommend(app: FastAPI, stages: Stages, worker: Worker, settings: Serve
     @app.post("/recommend", dependencies=TOKEN, responses=problems, response_model=Answer)
     async def recommend(asked: Asked, request: Request) -> Answer | Response:
         """The best titles after a history, as one stage of the run has it."""
-        try:
-            async with asyncio.timeout(settings.timeout):
-                return await _recommend(asked, request)
-        except TimeoutError:
-            return JSONResponse({"detail": f"no answer within {settings.timeout:g} s: try again later"}, 504)
+        async with asyncio.timeout(settings.timeout):
+            return await _recommend(asked, request)
 
     async def _recommend(asked: Asked, request: Request) -> Answer | Response:
         stage = asked.stage or stages.after

@@ -74,7 +74,7 @@ class _Server(uvicorn.Server):
 
 @contextmanager
 def _listening(settings: ServerSettings) -> Iterator[socket.socket]:
-    """A socket that has the address; it takes connections once the server runs."""
+    """A socket that has the address."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 
@@ -33,7 +33,8 @@ class TitleSearch:
         that hold all of its words.
         """
         wanted = plain(query)
-        fits = ((_fit(entry.plain, wanted), entry) for entry in self._entries)
+        words = set(wanted.split())
+        fits = ((_fit(entry.plain, wanted, words), entry) for entry in self._entries)
         found = ((fit, -entry.popularity, entry.title) for fit, entry in fits if fit is not None)
         return [title for _, _, title in heapq.nsmallest(limit, found)]
 
@@ -45,7 +46,7 @@ def plain(text: str) -> str:
     return " ".join(words or letters.split())
 
 
-def _fit(title: str, wanted: str) -> int | None:
+def _fit(title: str, wanted: str, words: Collection[str]) -> int | None:
     """How well a title fits, 0 the best; None where it does not."""
     if title.startswith(wanted):
         return 0
@@ -53,4 +54,4 @@ def _fit(title: str, wanted: str) -> int | None:
         return 1
     if wanted in title:
         return 2
-    return 3 if all(word in title for word in wanted.split()) else None
+    return 3 if all(word in title for word in words) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -24,7 +25,8 @@ def label_scores(
     Args:
         metrics: accuracy; F1 of the second of two labels, the mean over labels where there are more; Matthews
             correlation; Pearson and Spearman correlation. The first three take each row's label of the largest output,
-            the last two the only output. A correlation with outputs that are all the same is 0.
+            the last two the only output. A correlation with outputs that are all the same is 0; where an output is
+            not finite, no metric is a number.
         outputs: of each row and label; one column of values where ``truth`` are values.
         truth: each row's label, by number, or value.
 
@@ -32,6 +34,8 @@ def label_scores(
         UserError: as :func:`check_truth`.
     """
     check_truth(metrics, truth)
+    if not np.isfinite(outputs).all():
+        return dict.fromkeys(metrics, math.nan)
     return {name: float(np.nan_to_num(MEASURES[name](outputs, truth))) for name in metrics}
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -167,7 +169,9 @@ class PreferenceTask:
 
 
 def _accuracy(scores: Sequence[Scores]) -> float:
-    """Share of rows whose first score is above all others."""
+    """Share of rows whose first score is above all others; NaN where one is."""
+    if any(np.isnan(values).any() for values in scores):
+        return math.nan
     return sum(bool((values[0] > values[1:]).all()) for values in scores) / len(scores)
 
 
