@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -16,7 +18,14 @@ import small_runs
 from rankwise.errors import UserError
 from rankwise.run import Run
 from rankwise.schema import ModelSettings
-from rankwise.tasks.preferences import NO_CHOSEN, NO_PROMPT, NO_REJECTED, PreferenceTask, read_preferences
+from rankwise.tasks.preferences import (
+    NO_CHOSEN,
+    NO_PROMPT,
+    NO_REJECTED,
+    PreferenceTask,
+    _accuracy,
+    read_preferences,
+)
 from rankwise.tokenise import IGNORED
 
 TEMPLATE = (
@@ -178,3 +187,10 @@ def test_there_is_no_catalogue_to_draw_from(model_folder: Path, tmp_path: Path, 
     stages = [small_runs.SFT, small_runs.DPO | {"draw": draw}]
     with pytest.raises(UserError, match=f"draw {draw} draws from all titles, which data of kind preferences have not"):
         small_runs.recipe("preferences", tmp_path, model_folder, stages=stages)
+
+
+def test_scores_that_are_no_number_have_no_accuracy() -> None:
+    """No comparison with NaN holds, which would count as a wrong answer."""
+    rows = [np.array([2.0, 1.0]), np.array([0.0, 3.0])]
+    assert _accuracy(rows) == 0.5
+    assert math.isnan(_accuracy([*rows, np.array([1.0, np.nan])]))
