@@ -287,7 +287,10 @@ def attempt(job: Job, folder: Path, whole: Undisturbed, generator: random.Random
 
 def finished(job: Job, folder: Path, whole: Undisturbed) -> bool:
     """Whether the job was killed after its last work: it may say then that it has nothing to do."""
-    return bool(job.outcome(folder) == whole.outcome)
+    try:
+        return bool(job.outcome(folder) == whole.outcome)
+    except FileNotFoundError:
+        return False
 
 
 def kill_once(words: Sequence[str], whole: Undisturbed, generator: random.Random) -> tuple[str, int]:

@@ -137,6 +137,22 @@ def test_what_is_finished_is_kept_where_a_comparison_is_broken_off(
     assert pl.read_parquet(Path(values["output"]) / "runs.parquet")["seed"].to_list() == [0, 0]
 
 
+def test_a_comparison_that_was_broken_off_before_its_first_run_goes_on(
+    values: dict[str, Any], in_this_process: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    comparison = make_comparison(values | {"learning_rates": [1e-2], "seeds": [0]})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(running, "in_a_process", interrupted)
+        compare(comparison, small_runs.silent())
+    path = Path(values["output"]) / "runs.parquet"
+    assert not path.exists()
+    pl.DataFrame().write_parquet(path)  # as it was written by earlier versions
+    assert compare(comparison, small_runs.silent())["runs"] == 2
+
+
 def test_what_was_kept_stays_while_more_is_compared(
     values: dict[str, Any], in_this_process: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,14 +78,14 @@ def _base(result: Mapping[str, Any]) -> dict[str, float]:
     return found[0] if found else {}
 
 
-def write_runs(folder: Path, rows: Sequence[Mapping[str, Any]], earlier: pl.DataFrame | None = None) -> Path:
+def write_runs(folder: Path, rows: Sequence[Mapping[str, Any]], earlier: pl.DataFrame | None = None) -> None:
     """All runs as Parquet, a row each; metrics as columns ``metric: <name>``, where updates lie as ``updates: <name>``.
 
     Metrics on training rows are ``training: <name>``; CKA of the last layer's hidden states with those of the base is
     in ``drift: <rows>``.
 
     ``recipe`` (YAML) and ``result`` (JSON) are all that a cell consists of: see :func:`restore`. Runs of an ``earlier``
-    file that are not among the rows stay: so nothing is lost while a comparison comes to them.
+    file that are not among the rows stay: so nothing is lost while a comparison comes to them. No file for no runs.
     """
     nested = ("metrics", "updates", "drift", "base", "training", "curve", "ranks")
     flat = [{key: value for key, value in row.items() if key not in nested} for row in rows]
@@ -101,9 +101,9 @@ def write_runs(folder: Path, rows: Sequence[Mapping[str, Any]], earlier: pl.Data
     if earlier is not None:
         others = earlier.filter(~pl.col("run").is_in([row["run"] for row in rows]))
         table = pl.concat([table, others], how="diagonal_relaxed")
-    table.write_parquet(buffer)
-    write_bytes(folder / RUNS, buffer.getvalue())
-    return folder / RUNS
+    if not table.is_empty():
+        table.write_parquet(buffer)
+        write_bytes(folder / RUNS, buffer.getvalue())
 
 
 def earlier_runs(folder: Path) -> pl.DataFrame | None:
@@ -116,6 +116,8 @@ def earlier_runs(folder: Path) -> pl.DataFrame | None:
     if not path.is_file():
         return None
     found: pl.DataFrame = read_parquet(path, ANOTHER)
+    if found.is_empty():  # as a comparison of an earlier version left it that was broken off
+        return None
     if found.schema.get("run") != pl.String:
         raise UserError(f"{path} holds no runs of a comparison: {ANOTHER}")
     return found
