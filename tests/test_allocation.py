@@ -118,7 +118,7 @@ def test_the_model_is_left_as_it_was(after):
 
     if after == math.inf:
         importance(model, loss)
-        assert len(calls) == 2 * 6 * 4
+        assert 2 * 6 * 4 < len(calls) < 2 * 6 * 4 + 9  # where passes begin is found out too
     else:
         with pytest.raises(RuntimeError, match="no memory"):
             importance(model, loss)

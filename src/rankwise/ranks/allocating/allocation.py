@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from rankwise.errors import UserError
 from rankwise.likelihood import evaluating
 from rankwise.peft_bridge import active_adapter, adapted_layers
 from rankwise.peft_bridge.matrices import factor_parameters, refusal
+from rankwise.ranks.allocating.blocks import Blocks
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,8 @@ def importance(model: nn.Module, loss: Callable[[nn.Module], Tensor | float]) ->
     a batch of validation rows. S(model) is the same for every direction and is left out: the order and the differences
     of scores are the paper's.
 
-    Two forward passes a direction, and no gradient. The model computes in evaluation mode; afterwards its modes and its
+    Two forward passes a direction, and no gradient; where the model lets them, they begin at the block of the
+    direction, with what the blocks before it gave. The model computes in evaluation mode; afterwards its modes and its
     B are what they were, bit for bit, also where ``loss`` raises.
 
     Args:
@@ -63,31 +66,42 @@ def importance(model: nn.Module, loss: Callable[[nn.Module], Tensor | float]) ->
     not in each layer, is how we read the paper.
     """
     adapter = check_adapter(model)
-    columns = {name: factor_parameters(layer, adapter)[1] for name, layer in adapted_layers(model, adapter)}
+    layers = dict(adapted_layers(model, adapter))
+    columns = {name: factor_parameters(layer, adapter)[1] for name, layer in layers.items()}
     trained = {name: b.detach().clone() for name, b in columns.items()}
     with evaluating(model), _restored(columns, trained):
-        without = _each(columns, trained, lambda: _finite(loss(model)), alone=False)
+        blocks = Blocks(model, lambda: _finite(loss(model)))
+        places = {name: blocks.place(layer) for name, layer in layers.items()}
+        score = partial(_each, columns, trained, lambda: _finite(loss(model)), blocks, places)
+        without = score(alone=False)
         for b in columns.values():
             b.zero_()
-        alone = _each(columns, trained, lambda: _finite(loss(model)), alone=True)
+        alone = score(alone=True)
     return {name: without[name] - alone[name] for name in columns}
 
 
 def _each(
-    columns: Mapping[str, Tensor], trained: Mapping[str, Tensor], loss: Callable[[], float], alone: bool
+    columns: Mapping[str, Tensor],
+    trained: Mapping[str, Tensor],
+    loss: Callable[[], float],
+    blocks: Blocks,
+    places: Mapping[str, int],
+    alone: bool,
 ) -> dict[str, Float[Tensor, " rank"]]:
     """The loss with each column of B in turn set to zero, or to its value."""
     found = {}
-    for name, b in columns.items():
-        losses = []
-        for number in range(b.shape[1]):
-            column, value = b.select(1, number), trained[name].select(1, number)
-            column.copy_(value if alone else torch.zeros_like(value))
-            losses.append(loss())
-            column.copy_(torch.zeros_like(value) if alone else value)
-        found[name] = torch.tensor(losses, dtype=torch.float64)
-        way = "alone" if alone else "left out"
-        logger.info("scoring directions, each %s: %d of %d layers", way, len(found), len(columns))
+    with blocks.passed_over():
+        for name in sorted(columns, key=places.__getitem__):
+            blocks.begin_at(places[name])
+            b, losses = columns[name], []
+            for number in range(b.shape[1]):
+                column, value = b.select(1, number), trained[name].select(1, number)
+                column.copy_(value if alone else torch.zeros_like(value))
+                losses.append(loss())
+                column.copy_(torch.zeros_like(value) if alone else value)
+            found[name] = torch.tensor(losses, dtype=torch.float64)
+            way = "alone" if alone else "left out"
+            logger.info("scoring directions, each %s: %d of %d layers", way, len(found), len(columns))
     return found
 
 
