@@ -24,7 +24,7 @@ from rankwise.methods.virtual_tokens import with_virtual_tokens
 from rankwise.models import loading
 from rankwise.peft_bridge import active_adapter, adapter_state, adapter_weights
 from rankwise.peft_bridge.patterns import check_patterns
-from rankwise.peft_bridge.targets import check_rank, check_width
+from rankwise.peft_bridge.targets import check_sizes
 from rankwise.processes import held_whole
 from rankwise.ranks import SoraConfig, match_ranks
 from rankwise.reading import open_tensors
@@ -66,7 +66,7 @@ def with_adapter(base: PreTrainedModel, recipe: Recipe, task_type: str, stage: P
         return train_biases(base, task_type)
     if isinstance(settings, PromptSettings | PrefixSettings):
         return with_virtual_tokens(base, adapter_config(settings, task_type, recipe.seed))
-    _check_size(base, settings)
+    check_sizes(base, settings.model_dump(), "adapter.")
     check_patterns(settings.model_dump(), [name for name, _ in base.named_modules()], "adapter.")
     try:
         made: PeftModel = peft.get_peft_model(base, stage_config(recipe, task_type, stage))
@@ -76,18 +76,6 @@ def with_adapter(base: PreTrainedModel, recipe: Recipe, task_type: str, stage: P
         place = "target_modules" if hasattr(settings, "target_modules") else "kind"
         raise UserError(f"adapter.{place} {getattr(settings, place)}: {error}") from error
     return made
-
-
-def _check_size(base: PreTrainedModel, settings: AdapterSettings) -> None:
-    """Refuse an adapter far beyond the model's own sizes, which would end where memory does."""
-    if isinstance(settings, AdaloraSettings):
-        check_rank(base, settings.first_rank, "adapter.initial_rank" if settings.initial_rank else "adapter.r: 1.5 r,")
-    elif isinstance(settings, LoraSettings):
-        check_rank(base, settings.r, "adapter.r")
-    elif isinstance(settings, VeraSettings):
-        check_width(base, settings.r, "adapter.r")
-    elif isinstance(settings, BottleneckSettings):
-        check_rank(base, settings.size, "adapter.size")
 
 
 def stage_config(recipe: Recipe, task_type: str, stage: Path | None = None) -> PeftConfig:

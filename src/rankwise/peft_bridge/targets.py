@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from peft import LoraConfig, PeftType
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -56,15 +56,15 @@ def check_targets(model: nn.Module, config: LoraConfig) -> None:
 
 
 def check_sizes(model: nn.Module, settings: Mapping[str, Any], where: str = "") -> None:
-    """Refuse sizes in a config of PEFT's or ours that are far beyond the model's, before anything is made of them.
+    """Refuse sizes in a recipe's adapter or a config of PEFT's far beyond the model's, before anything is made of them.
 
     Raises:
         UserError: there is such a size; ``where`` is told before its name.
     """
     pattern = settings.get("rank_pattern")
-    sizes = {name: settings.get(name) for name in ("r", "init_r", "size")}
+    sizes = {name: settings.get(name) for name in ("r", "init_r", "initial_rank", "size")}
     sizes |= {f"rank_pattern.{name}": rank for name, rank in (pattern if isinstance(pattern, dict) else {}).items()}
-    check = check_width if settings.get("peft_type") == PeftType.VERA else check_rank
+    check = check_width if "VERA" in (settings.get("peft_type"), str(settings.get("kind")).upper()) else check_rank
     for name, size in sizes.items():
         if isinstance(size, int):
             check(model, size, f"{where}{name}")
