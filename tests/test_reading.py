@@ -5,13 +5,17 @@ import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rankwise.errors import UserError
 from rankwise.recommend.logs.items import read_items
-from rankwise.recommend.logs.reading import Form, find_column, find_optional_column, read_batches, read_table
+from rankwise.recommend.logs.reading import Form, find_column, find_optional_column, read_batches, read_table, text
+from rankwise.recommend.logs.reading.forms import SUFFIXES
 from rankwise.recommend.logs.reading.text import LONGEST, zstd
 
 
@@ -86,6 +90,39 @@ def test_a_line_without_end_is_refused(tmp_path: Path, name: str) -> None:
         file.write(b"user,item,time\n" + b"0" * (LONGEST + 1))
     with pytest.raises(UserError, match=r"a line has more than 16777216 bytes"):
         list(read_batches(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["log.csv.gz", "log.csv", "log.tsv.zst"])
+def test_an_open_quote_does_not_take_the_rest_of_a_file_as_one_row(tmp_path: Path, name: str) -> None:
+    """As polars would, with ten times its bytes in memory."""
+    opened = {".gz": gzip.open, ".zst": zstd.open}.get(Path(name).suffix, open)
+    with opened(tmp_path / name, "wb") as file:
+        file.write(b'user,item,time\na,"b,3\n' + b"a,b,3\n" * (LONGEST // 5))
+    with pytest.raises(
+        UserError, match=r"more than 16777216 bytes.*where they are plain characters set quoting: false"
+    ):
+        list(read_batches(tmp_path / name))
+    assert sum(batch.table.height for batch in read_batches(tmp_path / name, quoting=False)) == LONGEST // 5 + 1
+
+
+@given(content=st.text('ab",\n', max_size=60), longest=st.integers(1, 12), chunk=st.integers(1, 9))
+def test_a_row_is_as_long_as_its_quotes_say(content: str, longest: int, chunk: int) -> None:
+    """Rows are split here one character at a time: a line feed after an even number of quotes ends one."""
+    rows, quotes = [0], 0
+    for character in content:
+        quotes += character == '"'
+        rows = [*rows, 0] if character == "\n" and quotes % 2 == 0 else [*rows[:-1], rows[-1] + 1]
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        path = Path(folder) / "log.csv"
+        path.write_text(content)
+        patch.setattr(text, "LONGEST", longest)
+        patch.setattr(text, "_CHUNK", chunk)
+        try:
+            text.check_lines(path, SUFFIXES[".csv"])
+        except UserError:
+            assert max(rows) > longest
+        else:
+            assert max(rows) <= longest + chunk
 
 
 @pytest.mark.parametrize("cut", [5, 30, -4])

@@ -23,7 +23,7 @@ from rankwise.directions.model_files import model_class
 from rankwise.errors import UserError
 from rankwise.files import check_folder
 from rankwise.models import loading, quiet_libraries, resolve
-from rankwise.models.index import read_index
+from rankwise.models.whole import load_whole
 from rankwise.peft_bridge import adapter_weights
 from rankwise.peft_bridge.patterns import check_patterns
 from rankwise.peft_bridge.targets import check_sizes
@@ -77,16 +77,13 @@ def _base(place: str, task: str | None, folder: Path) -> PreTrainedModel:
         options = {"num_labels": _labels(folder), "ignore_mismatched_sizes": True}
     with loading(f"model {place}", "give the base with --model"):
         where = resolve(place)
-        read_index(Path(where))
         kinds = {
             "CAUSAL_LM": AutoModelForCausalLM,
             "SEQ_CLS": AutoModelForSequenceClassification,
             "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
         }
         kind = kinds.get(task or "") or model_class(AutoConfig.from_pretrained(where, trust_remote_code=False), place)
-        base: PreTrainedModel = kind.from_pretrained(
-            where, dtype="auto", use_safetensors=True, trust_remote_code=False, **options
-        )
+        base = load_whole(kind, where, head=task == "SEQ_CLS", dtype="auto", **options)
     return base.eval()
 
 

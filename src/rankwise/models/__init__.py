@@ -22,7 +22,8 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
 from rankwise.errors import UserError, cut, system_failure
-from rankwise.models.index import read_index
+from rankwise.models.index import check_config
+from rankwise.models.whole import load_whole
 from rankwise.processes import world_size
 from rankwise.schema import EMBEDDED, ModelSettings
 
@@ -43,7 +44,7 @@ def resolve(path: str) -> str:
     """The place of a model: the shipped one's folder for ``embedded``, else as given.
 
     Raises:
-        UserError: the path looks like a folder and is none.
+        UserError: the path looks like a folder and is none, or its config.json has another form or absurd sizes.
     """
     if path == EMBEDDED:
         return str(EMBEDDED_FOLDER)
@@ -53,7 +54,10 @@ def resolve(path: str) -> str:
     if looks_local and not os.path.isfile(f"{folder}/config.json"):  # noqa: PTH113
         place = cut(path, 300)
         raise UserError(f"model.path {place}: no model's folder (it has no config.json); give a folder or a hub id")
-    return folder if os.path.isdir(folder) else path  # noqa: PTH112
+    if not os.path.isdir(folder):  # noqa: PTH112
+        return path
+    check_config(Path(folder))
+    return folder
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -96,7 +100,11 @@ def load_classifier(settings: ModelSettings, labels: list[str], padding: int) ->
     """
     names = dict(enumerate(labels))
     model = _load(
-        AutoModelForSequenceClassification, settings, id2label=names, label2id={n: i for i, n in names.items()}
+        AutoModelForSequenceClassification,
+        settings,
+        head=True,
+        id2label=names,
+        label2id={n: i for i, n in names.items()},
     )
     model.config.pad_token_id = padding
     return model
@@ -127,20 +135,13 @@ def context_limit(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, v
     return settings.context or min(limit, 2048) - virtual
 
 
-def _load(kind: type, settings: ModelSettings, **options: object) -> PreTrainedModel:
+def _load(kind: type, settings: ModelSettings, head: bool = False, **options: object) -> PreTrainedModel:
     place = resolve(settings.path)
-    read_index(Path(place))
     spread = settings.shard and world_size() > 1
     if spread:
         options["distributed_config"] = DistributedConfig(fsdp_size=world_size())
     with loading(f"model.path {settings.path}"):
-        model: PreTrainedModel = kind.from_pretrained(  # type: ignore[attr-defined]
-            place,
-            dtype=getattr(torch, settings.dtype),
-            use_safetensors=True,
-            trust_remote_code=False,
-            **options,
-        )
+        model = load_whole(kind, place, head, dtype=getattr(torch, settings.dtype), **options)
     return model if spread else model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

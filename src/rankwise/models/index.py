@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rankwise.errors import UserError, shown
 from rankwise.reading import is_file_name, read_json
 
+MOST = {"layers?$|experts$": 1024, "^num_labels$": 2**20}  # of what a config counts, by its name
 INDEX = "model.safetensors.index.json"
 ELSEWHERE = "transformers_weights"  # in a config.json: the name of another file of weights, of any form
 
@@ -18,7 +22,7 @@ def read_index(folder: Path) -> dict[str, str]:
         UserError: it is no index, or names a file outside of its folder; or the configuration has the weights read from
             files of other names, which may be pickles or indices of others' folders.
     """
-    _check_config(folder / "config.json")
+    check_config(folder)
     path = folder / INDEX
     if not path.is_file():
         return {}
@@ -31,7 +35,15 @@ def read_index(folder: Path) -> dict[str, str]:
     return files
 
 
-def _check_config(path: Path) -> None:
+def check_config(folder: Path) -> None:
+    """See that a folder's ``config.json``, if it has one, names no files, and counts no more parts than models have.
+
+    To make a configuration or a model takes time and memory for each of them, before any weight is read.
+
+    Raises:
+        UserError: it does, or is no JSON object.
+    """
+    path = folder / "config.json"
     if not path.is_file():
         return
     config = read_json(path, dict, "fetch the file again")
@@ -40,3 +52,15 @@ def _check_config(path: Path) -> None:
             f"{path} has {ELSEWHERE} {shown(config[ELSEWHERE])}, by which files of any name and form could be read: "
             f"remove it, and name the weights model.safetensors or {INDEX}"
         )
+    for name, number in _whole_numbers(config):
+        most = next((most for pattern, most in MOST.items() if re.search(pattern, name)), number)
+        if number > most:
+            raise UserError(f"{path}: {name} {number} is more than any model has ({most}): fetch the file again")
+
+
+def _whole_numbers(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _whole_numbers(value)
+        elif isinstance(value, int):
+            yield name, value

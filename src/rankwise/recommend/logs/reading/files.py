@@ -13,7 +13,16 @@ from rankwise.errors import UserError, shown
 from rankwise.reading import first_line, is_file_name, read_json
 from rankwise.recommend.logs.reading.columns import as_text
 from rankwise.recommend.logs.reading.forms import ACCEPTED, COLUMNAR, COMPRESSED, SUFFIXES, Form
-from rankwise.recommend.logs.reading.text import ROW, Tables, broken_rows, check_lines, objects, separated, zstd
+from rankwise.recommend.logs.reading.text import (
+    OPEN_QUOTE,
+    ROW,
+    Tables,
+    broken_rows,
+    check_lines,
+    objects,
+    separated,
+    zstd,
+)
 
 ROWS = 250_000  # of a batch
 NO_ROWS = "it is empty but for its header"
@@ -66,9 +75,8 @@ def read_batches(
             kind = _suffix(file)[1:].upper() or "text"
             encoding = form.encoding.upper() if form and form.encoding != "utf8" else "UTF-8"
             reason = first_line(error)
-            hint = "; a quotation mark may be open: where they are plain characters set quoting: false"
-            quoted = '"' in reason or "CSV malformed" in reason
-            raise UserError(f"{file}: not readable as {kind} in {encoding} ({reason}){hint * quoted}") from error
+            hint = OPEN_QUOTE * ('"' in reason or "CSV malformed" in reason)
+            raise UserError(f"{file}: not readable as {kind} in {encoding} ({reason}){hint}") from error
 
 
 def read_table(
@@ -148,7 +156,7 @@ def _tables(path: Path, form: Form | None, quoting: bool, choose: Choose | None)
     if form is None and suffix in COLUMNAR:
         return _columnar(path, suffix, choose)
     chosen = form or replace(SUFFIXES[suffix], quoting=quoting)
-    check_lines(path, chosen.encoding)
+    check_lines(path, chosen)
     return separated(path, chosen, ROWS) if chosen.separator else objects(path, chosen, ROWS)
 
 

@@ -28,7 +28,9 @@ _OVERFLOW = ["\0first", "\0second", "\0third"]  # fields that the header does no
 _TWICE = "_duplicated_0"  # what polars adds to a name that was there before
 _BROKEN: dict[str, type[pl.DataType]] = {"row": pl.Int64, "reason": pl.String, "content": pl.String}
 LARGEST = 2**32  # bytes of a compressed file that is read as a whole
-LONGEST = 2**24  # bytes of a line; to read one takes ten times as many
+LONGEST = 2**24  # bytes of a row, or little more; to read one takes ten times as many
+_CHUNK = 2**20  # bytes that are looked at in one go
+OPEN_QUOTE = "; a quotation mark may be open: where they are plain characters set quoting: false"
 Tables = Iterator[tuple[pl.DataFrame, pl.DataFrame]]  # rows, and the broken ones
 
 
@@ -43,23 +45,39 @@ def _filled(fields: Sequence[str | None]) -> list[str | None]:
     return list(fields[: last + 1])
 
 
-def check_lines(path: Path, encoding: str) -> None:
-    """See that no line of a text file is too long for memory, which a small compressed file can hold.
+def check_lines(path: Path, form: Form) -> None:
+    """See that no row of a text file is too long for memory, which a small compressed file can hold.
+
+    Where quotes enclose fields, a line that ends between two of them goes on with the next, as polars reads it.
 
     Raises:
         UserError: one is, or the file is in UTF-16 and the encoding UTF-8.
         OSError, EOFError, zlib.error, ZstdError: the file is broken.
     """
-    begun = 0  # bytes of a line that has not ended
+    quotes = form.quoting and form.separator is not None and len(form.separator) == 1
+    begun, quoted = 0, False  # bytes of a row that has not ended, and whether a quote is open in it
     with _opened(path) as file:
-        while chunk := file.read(2**20):
+        while chunk := file.read(_CHUNK):
             # polars would read it as text that is full of NUL characters.
-            if encoding == "utf8" and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            if form.encoding == "utf8" and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 raise UserError(f"{path}: it is in UTF-16: save it in UTF-8")
-            last = chunk.rfind(b"\n")
-            if begun + (chunk.find(b"\n") if last >= 0 else len(chunk)) > LONGEST:
-                raise UserError(f"{path}: a line has more than {LONGEST} bytes: break it, or write the file again")
+            quoted ^= quotes and chunk.count(b'"') % 2 == 1
+            last = _last_end(chunk, quoted) if quotes else chunk.rfind(b"\n")
             begun = len(chunk) - 1 - last if last >= 0 else begun + len(chunk)
+            if begun > LONGEST:
+                remedy = "break it, or write the file again" + OPEN_QUOTE * quoted
+                raise UserError(f"{path}: a line has more than {LONGEST} bytes: {remedy}")
+
+
+def _last_end(chunk: bytes, quoted: bool) -> int:
+    """The place of the last line feed that is not in quotes, -1 if there is none; ``quoted``: the end is in quotes."""
+    end, stop = chunk.rfind(b"\n"), len(chunk)
+    while end >= 0:
+        quoted ^= chunk.count(b'"', end, stop) % 2 == 1
+        if not quoted:
+            return end
+        end, stop = chunk.rfind(b"\n", 0, end), end
+    return -1
 
 
 def separated(path: Path, form: Form, rows: int) -> Tables:

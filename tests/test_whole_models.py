@@ -1,0 +1,143 @@
+"""A model is loaded with the weights of its files, all of them, or refused before it fills the memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+import tiny
+from rankwise.adapters import load_adapter_folder
+from rankwise.errors import UserError
+from rankwise.methods.listing import method_rows
+from rankwise.models import (
+    context_limit,
+    load_classifier,
+    load_language_model,
+    load_sequence_model,
+    load_tokenizer,
+)
+from rankwise.schema import ModelSettings
+
+LABELS = ["no", "yes"]
+
+
+def decoder(folder: Path) -> Path:
+    tiny.make("llama").save_pretrained(folder)
+    return folder
+
+
+def encoder(folder: Path) -> Path:
+    config = BertConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def encoder_decoder(folder: Path) -> Path:
+    config = T5Config(vocab_size=32, d_model=16, d_ff=32, d_kv=8, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    torch.manual_seed(0)
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def asked(folder: Path) -> ModelSettings:
+    return ModelSettings(path=str(folder))
+
+
+def without(folder: Path, part: str) -> None:
+    """Leave the weights out whose names have this part."""
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    left = {name: weight for name, weight in weights.items() if part not in name}
+    assert len(left) < len(weights)
+    save_file(left, path, metadata={"format": "pt"})
+
+
+def changed(folder: Path, **values: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_a_language_model_without_a_weight_is_refused(tmp_path: Path) -> None:
+    """transformers would make it of random numbers and go on."""
+    folder = decoder(tmp_path / "model")
+    without(folder, "layers.1.mlp.up_proj")
+    message = r"lack 1 of the weights of LlamaForCausalLM \(model.layers.1.mlp.up_proj.weight is the first\)"
+    with pytest.raises(UserError, match=message):
+        load_language_model(asked(folder))
+
+
+def test_a_config_with_more_layers_than_the_files_is_refused(tmp_path: Path) -> None:
+    folder = encoder_decoder(tmp_path / "model")
+    load_sequence_model(asked(folder))
+    changed(folder, num_decoder_layers=3)
+    with pytest.raises(UserError, match=r"lack 13 of .* \(decoder.block.2.*give a whole checkpoint, of such a model"):
+        load_sequence_model(asked(folder))
+
+
+def test_a_classifier_brings_its_head_and_perhaps_its_pooler(tmp_path: Path) -> None:
+    folder = encoder(tmp_path / "model")
+    assert load_classifier(asked(folder), LABELS, 0).num_labels == 2
+    without(folder, "pooler")
+    load_classifier(asked(folder), LABELS, 0)
+    without(folder, "encoder.layer.1.attention.self.query")
+    with pytest.raises(UserError, match=r"lack 2 of the weights .*\(bert.encoder.layer.1.attention.self.query.bias"):
+        load_classifier(asked(folder), LABELS, 0)
+
+
+def test_an_adapter_s_base_is_whole_too(tmp_path: Path) -> None:
+    folder = decoder(tmp_path / "model")
+    tiny.adapted("llama").save_pretrained(tmp_path / "adapter")
+    load_adapter_folder(tmp_path / "adapter", str(folder))
+    without(folder, "model.norm")
+    with pytest.raises(UserError, match=r"lack 1 of .* \(model.norm.weight is the first\)"):
+        load_adapter_folder(tmp_path / "adapter", str(folder))
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "intermediate_size"])
+def test_a_model_far_larger_than_its_files_is_refused(tmp_path: Path, name: str) -> None:
+    """With one more layer than they have, its weights would be made and filled first."""
+    folder = decoder(tmp_path / "model")
+    changed(folder, **{name: 2**36, "num_hidden_layers": 3})
+    with pytest.raises(
+        UserError, match=r"config.json describes a model of [\d,]+ weights, and its files have "
+    ):
+        load_language_model(asked(folder))
+
+
+@pytest.mark.parametrize("values", [{"num_hidden_layers": 10**9}, {"text_config": {"n_layers": 10**9}}])
+def test_absurd_counts_are_refused_by_whatever_reads_the_config(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, values: dict[str, object]
+) -> None:
+    """transformers would make a list of a billion kinds of layers, for a tokenizer too."""
+    folder = decoder(tmp_path / "model")
+    changed(folder, **values)
+    message = r"config.json: \w+layers 1000000000 is more than any model has \(1024\): fetch the file again"
+    for read in (
+        lambda: load_language_model(asked(folder)),
+        lambda: load_tokenizer(str(folder)),
+        lambda: context_limit(asked(folder), tiny_tokenizer),
+        lambda: method_rows(str(folder)),
+    ):
+        with pytest.raises(UserError, match=message):
+            read()
+
+
+def test_a_billion_labels_are_refused(tmp_path: Path) -> None:
+    folder = encoder(tmp_path / "model")
+    changed(folder, num_labels=10**9)
+    with pytest.raises(UserError, match=r"num_labels 1000000000 is more than any model has"):
+        load_classifier(asked(folder), LABELS, 0)
+
+
+def test_a_config_may_count_other_things(tmp_path: Path) -> None:
+    folder = decoder(tmp_path / "model")
+    shutil.copytree(folder, tmp_path / "long")
+    changed(tmp_path / "long", max_position_embeddings=10**7, output_layers=True)
+    load_language_model(asked(tmp_path / "long"))
