@@ -93,16 +93,30 @@ def test_a_line_without_end_is_refused(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["log.csv.gz", "log.csv", "log.tsv.zst"])
-def test_an_open_quote_does_not_take_the_rest_of_a_file_as_one_row(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("row", [b"a,b,3\n", b'"a","b",3\n'])
+def test_an_open_quote_does_not_take_the_rest_of_a_file_as_one_row(tmp_path: Path, name: str, row: bytes) -> None:
     """As polars would, with ten times its bytes in memory."""
     opened = {".gz": gzip.open, ".zst": zstd.open}.get(Path(name).suffix, open)
     with opened(tmp_path / name, "wb") as file:
-        file.write(b'user,item,time\na,"b,3\n' + b"a,b,3\n" * (LONGEST // 5))
+        file.write(b'user,item,time\na,"b,3\n' + row * (LONGEST // 5))
     with pytest.raises(
         UserError, match=r"more than 16777216 bytes.*where they are plain characters set quoting: false"
     ):
         list(read_batches(tmp_path / name))
     assert sum(batch.table.height for batch in read_batches(tmp_path / name, quoting=False)) == LONGEST // 5 + 1
+
+
+def test_rows_within_quotes_are_read_as_long_as_they_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long for the check as for polars, wherever what is looked at in one go ends."""
+    row = 'a,"two ""lines""\nand\nmore",3\n'
+    (tmp_path / "log.csv").write_text("user,item,time\n" + row * 1000)
+    monkeypatch.setattr(text, "LONGEST", len(row))
+    monkeypatch.setattr(text, "_CHUNK", 7)
+    table, _ = read_table(tmp_path / "log.csv")
+    assert table["item"].to_list() == ['two "lines"\nand\nmore'] * 1000
+    monkeypatch.setattr(text, "LONGEST", len(row) - 8)
+    with pytest.raises(UserError, match=r"a line has more than \d+ bytes"):
+        read_table(tmp_path / "log.csv")
 
 
 @given(content=st.text('ab",\n', max_size=60), longest=st.integers(1, 12), chunk=st.integers(1, 9))

@@ -23,7 +23,7 @@ from rankwise.directions.model_files import model_class
 from rankwise.errors import UserError
 from rankwise.files import check_folder
 from rankwise.models import loading, quiet_libraries, resolve
-from rankwise.models.whole import load_whole
+from rankwise.models.base import load_base
 from rankwise.peft_bridge import adapter_weights
 from rankwise.peft_bridge.patterns import check_patterns
 from rankwise.peft_bridge.targets import check_sizes
@@ -74,7 +74,7 @@ def _base(place: str, task: str | None, folder: Path) -> PreTrainedModel:
     """The base in the dtype of its files, as the adapter's task has it, else as its own config has it."""
     options: dict[str, Any] = {}
     if task == "SEQ_CLS":  # the base's own head, of other classes, gives way to the adapter's
-        options = {"num_labels": _labels(folder), "ignore_mismatched_sizes": True}
+        options = {"num_labels": _labels(folder)}
     with loading(f"model {place}", "give the base with --model"):
         where = resolve(place)
         kinds = {
@@ -83,7 +83,7 @@ def _base(place: str, task: str | None, folder: Path) -> PreTrainedModel:
             "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
         }
         kind = kinds.get(task or "") or model_class(AutoConfig.from_pretrained(where, trust_remote_code=False), place)
-        base = load_whole(kind, where, head=task == "SEQ_CLS", dtype="auto", **options)
+        base = load_base(kind, where, head=task == "SEQ_CLS", dtype="auto", **options)
     return base.eval()
 
 

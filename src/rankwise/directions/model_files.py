@@ -16,7 +16,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from rankwise.errors import UserError, cut, shown
 from rankwise.models import loading, resolve
-from rankwise.models.index import INDEX, read_index
+from rankwise.models.index import INDEX, check_config, read_index
 from rankwise.reading import open_tensors
 
 SINGLE = "model.safetensors"
@@ -46,6 +46,7 @@ def meta_model(folder: Path) -> PreTrainedModel:
     Raises:
         UserError: the config cannot be read, is of a quantised model, or names no architecture of transformers.
     """
+    check_config(folder)
     with loading(f"{folder / 'config.json'}"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(config, "quantization_config", None):

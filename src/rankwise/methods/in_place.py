@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from rankwise.errors import UserError
 from rankwise.models import loading
-from rankwise.models.index import read_index
+from rankwise.models.base import load_base
 
 KEPT = "_weights_before_training"
 
@@ -124,11 +124,5 @@ def load_whole(model: PeftModel, folder: Path) -> None:
         UserError: the folder holds none, or one that does not fit.
     """
     base = model.get_base_model()
-    read_index(folder)
     with loading(f"the whole model in {folder}"):
-        saved, found = type(base).from_pretrained(
-            folder, dtype=base.dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-        if found["missing_keys"]:
-            raise ValueError(f"it lacks {min(found['missing_keys'])}")
-        base.load_state_dict(saved.state_dict())
+        base.load_state_dict(load_base(type(base), str(folder), dtype=base.dtype).state_dict())

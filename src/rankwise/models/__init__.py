@@ -22,8 +22,8 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
 from rankwise.errors import UserError, cut, system_failure
+from rankwise.models.base import load_base
 from rankwise.models.index import check_config
-from rankwise.models.whole import load_whole
 from rankwise.processes import world_size
 from rankwise.schema import EMBEDDED, ModelSettings
 
@@ -141,7 +141,7 @@ def _load(kind: type, settings: ModelSettings, head: bool = False, **options: ob
     if spread:
         options["distributed_config"] = DistributedConfig(fsdp_size=world_size())
     with loading(f"model.path {settings.path}"):
-        model = load_whole(kind, place, head, dtype=getattr(torch, settings.dtype), **options)
+        model = load_base(kind, place, head, dtype=getattr(torch, settings.dtype), **options)
     return model if spread else model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

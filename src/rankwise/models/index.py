@@ -10,7 +10,9 @@ from typing import Any
 from rankwise.errors import UserError, shown
 from rankwise.reading import is_file_name, read_json
 
-MOST = {"layers?$|experts$": 1024, "^num_labels$": 2**20}  # of what a config counts, by its name
+# Of what a config counts, by its name: the most that a model has, or little more.
+MOST = {r"(^|_)(layers?|groups|group_num|networks)$": 2**10, r"(^|_)experts$": 2**16, "^num_labels$": 2**20}
+NAMED = ("label2id", "id2label", "task_specific_params")  # of a config: dicts whose names are the user's
 INDEX = "model.safetensors.index.json"
 ELSEWHERE = "transformers_weights"  # in a config.json: the name of another file of weights, of any form
 
@@ -32,6 +34,8 @@ def read_index(folder: Path) -> dict[str, str]:
         raise UserError(f"{path} is no index of weights, it has no weight_map: {again}")
     if stray := [name for name in files.values() if not is_file_name(name)]:
         raise UserError(f"{path}: {shown(stray[0])} is no file of this folder: {again}")
+    if other := [name for name in files.values() if not name.endswith(".safetensors")]:
+        raise UserError(f"{path}: {shown(other[0])} is no safetensors file: save the model again with save_pretrained")
     return files
 
 
@@ -60,7 +64,7 @@ def check_config(folder: Path) -> None:
 
 def _whole_numbers(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
     for name, value in config.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and name not in NAMED:
             yield from _whole_numbers(value)
         elif isinstance(value, int):
             yield name, value

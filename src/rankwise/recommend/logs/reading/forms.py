@@ -23,6 +23,11 @@ class Form:
     quoting: bool = True
     literals: bool = False
 
+    @property
+    def is_csv(self) -> bool:
+        """Whether polars splits its lines, quotes and all: where the separator is one byte."""
+        return self.separator is not None and len(self.separator.encode()) == 1
+
 
 SUFFIXES = {
     ".csv": Form(separator=","),

@@ -12,6 +12,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from rankwise.errors import UserError, shown
@@ -54,7 +55,7 @@ def check_lines(path: Path, form: Form) -> None:
         UserError: one is, or the file is in UTF-16 and the encoding UTF-8.
         OSError, EOFError, zlib.error, ZstdError: the file is broken.
     """
-    quotes = form.quoting and form.separator is not None and len(form.separator) == 1
+    quotes = form.quoting and form.is_csv
     begun, quoted = 0, False  # bytes of a row that has not ended, and whether a quote is open in it
     with _opened(path) as file:
         while chunk := file.read(_CHUNK):
@@ -65,27 +66,24 @@ def check_lines(path: Path, form: Form) -> None:
             last = _last_end(chunk, quoted) if quotes else chunk.rfind(b"\n")
             begun = len(chunk) - 1 - last if last >= 0 else begun + len(chunk)
             if begun > LONGEST:
-                remedy = "break it, or write the file again" + OPEN_QUOTE * quoted
+                remedy = "break it, or write the file again" + OPEN_QUOTE * quotes
                 raise UserError(f"{path}: a line has more than {LONGEST} bytes: {remedy}")
 
 
 def _last_end(chunk: bytes, quoted: bool) -> int:
     """The place of the last line feed that is not in quotes, -1 if there is none; ``quoted``: the end is in quotes."""
-    end, stop = chunk.rfind(b"\n"), len(chunk)
-    while end >= 0:
-        quoted ^= chunk.count(b'"', end, stop) % 2 == 1
-        if not quoted:
-            return end
-        end, stop = chunk.rfind(b"\n", 0, end), end
-    return -1
+    last = chunk.rfind(b"\n")
+    if last < 0 or chunk.count(b'"', last) % 2 == quoted:
+        return last
+    codes = np.frombuffer(chunk, np.uint8)
+    in_quotes = np.logical_xor.accumulate(codes[::-1] == ord('"'))[::-1] != quoted
+    ends = np.flatnonzero((codes == ord("\n")) & ~in_quotes)
+    return int(ends[-1]) if len(ends) else -1
 
 
 def separated(path: Path, form: Form, rows: int) -> Tables:
     """Tables of separated fields. A line that is too short has nulls at its end, which who uses the columns judges."""
-    assert form.separator is not None
-    if len(form.separator.encode()) > 1:
-        return _split_lines(path, form, rows)
-    return _scan_csv(path, form, rows)
+    return _scan_csv(path, form, rows) if form.is_csv else _split_lines(path, form, rows)
 
 
 def _scan_csv(path: Path, form: Form, rows: int) -> Tables:

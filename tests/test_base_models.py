@@ -22,6 +22,7 @@ from rankwise.models import (
     load_sequence_model,
     load_tokenizer,
 )
+from rankwise.models.index import INDEX
 from rankwise.schema import ModelSettings
 
 LABELS = ["no", "yes"]
@@ -84,10 +85,14 @@ def test_a_config_with_more_layers_than_the_files_is_refused(tmp_path: Path) -> 
 def test_a_classifier_brings_its_head_and_perhaps_its_pooler(tmp_path: Path) -> None:
     folder = encoder(tmp_path / "model")
     assert load_classifier(asked(folder), LABELS, 0).num_labels == 2
+    shutil.copytree(folder, tmp_path / "half")
+    without(tmp_path / "half", "pooler.dense.weight")
+    with pytest.raises(UserError, match=r"lack 1 of the weights .*\(bert.pooler.dense.weight is the first"):
+        load_classifier(asked(tmp_path / "half"), LABELS, 0)
     without(folder, "pooler")
     load_classifier(asked(folder), LABELS, 0)
     without(folder, "encoder.layer.1.attention.self.query")
-    with pytest.raises(UserError, match=r"lack 2 of the weights .*\(bert.encoder.layer.1.attention.self.query.bias"):
+    with pytest.raises(UserError, match=r"lack 2 of the weights .*\(bert.encoder.layer.1.attention.self.query.w"):
         load_classifier(asked(folder), LABELS, 0)
 
 
@@ -100,14 +105,45 @@ def test_an_adapter_s_base_is_whole_too(tmp_path: Path) -> None:
         load_adapter_folder(tmp_path / "adapter", str(folder))
 
 
+def test_a_weight_of_another_shape_is_refused_but_for_the_head_s(tmp_path: Path) -> None:
+    """A classifier's labels are the task's; what is below is the files'."""
+    folder = tmp_path / "model"
+    tiny.make("bert").save_pretrained(folder)  # three labels
+    assert load_classifier(asked(folder), LABELS, 0).num_labels == 2
+    tiny.adapted("bert").save_pretrained(tmp_path / "adapter")
+    load_adapter_folder(tmp_path / "adapter", str(folder))
+    changed(folder, intermediate_size=40)
+    message = r"bert.encoder.layer.0.intermediate.dense.bias has the shape \(24,\) in its files and \(40,\) by its"
+    with pytest.raises(UserError, match=message):
+        load_classifier(asked(folder), LABELS, 0)
+    with pytest.raises(UserError, match=message):
+        load_adapter_folder(tmp_path / "adapter", str(folder))
+
+
+def test_layers_that_the_config_does_not_count_are_told(tmp_path: Path) -> None:
+    folder = decoder(tmp_path / "model")
+    changed(folder, num_hidden_layers=1)
+    with pytest.warns(UserWarning, match=r"9 weights of its files .* left out \(model.layers.1.input_layernorm.weight"):
+        load_language_model(asked(folder))
+
+
+def test_an_index_names_safetensors_alone(tmp_path: Path) -> None:
+    """transformers would unpickle what else it names."""
+    folder = decoder(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "weights.bin")
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(weights, "weights.bin")}))
+    with pytest.raises(UserError, match=r"index.json: 'weights.bin' is no safetensors file: save the model again"):
+        load_language_model(asked(folder))
+
+
 @pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "intermediate_size"])
 def test_a_model_far_larger_than_its_files_is_refused(tmp_path: Path, name: str) -> None:
     """With one more layer than they have, its weights would be made and filled first."""
     folder = decoder(tmp_path / "model")
     changed(folder, **{name: 2**36, "num_hidden_layers": 3})
-    with pytest.raises(
-        UserError, match=r"config.json describes a model of [\d,]+ weights, and its files have "
-    ):
+    with pytest.raises(UserError, match=r"config.json describes a model of [\d,]+ weights, and its files have "):
         load_language_model(asked(folder))
 
 
@@ -139,5 +175,6 @@ def test_a_billion_labels_are_refused(tmp_path: Path) -> None:
 def test_a_config_may_count_other_things(tmp_path: Path) -> None:
     folder = decoder(tmp_path / "model")
     shutil.copytree(folder, tmp_path / "long")
-    changed(tmp_path / "long", max_position_embeddings=10**7, output_layers=True)
+    labels = {"soccer player": 5000, "two layers": 5001}
+    changed(tmp_path / "long", max_position_embeddings=10**7, num_experts=2**14, label2id=labels)
     load_language_model(asked(tmp_path / "long"))
