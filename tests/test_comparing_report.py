@@ -130,6 +130,22 @@ def test_few_parameters_and_little_forgotten_are_told(results: dict[str, Any]) -
     assert qualified(results | {"rows": []}, "stories") == []
 
 
+@pytest.mark.parametrize(("metric", "worse", "better"), [("loss", 1.0, 4.0), ("accuracy", 4.0, 1.0)])
+def test_a_task_that_none_is_seen_to_learn_is_told(
+    results: dict[str, Any], metric: str, worse: float, better: float
+) -> None:
+    for row in results["rows"]:
+        row["metric"] = metric
+    results["base"]["stories"][metric] = better  # than which all methods' intervals are better
+    assert not any("none is seen to learn" in sentence for sentence in qualified(results, "stories"))
+    results["base"]["stories"][metric] = worse
+    said = f"No method's 95 % interval is better than the score before any training, {worse:.4g}: none is seen to learn"
+    assert qualified(results, "stories")[0].startswith(said)
+    for row in results["rows"]:
+        row["low"] = row["high"] = None  # one seed
+    assert not any("none is seen to learn" in sentence for sentence in qualified(results, "stories"))
+
+
 def test_the_search_shows_its_first_round_and_the_best_rank() -> None:
     rows = [
         {"method": "lora", "learning_rate": 0.1, "rank": rank, "share": share, "value": value}

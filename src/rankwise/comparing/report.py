@@ -109,11 +109,14 @@ def _cheapest(rows: Rows) -> Mapping[str, Any]:
 
 
 def qualified(results: Mapping[str, Any], task: str) -> list[str]:
-    """What else speaks for a method, by the means: few parameters where the best trains many, and little forgotten."""
+    """What else speaks for a method, or against all.
+
+    That none is seen to learn; by the means, few parameters where the best trains many, and little forgotten.
+    """
     rows, base = _scored(results, task), results["base"].get(task) or {}
     if not rows:
         return []
-    best, said = rows[0], []
+    best, said = rows[0], _not_learned(rows, base)
     few = [row for row in rows if FEW * row["parameters"] <= best["parameters"]]
     if few and few[0] is not _cheapest(_alike(rows) or rows[:1]):
         named = f"{few[0]['method']} has the best mean, {few[0]['mean']:.4g}"
@@ -128,6 +131,16 @@ def qualified(results: Mapping[str, Any], task: str) -> list[str]:
             what = f"in both score and what is forgotten of {' and '.join(names)}"
             said.append(f"By the means not beaten {what}: {', '.join(front)}, what forgets least first.")
     return said
+
+
+def _not_learned(rows: Rows, base: Mapping[str, Any]) -> list[str]:
+    metric = rows[0]["metric"]
+    before, lower = base.get(metric), is_lower_better(metric)
+    ends = [end for row in rows if is_finite(end := row["high" if lower else "low"])]
+    if not (is_finite(before) and ends) or any(end < before if lower else end > before for end in ends):
+        return []
+    said = f"No method's 95 % interval is better than the score before any training, {before:.4g}"
+    return [f"{said}: none is seen to learn this task."]
 
 
 def _values(row: Mapping[str, Any]) -> dict[int, float]:
