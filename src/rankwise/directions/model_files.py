@@ -16,7 +16,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from rankwise.errors import UserError, cut, shown
 from rankwise.models import loading, resolve
-from rankwise.models.index import INDEX, check_config, read_index
+from rankwise.models.config import check_config
+from rankwise.models.index import INDEX, read_index
 from rankwise.reading import open_tensors
 
 SINGLE = "model.safetensors"

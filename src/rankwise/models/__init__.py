@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from rankwise.errors import UserError, cut, system_failure
 from rankwise.models.base import load_base
-from rankwise.models.index import check_config
+from rankwise.models.config import check_config
 from rankwise.processes import world_size
 from rankwise.schema import EMBEDDED, ModelSettings
 
