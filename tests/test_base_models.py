@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertModel,
+    MambaConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import tiny
 from rankwise.adapters import load_adapter_folder
@@ -178,3 +185,19 @@ def test_a_config_may_count_other_things(tmp_path: Path) -> None:
     labels = {"soccer player": 5000, "two layers": 5001}
     changed(tmp_path / "long", max_position_embeddings=10**7, num_experts=2**14, label2id=labels)
     load_language_model(asked(tmp_path / "long"))
+
+
+@pytest.mark.parametrize(("dropout", "same"), [(None, False), (0.0, True), (0.5, False)])
+def test_the_base_s_own_dropout_may_be_set(tmp_path: Path, dropout: float | None, same: bool) -> None:
+    settings = ModelSettings(path=str(encoder(tmp_path / "bert")), dropout=dropout)
+    model = load_classifier(settings, LABELS, 0).train()
+    words = torch.arange(24).reshape(2, 12)
+    assert torch.equal(model(words).logits, model(words).logits) == same
+    shares = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+    assert shares == {0.1 if dropout is None else dropout}
+
+
+def test_a_model_without_dropout_has_none_to_set(tmp_path: Path) -> None:
+    MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"model.dropout 0.0: the model's config.json has no dropout: leave it out"):
+        load_language_model(ModelSettings(path=str(tmp_path), dropout=0.0))

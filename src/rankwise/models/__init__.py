@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -141,8 +142,19 @@ def _load(kind: type, settings: ModelSettings, head: bool = False, **options: ob
     if spread:
         options["distributed_config"] = DistributedConfig(fsdp_size=world_size())
     with loading(f"model.path {settings.path}"):
+        if settings.dropout is not None:
+            options |= _dropouts(place, settings.dropout)
         model = load_base(kind, place, head, dtype=getattr(torch, settings.dtype), **options)
     return model if spread else model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _dropouts(place: str, share: float) -> dict[str, float]:
+    """The model's settings of dropout, which its config calls as its family does."""
+    config = AutoConfig.from_pretrained(place, trust_remote_code=False).to_dict()
+    names = [name for name, value in config.items() if re.search("dropout|pdrop", name) and type(value) in (int, float)]
+    if not names:
+        raise UserError(f"model.dropout {share}: the model's config.json has no dropout: leave it out")
+    return dict.fromkeys(names, share)
 
 
 @contextmanager

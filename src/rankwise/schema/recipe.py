@@ -47,6 +47,9 @@ class ModelSettings(Section):
         None, description="Most tokens of a row; the model's limit, at most 2048, if not given."
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the frozen weights in memory.")
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="All of the model's own dropout in training; as its config says if not given."
+    )
     shard: bool = Field(
         False,
         description="Spread the frozen weights over all processes (FSDP2): no device holds the whole model.",
