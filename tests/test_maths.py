@@ -119,6 +119,68 @@ FORMS: list[tuple[str, str, bool]] = [
 ]
 
 
+# A number's reference, an answer with words, and whether they are the same.
+COUNTED: list[tuple[str, str, bool]] = [
+    ("1,000", "1000 dollars", True),
+    ("1000", "1,000 books", True),
+    *(("18", f"18 {unit}", True) for unit in ("eggs", "people", "cookies", "ounces", "pages", "points", "euros")),
+    ("18", "18 years old", True),
+    ("18", "18 dollars a day", True),
+    ("18", "$18 dollars", True),
+    ("18", "€18", True),
+    ("18", "18** eggs", True),
+    ("18", "18 (eggs)", True),
+    ("18", "18 oz of Ann's flour", True),
+    ("18", "18. She sells them at the farmers' market", True),
+    ("18", "18, because the others are eaten", True),
+    ("60", "60 km/h", True),
+    ("60", "60 miles/hour", True),
+    ("-7", "\u22127 degrees Celsius", True),
+    ("3/4", "3/4 cup", True),
+    ("1.5", "1 1/2 cups", True),
+    ("25%", "25% of the pupils", True),
+    ("18 eggs", "18", True),
+    ("18 eggs", "19 eggs", False),
+    # algebra
+    ("2", "2x", False),
+    ("3", "3 x", False),
+    ("3x", "3 x", True),
+    ("2", "2n", False),
+    ("2", "2 xy", False),
+    ("2xyz", "2 xyz", True),
+    ("5", "5 pi", False),
+    (r"5\pi", "5 pi", True),
+    ("5", "5 theta", False),
+    ("3", "3 sqrt 2", False),
+    (r"3\sqrt{2}", "3 sqrt 2", True),
+    ("5", "5 (mod x)", False),
+    ("5", "5 - cost", False),
+    ("5", "5 more than x", False),
+    ("5", "5 times a", False),
+    (r"5\text{ cm}", "5", True),
+    ("7", "7 or 8", False),
+    ("7", "7, eight", False),
+    ("10", "10^4", False),
+    ("1", "1/2", False),
+    ("2", "2 squared", False),
+    # magnitudes and parts
+    ("0.5", "0.5 million", False),
+    ("3", "3 hundred dollars", False),
+    ("2", "2 dozen eggs", False),
+    ("3", "3 and a half", False),
+    ("2", "2 thirds", False),
+    ("0.05", "5 percent", True),
+    ("2", "2 thousandths", False),
+    ("7", "7 months", True),
+]
+
+
+@pytest.mark.parametrize(("reference", "answer", "same"), COUNTED)
+def test_words_after_a_number(reference: str, answer: str, same: bool) -> None:
+    assert same_answer(answer, reference) is same_answer(reference, answer) is same
+    assert is_right(f"The answer is {answer}.", rf"\boxed{{{reference}}}") is same
+
+
 @pytest.mark.parametrize(("reference", "solution", "right"), FORMS)
 def test_answers_in_all_their_forms(reference: str, solution: str, right: bool) -> None:
     assert is_right(solution, rf"\boxed{{{reference}}}") is right
@@ -134,6 +196,14 @@ def test_answers_in_all_their_forms(reference: str, solution: str, right: bool) 
         ("no idea at all", None),
         ("  ", None),
         ("####", None),
+        ("#### yes", "yes"),
+        ("so it is #### **42**", "42"),
+        ("####\n42", "42"),
+        ("#### 42\n\n#### Check\n6 * 7 = 42, not 43", "42"),
+        ("#### Final Answer\n\n$\\boxed{42}$", "42"),
+        ("#### **Final Answer:** 42", "42"),
+        ("#### Step 1: add\n9 + 9 is 18.\nThe answer is 42.", "42"),
+        ("#### 1. Add\n9 + 9 is 18.\n#### 2. Multiply\nThe answer is 42.", "42"),
     ],
 )
 def test_the_final_answer_as_it_is_written(solution: str, answer: str | None) -> None:

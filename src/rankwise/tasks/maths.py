@@ -11,7 +11,8 @@ from typing import Any
 
 from rankwise.errors import UserError
 
-MARK = "####"  # before the answer of GSM8K's solutions
+MARK = re.compile(r"#{4,}")  # before the answer of GSM8K's solutions; and before a heading in Markdown
+HEADING = re.compile(r"[*_]*(?:\d+[.)]\s+)?[*_]*[^\W\d_]{2}")
 SENTENCE = re.compile(r"\banswer\b[^.\n:=\d$\\]*?(?:\bis\b|:|=)[*_\s]*:?", re.IGNORECASE)
 FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$([^$\n]+?)(?<!\\)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 PLAIN = r"(?:\d{1,3}(?:[ ,]\d{3})+|\d+)(?:\.\d+)?|\.\d+"
@@ -38,6 +39,25 @@ WRITTEN = {
     r"\*\*\s*(-?[\w.]+|\([^()]*\))": r"^{\1}",
     r"(?<=\d) (?=\d{3}\b)": "",
 }
+# Words that a number's value hangs on: magnitudes and parts, other numbers, functions and Greek letters.
+VALUED = (
+    r"(?:hundred|thousand|\w*illion|dozen|score|third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth)(?:th)?s?"
+    r"|hal(?:f|ves)|per\W?cent\w*|double|twice|or|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
+    r"|\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|pi|sqrt|root|squared|cubed|factorial|infinity|log|ln|exp|mod"
+    r"|sin|cos|tan|cot|csc|alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi"
+    r"|chi|psi|omega"
+)
+WORDS = (
+    rf"(?:[\s,.;:()\"*/-]+(?!(?:{VALUED})\b)"
+    r"(?:[^\W\d_]{2,}(?:['\u2019][^\W\d_]*)*|a(?=\s+[^\W\d_]{2})|(?<=km/)h))*[\s,.;:()\"*-]*"
+)
+CURRENCY = r"(?:\s*(?:\\?\$|[€£¥₹]))?"
+# After the number, a sentence ends, or a word follows that is no product of letters.
+COUNTED = re.compile(
+    rf"(?P<sign>[-\u2212]?){CURRENCY}(?P<number>{NUMBER.pattern}){CURRENCY}(?:\*\*)?"
+    rf"(?:(?=[.;]\s|,?\s+\(?(?:[^\W\d_]{{3}}|(?:[ckm]m|[km]g|ml|ft|lb|oz|hr|yd|in|of)\b)){WORDS})?",
+    re.IGNORECASE,
+)
 LONGEST = 200  # characters of an answer that is read as an expression
 # Powers of powers and their like would be computed without end.
 TOWER = re.compile(r"(?:\^|\*\*)[{(\s]*-?\d{4,}|(?:\^|\*\*)[^+*/,=]{0,20}(?:\^|\*\*)|!\s*!|\d{4,}\s*!")
@@ -46,12 +66,13 @@ TOWER = re.compile(r"(?:\^|\*\*)[{(\s]*-?\d{4,}|(?:\^|\*\*)[^+*/,=]{0,20}(?:\^|\
 def final_answer(solution: str) -> str | None:
     r"""The answer of a worked solution, as it is written there; None where it has none.
 
-    The first of these that there is: what follows the last ``####`` on its line (GSM8K), the last ``\boxed{...}``
-    (MATH), what follows the last "answer is" or "answer:" on its line (a formula in it, if there is one), the last
-    formula, all of a text without words, the last number.
+    The first of these that there is: what follows the last ``####`` on its line (GSM8K) that is no heading, the last
+    ``\boxed{...}`` (MATH), what follows the last "answer is" or "answer:" on its line (a formula in it, if there is
+    one), the last formula, all of a text without words, the last number. A heading begins with a word and has text
+    below it, or says "answer:" itself.
     """
-    if MARK in solution:
-        return _first_line(solution.rpartition(MARK)[2])
+    if marked := _last_marked(solution):
+        return marked
     if (boxed := _last_boxed(solution)) is not None:
         return _bare(boxed)
     if found := [*SENTENCE.finditer(solution)]:
@@ -64,7 +85,8 @@ def final_answer(solution: str) -> str | None:
 def same_answer(answer: str, reference: str) -> bool:
     r"""Whether two answers have one value: 0.5 and ``\frac{1}{2}``, 1,000 and 1000 dollars, x = 3 and 3.
 
-    Units, currency and a leading ``x =`` do not count; sets are equal in any order, points and intervals in theirs.
+    Units, currency, other words after a number and a leading ``x =`` do not count, but words such as million or half
+    do; sets are equal in any order, points and intervals in theirs.
     Answers that are no expressions, or too large to be computed, are compared letter by letter, without case, spaces
     and LaTeX's ``\text``.
 
@@ -73,9 +95,8 @@ def same_answer(answer: str, reference: str) -> bool:
     """
     if _letters(answer) == _letters(reference):
         return bool(_letters(answer))
-    verify = _library().verify
-    ours, theirs = _read(answer), _read(reference)
-    return bool(ours and theirs and verify(theirs, ours))
+    readings = dict.fromkeys([(answer, reference), (_number(answer), _number(reference))])
+    return any(_equal(*pair) for pair in readings)
 
 
 def is_right(solution: str, reference: str) -> bool:
@@ -102,6 +123,18 @@ def _library() -> Any:
     return math_verify
 
 
+def _equal(answer: str, reference: str) -> bool:
+    verify = _library().verify
+    ours, theirs = _read(answer), _read(reference)
+    return bool(ours and theirs and verify(theirs, ours))
+
+
+def _number(answer: str) -> str:
+    """The number alone of an answer that is one with words after it, none of which its value hangs on."""
+    found = COUNTED.fullmatch(_bare(answer))
+    return found["sign"] + found["number"] if found else answer
+
+
 def _read(answer: str) -> list[Any]:
     """The answer as expressions of sympy; none where it is no expression."""
     text = _plain(answer)
@@ -122,7 +155,7 @@ def _plain(answer: str) -> str:
 
 def _bare(text: str) -> str:
     """Without the dollars around a formula, and the full stop after it."""
-    bare = text.lstrip("*_ \t\n").rstrip(".*_ \t\n")
+    bare = text.lstrip("#*_ \t\n").rstrip(".*_ \t\n")
     formula = FORMULA.fullmatch(bare)
     return _inside(formula) if formula else bare
 
@@ -135,6 +168,15 @@ def _letters(answer: str) -> str:
 def _first_line(text: str) -> str | None:
     lines = text.strip().splitlines()
     return _bare(lines[0]) or None if lines else None
+
+
+def _last_marked(text: str) -> str | None:
+    """What stands on the line of the last mark that is no heading."""
+    for mark in [*MARK.finditer(text)][::-1]:
+        line, _, below = text[mark.end() :].strip().partition("\n")
+        if not (HEADING.match(line) and (below.strip() or SENTENCE.search(line))) and _bare(line):
+            return _bare(line)
+    return None
 
 
 def _last_boxed(text: str) -> str | None:
