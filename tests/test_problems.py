@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from rankwise.errors import UserError
 from rankwise.schema import ModelSettings
 from rankwise.tasks import problems
-from rankwise.tasks.problems import UNANSWERED, UNUSABLE, MathsTask, read_problems
+from rankwise.tasks.problems import UNANSWERED, UNREADABLE, UNUSABLE, MathsTask, read_problems
 
 TEMPLATE = "Q: {prompt}\nA: "
 ROWS = [{"prompt": f"Q: {number}\nA: ", "completion": f"it is {number}\n#### {number}"} for number in range(6)]
@@ -31,11 +31,11 @@ def test_gsm8k_and_math_as_they_are_published(tmp_path: Path) -> None:
     for number, subject in enumerate(("algebra", "geometry")):
         (tmp_path / "MATH" / subject).mkdir(parents=True)
         problem = {"problem": f"p{number}", "level": "Level 1", "type": subject, "solution": rf"\boxed{{{number}}}"}
-        (tmp_path / "MATH" / subject / "1.json").write_text(json.dumps(problem))
+        (tmp_path / "MATH" / subject / "1.json").write_text(json.dumps(problem, indent=4 * number or None))
     (tmp_path / "MATH" / "broken.json").write_text("{")
     found, counts = read_problems(tmp_path / "MATH", TEMPLATE)
     assert [row["completion"] for row in found] == [r"\boxed{0}", r"\boxed{1}"]
-    assert counts == {"files that cannot be read": 1}
+    assert counts == {UNREADABLE: 1}
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,10 @@ def test_a_file_without_problems_is_refused(tmp_path: Path, rows: Any, template:
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no \.json file"):
+        read_problems(tmp_path, TEMPLATE)
+    for name in ("1.json", "2.json"):
+        (tmp_path / name).write_text("{")
+    with pytest.raises(UserError, match=r"holds no problem: 2 files that cannot be read, first .*1\.json holds"):
         read_problems(tmp_path, TEMPLATE)
 
 

@@ -50,6 +50,15 @@ def test_broken_lines_are_dropped_and_counted(tmp_path: Path) -> None:
     assert counts == {"unparsable rows": 5}
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+def test_one_object_is_one_row(tmp_path: Path, indent: int | None) -> None:
+    assert read_rows(written(tmp_path, "t.json", json.dumps(ROWS[0], indent=indent) + "\n")) == (ROWS[:1], {})
+
+
+def test_json_lines_after_a_broken_one_are_read(tmp_path: Path) -> None:
+    assert read_rows(written(tmp_path, "t.json", '{"a"\n{"a": 1}\n')) == ([{"a": 1}], {"unparsable rows": 1})
+
+
 def test_elements_that_are_no_objects_are_counted(tmp_path: Path) -> None:
     assert read_rows(written(tmp_path, "t.json", '[{"a": 1}, 2, "x", null]')) == (
         [{"a": 1}],

@@ -23,6 +23,7 @@ from rankwise.tokenise import ANSWERS_TOO_LONG, CUT_TO_WRITE, PROMPTS_CUT, encod
 
 COLUMNS = (("question", "answer"), ("problem", "solution"))  # of GSM8K, and of MATH
 UNUSABLE = "problems without a text or a solution"
+UNREADABLE = "files that cannot be read"
 UNANSWERED = "problems whose solution ends with no answer"
 
 
@@ -65,13 +66,15 @@ def _rows(path: Path) -> tuple[list[dict[str, Any]], dict[str, int]]:
     if not files:
         raise UserError(f"{path} holds no .json file: give MATH's folder of problems, or a table's file")
     rows: list[dict[str, Any]] = []
-    counts: dict[str, int] = {}
+    failed: list[UserError] = []
     for file in files:
         try:
             rows += read_rows(file)[0]
-        except UserError:
-            count(counts, "files that cannot be read")
-    return rows, counts
+        except UserError as error:
+            failed.append(error)
+    if not rows:
+        raise UserError(f"{path} holds no problem: {len(failed)} {UNREADABLE}, first {failed[0]}")
+    return rows, {UNREADABLE: len(failed)} if failed else {}
 
 
 def _columns(path: Path, present: set[str]) -> tuple[str, str]:
@@ -79,8 +82,7 @@ def _columns(path: Path, present: set[str]) -> tuple[str, str]:
         if present.issuperset(pair):
             return pair
     wanted = " and ".join(COLUMNS[0]), " and ".join(COLUMNS[1])
-    near = nearest(COLUMNS[0][0], present) if present else "it has no column"
-    raise UserError(f"{path} has neither {wanted[0]} nor {wanted[1]}: {near}")
+    raise UserError(f"{path} has neither {wanted[0]} nor {wanted[1]}: {nearest(COLUMNS[0][0], present)}")
 
 
 class Problem(NamedTuple):

@@ -41,7 +41,7 @@ def read_rows(
     lines are no rows.
 
     Args:
-        path: a ``.json`` (list of objects), ``.jsonl``, ``.ndjson``, ``.csv``, ``.tsv`` or ``.parquet`` file,
+        path: a ``.json`` (list of objects, or one), ``.jsonl``, ``.ndjson``, ``.csv``, ``.tsv`` or ``.parquet`` file,
             in UTF-8 with or without a byte-order mark. A ``.txt`` file is read as a table where ``delimiter``
             is given.
         delimiter: what separates fields; by default the comma of ``.csv`` and the tab of ``.tsv``. With
@@ -125,10 +125,12 @@ def _accepted() -> str:
 
 
 def _read_json(path: Path, counts: dict[str, int]) -> list[Row]:
-    """Read a list of objects; a file that does not open with ``[`` is taken for JSON lines, as many are."""
+    """Read a list of objects or one object over several lines; any other file is taken for JSON lines, as many are."""
     text = read_utf8(path)
-    if not text.lstrip().startswith("["):
-        return _parse_lines(text, counts)
+    begun = text.lstrip()
+    if not begun.startswith("["):
+        whole = _parse(text) if _parse(begun[: begun.find("\n") + 1 or None]) is None else None
+        return _parse_lines(text, counts) if whole is None else _objects([whole], text, counts)
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
