@@ -21,7 +21,7 @@ from rankwise.evaluation import evaluate_run
 from rankwise.recipes import make_recipe
 from rankwise.run import Run
 from rankwise.schema import Recipe
-from rankwise.tasks.rouge import longest_common, rouge
+from rankwise.tasks.rouge import longest_common, rouge, words
 from rankwise.tasks.sequences import UNUSABLE, read_sequences
 
 # ROUGE
@@ -36,6 +36,26 @@ def test_rouge_by_hand() -> None:
     assert set(rouge("", "a").values()) == {0.0}
     assert set(rouge("a, b c", "A b: c!").values()) == {1.0}
     assert rouge("кот спит", "кот спит")["ROUGE-2"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("It's 3.5 kg_or so, naïve café №5 x² ❤\ufe0f 1\ufe0f\u20e3", "it s 3 5 kg or so naïve café 5 x² 1"),
+        ("cafe\u0301 noir", "cafe\u0301 noir"),
+        ("हिन्दी में लिखो।", "हिन्दी में लिखो"),
+        ("ක්\u200dෂණය", "ක්\u200dෂණය"),
+        ("שָׁלוֹם עולם", "שָׁלוֹם עולם"),
+        ("我喜欢GPT-4。", "我 喜 欢 gpt 4"),
+        ("東京タワー・2つ", "東 京 タ ワ ー 2 つ"),
+        ("か\u3099", "か\u3099"),
+        ("ไม่รู้", "ไ ม่ รู้"),
+        ("می\u200cروم", "می روم"),
+        ("한국어 문장", "한국어 문장"),
+    ],
+)
+def test_words_of_many_scripts(text: str, found: str) -> None:
+    assert words(text) == found.split()
 
 
 def subsequences(words: Sequence[str]) -> set[tuple[str, ...]]:

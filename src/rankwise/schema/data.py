@@ -131,7 +131,8 @@ class SequenceData(Section):
     measures: list[Literal["ROUGE-1", "ROUGE-2", "ROUGE-L", "BLEU", "chrF"]] = Field(
         ["ROUGE-1", "ROUGE-2", "ROUGE-L"],
         min_length=1,
-        description="Of what is written; BLEU and chrF need rankwise[sequences].",
+        description="Of what is written; BLEU and chrF need rankwise[sequences]. ROUGE counts words: in scripts "
+        "without spaces between them, such as Chinese or Thai, characters.",
     )
     holdout: Share = Field(0.1, description="Share of the rows held out where there is no validation file.")
     rows: Count | None = Field(None, description="Most rows to train on, drawn by the seed.")
