@@ -105,7 +105,9 @@ def test_an_encoder_decoder_that_classifies() -> None:
     assert list(found) == ["encoder 0", "encoder 1", "encoder 2"]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), UserError("nothing to look at")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no memory"), UserError("nothing to see"), ZeroDivisionError("by zero")]
+)
 def test_a_look_that_fails_leaves_the_results(
     error: Exception, tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,11 +12,14 @@ import torch
 
 import small_runs
 import tiny
+from rankwise.analysis.place_tables import place_section
 from rankwise.analysis.places import places_by_kind, sampled, spectra_by_kind, update_place, update_places
+from rankwise.analysis.runfolder import Run as RunFolder
 from rankwise.analysis.spectra import effective_rank, update_overlap
 from rankwise.analysis.updates import intruder_dimensions, projections
 from rankwise.cli import main
 from rankwise.errors import UserError
+from rankwise.files import write_json
 from rankwise.run import Run
 
 
@@ -82,6 +85,28 @@ def test_an_update_where_the_weight_has_nothing() -> None:
     assert update_place(weight, (b, a), 1)["amplification"] > 1e6
     with pytest.raises(UserError, match="zero or not finite"):
         update_place(weight, (b * 0, a), 1)
+    with pytest.raises(UserError, match="the weight is zero"):
+        update_place(weight * 0, (b, a), 1)
+
+
+def test_the_report_of_an_amplification_without_end(tmp_path: Path) -> None:
+    """JSON has no infinity: it is read back as null."""
+    weight, one = torch.zeros(6, 6), torch.eye(6)[3:4]
+    weight[0, 0] = 1.0
+    row = {"module": "layers.0.q", **update_place(weight, (one.T, one), 1), "amplification": math.inf}
+    write_json(tmp_path / "updates.json", [row])
+    assert json.loads((tmp_path / "updates.json").read_text())[0]["amplification"] is None
+    assert place_section(RunFolder(tmp_path)).count(">-<") == 2  # of its kind, and of all modules
+
+
+def test_modules_whose_weight_is_zero_are_passed_over() -> None:
+    model = tiny.adapted("llama")
+    tiny.train(model)
+    name = update_places(model, 2)[0][0]["module"]
+    model.get_base_model().get_submodule(name).get_base_layer().weight.data.zero_()
+    rows, counts = update_places(model, 2)
+    assert name not in {row["module"] for row in rows}
+    assert counts == {"modules whose weight is zero": 1}
 
 
 def test_a_models_modules_and_what_is_passed_over() -> None:

@@ -278,7 +278,7 @@ class Run:
                 try:
                     with self._timed(name):
                         look(number)
-                except (UserError, RuntimeError, ValueError) as error:
+                except (UserError, RuntimeError, ValueError, ArithmeticError) as error:
                     if self.recipe.model.shard and self.processes.number > 1:  # the others would wait for this one
                         raise
                     reason = " ".join(str(error).split())[:300]

@@ -43,7 +43,7 @@ def update_place(weight: Float[Tensor, "m n"], update: Update, rank: int) -> dic
         ``spectra``, some singular values of W (``weight``) and of D (``update``) with their places, from 1.
 
     Raises:
-        UserError: D is zero or not finite.
+        UserError: W or D is zero, or D is not finite.
 
     Source: see :mod:`rankwise.analysis.spectra` and :mod:`rankwise.analysis.updates`, which have each measure alone.
     """
@@ -53,7 +53,9 @@ def update_place(weight: Float[Tensor, "m n"], update: Update, rank: int) -> dic
     else:
         u, s, vh = balanced_svd(*(factor.to(base.device, torch.float64) for factor in update))
     b, a = (u * s).to(base), vh.to(base)  # rounded after MiLoRA's two products were subtracted, not before
-    norm = float(torch.linalg.norm(s))
+    norm, whole = float(torch.linalg.norm(s)), float(torch.linalg.norm(base))
+    if whole == 0:
+        raise UserError("the weight is zero: an update lies nowhere in it")
     if not math.isfinite(norm) or norm == 0:
         raise UserError("the update is zero or not finite: there is nothing to look at")
     rank = max(1, min(rank, min(base.shape) // 3))
@@ -68,7 +70,7 @@ def update_place(weight: Float[Tensor, "m n"], update: Update, rank: int) -> dic
     intruders = int(((left.T @ after).abs().amax(dim=0) < LEAST).sum())
     return {
         "norm": norm,
-        "relative": norm / float(torch.linalg.norm(base)),
+        "relative": norm / whole,
         "effective_rank": effective_rank(s),
         **shares,
         "chance": rank**2 / base.numel(),
@@ -101,18 +103,20 @@ def update_places(model: PeftModel, rank: int = 16) -> tuple[list[dict[str, Any]
         rank: directions of each part of a weight's spectrum.
 
     Returns:
-        A row for each module, with its name as ``module``, and counts of modules whose update is zero, or is read
-        neither as a product of two small matrices nor as one matrix.
+        A row for each module, with its name as ``module``, and counts of modules whose update or weight is zero,
+        or whose update is read neither as a product of two small matrices nor as one matrix.
 
     Raises:
         UserError: no module has an update to look at.
     """
-    rows, counts = [], {"modules without an update": 0, "modules of another form": 0}
+    rows, counts = [], {"modules without an update": 0, "modules of another form": 0, "modules whose weight is zero": 0}
     for name, weight, update in weight_updates(model):
         if update is None or weight is None:
             counts["modules of another form"] += 1
         elif is_zero(update):
             counts["modules without an update"] += 1
+        elif not weight.any():
+            counts["modules whose weight is zero"] += 1
         else:
             rows.append({"module": name, **update_place(weight, update, rank)})
     if not rows:
@@ -163,5 +167,6 @@ def _means(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
     found = list(rows)
     for name in ("relative", "effective_rank", *SHARES, "chance", "intruders"):
         yield name, fmean(row[name] for row in found)
-    finite = [row["amplification"] for row in found if math.isfinite(row["amplification"])]
+    known = [row["amplification"] for row in found if row["amplification"] is not None]  # None: inf, as JSON has it
+    finite = [value for value in known if math.isfinite(value)]
     yield "amplification", math.exp(fmean(map(math.log, finite))) if finite else math.inf
