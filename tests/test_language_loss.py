@@ -144,9 +144,10 @@ def test_measured_in_evaluation_mode_and_left_as_it_was(tiny_llama: LlamaForCaus
     model = peft.get_peft_model(tiny_llama, config)
     rows = random_rows(5)
     expected = answer_loss(model.eval(), rows)
-    model.train(training)
+    model.train(training).get_submodule("base_model.model.model.layers.0").eval()
+    before = [module.training for module in model.modules()]
     assert answer_loss(model, rows) == expected
-    assert model.training is training
+    assert [module.training for module in model.modules()] == before
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

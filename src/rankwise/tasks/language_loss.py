@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rankwise.errors import UserError
-from rankwise.likelihood import answer_log_probabilities, tokens_for_logits
+from rankwise.likelihood import answer_log_probabilities, evaluating, tokens_for_logits
 from rankwise.tokenise import IGNORED, AnswerCollator
 
 Encoded = Mapping[str, Sequence[int]]
@@ -27,7 +27,7 @@ def answer_loss(
     Logits of the prompts are left out as `rankwise.likelihood` does it.
 
     Args:
-        model: a causal language model, with an adapter or without; it is left in the mode it was in.
+        model: a causal language model, with an adapter or without; its modules are left in their modes.
         encoded_rows: ``input_ids`` and ``labels`` of each row; where the label is -100 there is no loss.
         batch_tokens: at most this many tokens in a batch, padding counted; a longer row is a batch of its
             own.
@@ -45,14 +45,10 @@ def answer_loss(
         raise UserError("there is no answer token to predict; the loss needs at least one")
     where = device or next(model.parameters()).device
     total, tokens = 0.0, 0
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in token_batches(predicted, tokens_for_logits(model, batch_tokens)):
             loss, number = _batch_loss(model, batch, where)
             total, tokens = total + loss, tokens + number
-    finally:
-        model.train(training)
     mean = total / tokens
     return {
         "loss": mean,
