@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,11 @@ def test_rows_without_text_or_label_are_counted(tmp_path: Path) -> None:
         {"sentence1": " ", "label": "a"},
         {"label": "b"},
         {"sentence1": 3},
+        {"sentence1": "c", "label": math.nan},
     ]
     read = read_classification(written(tmp_path, rows))
     assert [row["label"] for row in read.rows] == [0, 1]
-    assert read.counts == {"rows without a label": 4, "rows without a sentence": 2}
+    assert read.counts == {"rows without a label": 5, "rows without a sentence": 2}
 
 
 def test_validation_uses_the_names_of_training(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,10 @@ def test_a_missing_column_is_named_with_the_nearest() -> None:
         require_columns(Path("t.csv"), [{"sentence": "x"}, {"label": "y"}], ["label", "sentense"])
 
 
-@pytest.mark.parametrize(("value", "text"), [("x ", "x "), (" \n", ""), (3, "3"), (0, "0"), (None, ""), ([1], "")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [("x ", "x "), (" \n", ""), (3, "3"), (0, "0"), (10**400, f"1{400 * '0'}"), (None, ""), ([1], ""), (math.nan, "")],
+)
 def test_cells_as_text(value: object, text: str) -> None:
     assert as_text(value) == text
 

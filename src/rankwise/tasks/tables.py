@@ -112,11 +112,11 @@ def columns_of(rows: Iterable[Mapping[str, Any]]) -> set[str]:
 
 
 def as_text(value: object) -> str:
-    """A cell as text: strings as they are, numbers written out, anything else and blanks as nothing."""
+    """A cell as text: strings as they are, numbers written out; anything else, blanks and NaN as nothing."""
     if isinstance(value, str):
         return value if value.strip() else ""
     if isinstance(value, int | float):
-        return str(value)
+        return str(value).replace("nan", "")
     return ""
 
 
