@@ -297,9 +297,9 @@ def test_on_a_terminal_there_is_a_bar(
 
 def test_a_bar_can_be_shown_before_its_length_is_known() -> None:
     console = Console(force_terminal=True, file=io.StringIO(), width=120, _environ={})
-    with ProgressBar("waiting", console).progress:
+    with ProgressBar("[/waiting]", console).progress:
         pass
-    assert "waiting" in small_runs.printed(console)
+    assert "[/waiting]" in small_runs.printed(console)
 
 
 def test_lora_plus_trains_b_faster(adapted: PeftModel) -> None:

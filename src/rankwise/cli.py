@@ -113,9 +113,9 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = _parse(words)
     for library in NOISY:
         logging.getLogger(library).setLevel(logging.ERROR)
-    console = Console(stderr=arguments.json)
+    console = Console(stderr=arguments.json, markup=False)  # names in tables are no markup either
     if not console.is_terminal:
-        console = Console(stderr=arguments.json, width=140)
+        console.width = 140
     rank = os.environ.get("RANK", "")
     number = int(rank) if "LOCAL_RANK" in os.environ and rank.isdecimal() else 0  # among processes of torchrun
     if number:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import UserError
+from rankwise.saying import say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,8 +60,8 @@ def prepare(arguments: Arguments, console: Console) -> Any:
         prepared = prepare(recipe.data, recipe.seed, recipe.evaluation.cases)
         found = WrittenRows(write_rows(folder, prepared, recipe.data.chat), prepared.counts, prepared.leaks)
     for name, count in (found.counts | found.leaks).items():
-        console.print(f"  {name}: {count}", highlight=False)
-    console.print(f"rows: {folder}", highlight=False)
+        say(console, f"  {name}: {count}")
+    say(console, f"rows: {folder}")
     return {"folder": str(folder), "counts": found.counts, "leaks": found.leaks}
 
 
@@ -95,11 +96,11 @@ def init(arguments: Arguments, console: Console) -> Any:
     )
     report = initialise(arguments.model, arguments.out, config, dtype=getattr(torch, arguments.dtype), console=console)
     reused = f", {report.reused} from the cache" if report.reused else ""
-    console.print(f"start: {arguments.out}: {len(report.ranks)} matrices in {report.seconds:.0f} s{reused}")
+    say(console, f"start: {arguments.out}: {len(report.ranks)} matrices in {report.seconds:.0f} s{reused}")
     if report.broken:
-        console.print(f"  damaged files of the cache, made again: {report.broken}")
+        say(console, f"  damaged files of the cache, made again: {report.broken}")
     if report.zero:
-        console.print(f"  matrices with directions of singular value 0: {len(report.zero)}")
+        say(console, f"  matrices with directions of singular value 0: {len(report.zero)}")
     return {"folder": arguments.out, **asdict(report)}
 
 
@@ -241,7 +242,7 @@ def report(arguments: Arguments, console: Console) -> Any:
     runs = [Path(run) for run in arguments.runs]
     if len(runs) == 1:
         page = write_comparison_report(runs[0]) if (runs[0] / SUMMARY).is_file() else write_report(runs[0])
-        console.print(f"report: {page}", highlight=False)
+        say(console, f"report: {page}")
         return {"report": str(page)}
     results = combined(runs)
     if arguments.markdown:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rankwise.errors import UserError
 from rankwise.recipes import make_recipe
 from rankwise.recommend.synthetic import write_synthetic
+from rankwise.saying import say
 from rankwise.schema import Recipe
 
 
@@ -29,7 +30,7 @@ def demo_recipe(arguments: argparse.Namespace, console: Console) -> Recipe:
         values["data"] |= {"interactions": arguments.ratings, "items": arguments.items}
     else:
         folder = output.with_name(f"{output.name}-log")
-        console.print(f"synthetic log, made by rankwise's own generator: {folder}", highlight=False)
+        say(console, f"synthetic log, made by rankwise's own generator: {folder}")
         ratings, items = write_synthetic(folder)
         values["data"] |= {"interactions": str(ratings), "items": str(items)}
     return make_recipe(values)

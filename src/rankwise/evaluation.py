@@ -28,6 +28,7 @@ from rankwise.models import (
     quiet_libraries,
 )
 from rankwise.recipes import load_recipe
+from rankwise.saying import say
 from rankwise.schema import ClassificationData, GlueData, Recipe, SequenceData
 from rankwise.tasks.files import check_recipe_files
 from rankwise.tasks.load import held_out_elsewhere, load_task
@@ -125,10 +126,10 @@ def _last_stage(run: Path, recipe: Recipe) -> str:
 def print_export(folder: Path, report: ExportReport, console: Console) -> None:
     """Print what was written: its size, the error of the whole, and the layers where it is largest."""
     error = f"relative error {report.relative_error:.2e}"
-    console.print(f"{folder}: {report.parameters:,} parameters, {error}", highlight=False)
-    console.print(f"largest of {len(report.module_errors)} modules:", highlight=False)
+    say(console, f"{folder}: {report.parameters:,} parameters, {error}")
+    say(console, f"largest of {len(report.module_errors)} modules:")
     for name, value in report.worst():
-        console.print(f"  {name} {value:.2e}", highlight=False)
+        say(console, f"  {name} {value:.2e}")
 
 
 def open_run(run: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from rankwise.checkpoints.resuming import forget_after
 from rankwise.files import to_json
 from rankwise.ranks import SoraConfig, gate_counts, gates
+from rankwise.saying import say
 
 
 class ProgressBar(TrainerCallback):
@@ -25,7 +26,7 @@ class ProgressBar(TrainerCallback):
 
     def __init__(self, title: str, console: Console) -> None:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),  # copes with a total that is not known yet
             TextColumn("steps, loss {task.fields[loss]}"),
@@ -52,9 +53,7 @@ class ProgressBar(TrainerCallback):
         if not self.console.is_terminal and tenth > 10 * (state.global_step - 1) // state.max_steps:
             left = elapsed * (state.max_steps - state.global_step) / done
             loss = f"loss {task.fields['loss']}, {rate} rows/s, {left:.0f} s left"
-            self.console.print(
-                f"{task.description}: {state.global_step}/{state.max_steps} steps, {loss}", highlight=False
-            )
+            say(self.console, f"{task.description}: {state.global_step}/{state.max_steps} steps, {loss}")
 
     def on_log(
         self,
@@ -127,7 +126,7 @@ class ConsoleLog(logging.Handler):
         """The handler's hook."""
         if time.monotonic() - self.last >= self.seconds:
             self.last = time.monotonic()
-            self.console.print(f"  {record.getMessage()}", style="dim", highlight=False)
+            say(self.console, f"  {record.getMessage()}", dim=True)
 
 
 @contextlib.contextmanager

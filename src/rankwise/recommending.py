@@ -23,6 +23,7 @@ from rankwise.recommend.batch import Part, open_parts, recommend_users, write_pa
 from rankwise.recommend.cluster import over_cluster
 from rankwise.recommend.recommender import Ranking, Recommender
 from rankwise.recommend.store import STORE, read_store
+from rankwise.saying import say
 
 
 def load_recommender(run: str | Path, stage: str | None = None) -> Recommender:
@@ -65,7 +66,7 @@ def recommend_once(
     _say(recommender.counts, console)
     console.print(ranking_table(ranking))
     if not ranking.exact:
-        console.print("the search was cut short: other titles may be better", style="dim")
+        say(console, "the search was cut short: other titles may be better", dim=True)
     return {
         "user": user,
         "history": list(titles),
@@ -132,7 +133,7 @@ def recommend_to_folder(
                 bar.update(task, completed=done)
     counts += Counter(recommender.counts)
     _say(counts, console)
-    console.print(f"recommendations: {folder}: {len(named)} users", highlight=False)
+    say(console, f"recommendations: {folder}: {len(named)} users")
     return {"folder": str(folder), "users": len(named)}
 
 
@@ -150,4 +151,4 @@ _loaded = lru_cache(maxsize=1)(load_recommender)  # a worker keeps its model fro
 def _say(counts: Mapping[str, int], console: Console) -> None:
     for name, number in counts.items():
         if number:
-            console.print(f"  {name}: {number}", style="dim", highlight=False)
+            say(console, f"  {name}: {number}", dim=True)

@@ -51,6 +51,7 @@ from rankwise.ranks import AllGatesClosed, gate_counts, prune
 from rankwise.recipes import dump_recipe
 from rankwise.recommend.store import STORE, write_store
 from rankwise.sampling import sample
+from rankwise.saying import say
 from rankwise.schema import AdaloraSettings, AnyStage, LoraSettings, Recipe, SoraSettings
 from rankwise.sharing import check_shared_out
 from rankwise.tasks.files import check_recipe_files, check_same_data, data_digests
@@ -283,7 +284,7 @@ class Run:
                         raise
                     reason = " ".join(str(error).split())[:300]
                     self.results.setdefault("not_looked_at", {})[name] = reason
-                    self.console.print(f"  evaluation.{name} failed: {reason}", style="dim", highlight=False)
+                    say(self.console, f"  evaluation.{name} failed: {reason}", dim=True)
 
     def _updates(self, model: PeftModel, directions: int) -> None:
         places, passed = update_places(model, directions)
@@ -300,7 +301,7 @@ class Run:
     def _report(self) -> None:
         write_json(self.folder / "results.json", self.results)
         self.console.print(result_table(self.results))
-        self.console.print(f"report: {write_report(self.folder)}", highlight=False)
+        say(self.console, f"report: {write_report(self.folder)}")
 
     def _open(self, task: Task) -> None:
         """Write what is known before training, so that even a run that fails can be read."""
@@ -315,12 +316,10 @@ class Run:
         if self._changed:
             self.results["counts"]["versions that changed while it was unfinished"] = len(self._changed)
         for line in [*(f"{name}: {count}" for name, count in counts.items() if count), *self._changed]:
-            self.console.print(f"  {line}", style="dim", highlight=False)
+            say(self.console, f"  {line}", dim=True)
         self._write("results.json", self.results)
         if self.recipe.precision == "bfloat16" and not computes_bfloat16():
-            self.console.print(
-                "  this processor has no bfloat16 arithmetic: precision=float32 is many times faster here"
-            )
+            say(self.console, "  this processor has no bfloat16 arithmetic: precision=float32 is many times faster")
 
     def _measure(self, task: Task, model: PeftModel, name: str) -> None:
         with self._timed("evaluation"):
@@ -332,7 +331,7 @@ class Run:
         self.results["rows"].append(row)
         self.results["counts"] |= not_numbers(row)
         self._write("results.json", self.results)
-        self.console.print(row_line(row), highlight=False)
+        say(self.console, row_line(row))
 
     def _write(self, name: str, value: Any) -> None:
         if self.processes.is_first:

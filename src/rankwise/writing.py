@@ -17,6 +17,7 @@ from rankwise.evaluation import open_run, trained_stage
 from rankwise.files import write_json
 from rankwise.generation import generate_answers
 from rankwise.models import context_limit, load_tokenizer
+from rankwise.saying import say
 from rankwise.schema import InstructionData
 from rankwise.tasks.instructions import FORM_READ, alpaca_prompt
 from rankwise.tasks.tables import as_text, read_rows, require_columns
@@ -82,10 +83,10 @@ def write_outputs(
         for row, text in zip(rows, outputs, strict=True)
     ]
     write_json(out, found)
-    console.print(f"{out}: {len(found)} answers", highlight=False)
+    say(console, f"{out}: {len(found)} answers")
     for what, number in {**counts, "prompts cut to the context": cut}.items():
         if number:
-            console.print(f"  {what}: {number}", highlight=False)
+            say(console, f"  {what}: {number}")
     return {"file": str(out), "answers": len(found), "cut": cut, "counts": counts}
 
 

@@ -15,6 +15,7 @@ from rankwise.errors import UserError
 from rankwise.files import UNFINISHED, check_folder, remove_folder, write_jsonl
 from rankwise.reading import read_json
 from rankwise.recipes import load_recipe
+from rankwise.saying import say
 from rankwise.schema import Recipe
 
 CHECKPOINTS = "checkpoints"
@@ -89,7 +90,7 @@ def whole_checkpoint(folder: Path, stage: str, console: Console) -> Path | None:
             check_folder(Path(last), whole=True)
             return Path(last)
         except UserError as error:
-            console.print(f"  {error}; this checkpoint is removed", highlight=False)
+            say(console, f"  {error}; this checkpoint is removed")
             remove_folder(Path(last))
     return None
 

@@ -18,6 +18,7 @@ from rankwise.errors import UserError, nearest
 from rankwise.files import write_text
 from rankwise.reading import read_json
 from rankwise.recipes import dump_recipe, load_recipe
+from rankwise.saying import say
 from rankwise.schema import Comparison
 
 
@@ -52,7 +53,7 @@ def run_again(comparison: Comparison, name: str, console: Console) -> dict[str, 
     console.print(_table(cell.stem, then, now))
     for one in (before, after):
         if one.get("failed"):
-            console.print(f"  {one['failed']}", style="dim", highlight=False)
+            say(console, f"  {one['failed']}", dim=True)
     return {"run": cell.stem, "then": then, "now": now, "same": then == now}
 
 

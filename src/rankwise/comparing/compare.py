@@ -31,6 +31,7 @@ from rankwise.errors import UserError
 from rankwise.files import clear_unfinished, write_json, write_text
 from rankwise.models import context_limit, load_tokenizer
 from rankwise.run import versions
+from rankwise.saying import say
 from rankwise.schema import Comparison
 from rankwise.tasks.files import check_recipe_files
 from rankwise.tasks.load import load_task
@@ -61,7 +62,7 @@ def compare(comparison: Comparison, console: Console, cluster: bool = False) -> 
     for place in (folder, folder / CELLS):
         clear_unfinished(place)
     if restored := restore(folder):
-        console.print(f"{restored} runs are finished in {folder / RUNS}", highlight=False)
+        say(console, f"{restored} runs are finished in {folder / RUNS}")
     (folder / CELLS).mkdir(parents=True, exist_ok=True)
     earlier = earlier_runs(folder)
     cells: list[Cell] = []
@@ -110,12 +111,12 @@ def compare(comparison: Comparison, console: Console, cluster: bool = False) -> 
         console.print(table)
     for row in found:
         if row["failed"]:
-            console.print(f"  {row['task']}, {row['method']}: {row['failed']}", style="dim", highlight=False)
+            say(console, f"  {row['task']}, {row['method']}: {row['failed']}", dim=True)
     if any(row["failed"] for row in found):
         hint = "what failed is not tried again, unless its .json is removed"
-        console.print(f"  {hint} from {folder / CELLS}", style="dim", highlight=False)
-    console.print(f"runs: {folder / 'runs.parquet'}; tables: {folder / 'table.md'}, table.tex", highlight=False)
-    console.print(f"report: {write_comparison_report(folder)}", highlight=False)
+        say(console, f"  {hint} from {folder / CELLS}", dim=True)
+    say(console, f"runs: {folder / 'runs.parquet'}; tables: {folder / 'table.md'}, table.tex")
+    say(console, f"report: {write_comparison_report(folder)}")
     return results
 
 

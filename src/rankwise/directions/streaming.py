@@ -35,6 +35,7 @@ from rankwise.peft_bridge import adapted_layers
 from rankwise.peft_bridge.matrices import factor_matrices
 from rankwise.peft_bridge.patterns import check_patterns
 from rankwise.peft_bridge.targets import check_sizes
+from rankwise.saying import say
 
 ADAPTER = "default"
 START = "start"  # in the manifest of what is written here
@@ -175,7 +176,7 @@ def _shown(layers: Mapping[str, LoraLayer], console: Console | None) -> Generato
             bar.advance(task)
             if not console.is_terminal and 10 * number // total > 10 * (number - 1) // total:
                 left = (time.perf_counter() - started) * (total / number - 1)
-                console.print(f"{number}/{total} matrices, {left:.0f} s left", highlight=False)
+                say(console, f"{number}/{total} matrices, {left:.0f} s left")
 
 
 def _check(folder: Path, config: MiloraConfig, dtype: torch.dtype) -> None:

@@ -15,6 +15,7 @@ import uvicorn
 from rich.console import Console
 
 from rankwise.errors import UserError
+from rankwise.saying import say
 from rankwise.serving.app import create_app
 from rankwise.serving.connection import Connection
 from rankwise.serving.settings import ServerSettings
@@ -39,9 +40,11 @@ def serve_run(run: Path, names: list[str] | None, settings: ServerSettings, cons
         _log_to_stderr()
         for name, number in stages.recommender.counts.items():
             if number:
-                console.print(f"  {name}: {number}", style="dim", highlight=False)
+                say(console, f"  {name}: {number}", dim=True)
         listener.listen()  # who reads the next line may connect at once, and waits until the server runs
-        console.print(f"serving {', '.join(stages.kinds)} of {run}: {address}", highlight=False, soft_wrap=True)
+        console.print(
+            f"serving {', '.join(stages.kinds)} of {run}: {address}", markup=False, highlight=False, soft_wrap=True
+        )
         config = uvicorn.Config(
             create_app(stages, settings, run.resolve().name),
             log_config=None,
@@ -55,7 +58,7 @@ def serve_run(run: Path, names: list[str] | None, settings: ServerSettings, cons
             timeout_graceful_shutdown=math.ceil(settings.timeout) + 1,
         )
         _Server(config).run(sockets=[listener])
-    console.print("stopped", highlight=False)
+    say(console, "stopped")
     return address
 
 
