@@ -153,6 +153,14 @@ def new_folder(path: Path, kind: str | None = None) -> Iterator[Path]:
     """
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file, where a folder is to be made")
+    with temporary_folder(path) as made:
+        yield made
+        complete_folder(made, path, kind)
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill and to give the name ``path``; it is removed where the block fails, or the process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     temporary = _beside(path)
@@ -160,7 +168,6 @@ def new_folder(path: Path, kind: str | None = None) -> Iterator[Path]:
     lock, _ = _lock(temporary)
     try:
         yield temporary
-        complete_folder(temporary, path, kind)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

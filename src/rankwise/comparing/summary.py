@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from rankwise.comparing.cells import CELLS, Cell, Setting
 from rankwise.comparing.choosing import Key, deciding_metric, final_row, is_lower_better
 from rankwise.comparing.statistics import holm, paired, spread
 from rankwise.errors import UserError
-from rankwise.files import write_bytes
+from rankwise.files import temporary_folder, write_bytes
 from rankwise.reading import is_file_name, read_parquet
 from rankwise.recipes import dump_recipe
 from rankwise.schema import METHODS, Comparison
@@ -140,13 +139,15 @@ def restore(folder: Path) -> int:
         raise UserError(f"{path} holds no runs of a comparison: {ANOTHER}")
     if stray := [name for name in kept["run"] if not is_file_name(name)]:
         raise UserError(f"{path}: run {stray[0]!r} is no file name: {ANOTHER}")
-    made = folder / f"{CELLS}.part"
-    shutil.rmtree(made, ignore_errors=True)
-    made.mkdir()
-    for name, recipe, result in kept.iter_rows():
-        (made / f"{name}.yaml").write_text(recipe, encoding="utf-8")
-        (made / f"{name}.json").write_text(result, encoding="utf-8")
-    made.rename(folder / CELLS)
+    try:
+        with temporary_folder(folder / CELLS) as made:
+            for name, recipe, result in kept.iter_rows():
+                (made / f"{name}.yaml").write_text(recipe, encoding="utf-8")
+                (made / f"{name}.json").write_text(result, encoding="utf-8")
+            made.rename(folder / CELLS)
+    except OSError:
+        if not (folder / CELLS).is_dir():  # where it is, another command was first
+            raise
     return len(kept)
 
 
