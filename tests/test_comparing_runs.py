@@ -265,7 +265,7 @@ def test_a_method_that_a_model_cannot_carry_is_told(values: dict[str, Any], in_t
 
 def test_a_process_that_dies_is_told_with_its_log(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "in_a_process", lambda recipe, *_: running._log(recipe).write_text("Killed\n"))
-    with pytest.raises(UserError, match=r"ended without a result: Killed \(all of it: .*\.log\)"):
+    with pytest.raises(UserError, match=r"ended without a result, .*: Killed \(all of it: .*\.log\)"):
         compare(make_comparison(values), small_runs.silent())
 
 

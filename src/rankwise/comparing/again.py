@@ -8,15 +8,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from rankwise.analysis.results import check_rows
-from rankwise.comparing.cells import CELLS
+from rankwise.comparing.cells import CELLS, read_result
 from rankwise.comparing.choosing import final_row
-from rankwise.comparing.running import in_a_process, threads_of
+from rankwise.comparing.running import ending, in_a_process, threads_of
 from rankwise.comparing.summary import restore
 from rankwise.errors import UserError, nearest
 from rankwise.files import write_text
-from rankwise.reading import read_json
 from rankwise.recipes import dump_recipe, load_recipe
 from rankwise.saying import say
 from rankwise.schema import Comparison
@@ -33,28 +32,33 @@ def run_again(comparison: Comparison, name: str, console: Console) -> dict[str, 
         console: shows the table.
 
     Returns:
-        The cell's name as ``run``, its metrics ``then`` and ``now``, and whether they are the ``same``.
+        The cell's name as ``run``, its metrics ``then`` and ``now``, and whether they are the ``same``: not where the
+        run failed, which has none.
 
     Raises:
-        UserError: no finished cell has the name, or several do, or the run ended without a result.
+        UserError: no finished cell has the name, or several do, its figures are not as they were written, or the run
+            ended without a result.
     """
     folder = Path(comparison.output)
     restore(folder)
     cell = _named(folder / CELLS, name)
-    before = _result(cell)
+    before = read_result(cell)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / f"{cell.stem}.yaml"
         recipe = load_recipe(cell.with_suffix(".yaml"))
         write_text(file, dump_recipe(recipe.model_copy(update={"output": str(file.with_suffix(""))})))
         threads = before.get("threads") or threads_of(comparison.processes)
-        in_a_process(file, False, threads, Path.cwd())
-        after = _result(_written(file))
+        status = in_a_process(file, False, threads, Path.cwd())
+        result = file.with_suffix(".json")
+        if not result.is_file():
+            raise UserError(f"the run ended without a result, {ending(status, file.with_suffix('.log'))}")
+        after = read_result(result)
     then, now = ((final_row(one) or {"metrics": {}})["metrics"] for one in (before, after))
     console.print(_table(cell.stem, then, now))
     for one in (before, after):
         if one.get("failed"):
             say(console, f"  {one['failed']}", dim=True)
-    return {"run": cell.stem, "then": then, "now": now, "same": then == now}
+    return {"run": cell.stem, "then": then, "now": now, "same": bool(then) and then == now}
 
 
 def _named(cells: Path, name: str) -> Path:
@@ -70,22 +74,6 @@ def _named(cells: Path, name: str) -> Path:
     return found[0]
 
 
-def _result(path: Path) -> dict[str, Any]:
-    remedy = "remove it to run the cell again"
-    result: dict[str, Any] = read_json(path, dict, remedy)
-    if not result.get("failed"):
-        check_rows(path, result, remedy)
-    return result
-
-
-def _written(recipe: Path) -> Path:
-    result = recipe.with_suffix(".json")
-    if not result.is_file():
-        log = recipe.with_suffix(".log").read_text(encoding="utf-8").strip().splitlines()[-1:]
-        raise UserError(f"the run ended without a result: {''.join(log)[:300] or 'it says nothing'}")
-    return result
-
-
 def _table(name: str, then: dict[str, float], now: dict[str, float]) -> Table:
     table = Table(title=name, title_justify="left", box=None)
     for heading in ("metric", "then", "now", "difference"):
@@ -94,5 +82,5 @@ def _table(name: str, then: dict[str, float], now: dict[str, float]) -> Table:
         pair = [values.get(metric) for values in (then, now)]
         written = ["-" if value is None else f"{value:.10g}" for value in pair]
         known = [value for value in pair if value is not None]
-        table.add_row(metric, *written, f"{known[1] - known[0]:.3g}" if len(known) == 2 else "-")
+        table.add_row(Text(metric), *written, f"{known[1] - known[0]:.3g}" if len(known) == 2 else "-")
     return table

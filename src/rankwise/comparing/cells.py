@@ -83,20 +83,27 @@ class Cell:
             UserError: the file is of another version, or no result.
         """
         path = self.beside(".json")
-        if not path.is_file():
-            return None
-        result: dict[str, Any] = read_json(path, dict, "remove it to run the cell again")
-        version = result.get("version")
-        if version != VERSION:
-            raise UserError(
-                f"{path} is of version {shown(version)}, and this is {VERSION}: give a new output, or remove it to "
-                "run again"
-            )
-        if result.get("digest", digest_of(result)) != digest_of(result):  # runs from before it was kept have none
-            raise UserError(f"{path} is not as it was written: remove it to run the cell again")
-        if not result.get("failed"):
-            check_rows(path, result, "remove it to run the cell again")
-        return result
+        return read_result(path) if path.is_file() else None
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What a finished run keeps.
+
+    Raises:
+        UserError: the file is of another version, or no result.
+    """
+    result: dict[str, Any] = read_json(path, dict, "remove it to run the cell again")
+    version = result.get("version")
+    if version != VERSION:
+        raise UserError(
+            f"{path} is of version {shown(version)}, and this is {VERSION}: give a new output, or remove it to run "
+            "again"
+        )
+    if result.get("digest", digest_of(result)) != digest_of(result):  # runs from before it was kept have none
+        raise UserError(f"{path} is not as it was written: remove it to run the cell again")
+    if not result.get("failed"):
+        check_rows(path, result, "remove it to run the cell again")
+    return result
 
 
 def digest_of(result: Mapping[str, Any]) -> str:

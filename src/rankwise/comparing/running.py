@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from rankwise.checkpoints.stopping import stopped_by_sigterm
 from rankwise.comparing.cells import Cell
-from rankwise.errors import UserError
+from rankwise.errors import UserError, cut
 from rankwise.files import is_in_use, write_text
 from rankwise.recipes import dump_recipe
 
@@ -31,7 +32,8 @@ def run_cells(cells: Sequence[Cell], processes: int, keep: bool, told: Told, clu
         processes: at a time.
         keep: whether adapters of reported cells are kept.
         told: is called with each cell that is finished, in the order in which they finish.
-        cluster: on the Ray cluster of ``RAY_ADDRESS``, or a local one, instead of processes of this machine.
+        cluster: on the Ray cluster of ``RAY_ADDRESS``, or a local one, instead of processes of this machine; ``told``
+            is called when all are finished.
 
     Raises:
         UserError: a cell's process ended without a result (its log is named).
@@ -54,11 +56,12 @@ def run_cells(cells: Sequence[Cell], processes: int, keep: bool, told: Told, clu
         return
     children = Children()
     with ThreadPoolExecutor(processes) as pool, stopped_by_sigterm():
-        futures = [pool.submit(partial(_finish, threads=threads, children=children), job) for job in jobs]
+        finish = partial(_finish, threads=threads, children=children)
+        futures = {pool.submit(finish, job): cell for job, cell in zip(jobs, waiting, strict=True)}
         try:
-            for future, cell in zip(futures, waiting, strict=True):
+            for future in as_completed(futures):
                 future.result()
-                told(cell)
+                told(futures[future])
         except BaseException:
             children.end()
             pool.shutdown(cancel_futures=True)
@@ -100,11 +103,29 @@ def _finish(job: tuple[str, bool, str], threads: int | None = None, children: Ch
         if is_in_use(run):
             time.sleep(1.0)
             continue
+        log = _log(recipe)
+        begin = log.stat().st_size if log.is_file() else 0
         status = in_a_process(recipe, keep, threads, folder, children)
         if not result.is_file() and status != BUSY:
-            log = _log(recipe)
-            last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] or ["it says nothing"]
-            raise UserError(f"the run of {recipe} ended without a result: {last[0][:300]} (all of it: {log})")
+            raise UserError(
+                f"the run of {recipe} ended without a result, {ending(status, log, begin)} (all of it: {log})"
+            )
+
+
+def ending(status: int | None, log: Path, begin: int = 0) -> str:
+    """How a process ended, in words, and the last line that it logged.
+
+    Args:
+        status: of the process; a signal's number, negative, where one ended it.
+        log: that it wrote to.
+        begin: bytes of the log that were there before it.
+    """
+    how = f"with status {status}"
+    if status is not None and status < 0:
+        why = ", perhaps for want of memory" if status == -9 else ""  # Linux kills so where memory is out
+        how = f"by signal {-status} ({signal.strsignal(-status)}{why})"
+    said = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines()
+    return f"{how}: {cut(said[-1], 300) if said else 'it said nothing'}"
 
 
 def in_a_process(
