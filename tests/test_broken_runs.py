@@ -186,7 +186,9 @@ def test_a_cell_with_a_damaged_stage_is_no_result_and_keeps_what_it_has(model_fo
         run_cell(tmp_path / "run.yaml")
     assert not (tmp_path / "run.json").exists()
     weights.write_bytes(content)
-    assert run_cell(tmp_path / "run.yaml")["failed"] is None
+    found = run_cell(tmp_path / "run.yaml")
+    assert found["failed"] is None
+    assert found["seconds"] is found["peak_memory"] is None  # nobody knows those of the process before
 
 
 def test_a_cell_whose_data_changed_keeps_what_it_has(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -13,6 +14,7 @@ from rich.console import Console
 from rankwise.analysis.columns import Number
 from rankwise.analysis.drawing import points
 from rankwise.analysis.ranks import split_module
+from rankwise.analysis.results import read_results
 from rankwise.checkpoints.resuming import CHECKPOINTS, REPORT
 from rankwise.comparing.cells import VERSION, digest_of
 from rankwise.comparing.running import BUSY
@@ -27,8 +29,8 @@ TRAINED = ("stages", CHECKPOINTS)  # what an unfinished run goes on from; a fini
 def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
     """Run a cell's recipe and write its figures beside it.
 
-    A user's mistake (a method that the model cannot carry, a loss that is no number) is a result too: it would occur
-    again.
+    A user's mistake (a method that the model cannot carry, a loss that is no number) is a result too, with the rows
+    that were measured before: it would occur again.
 
     A run that was broken off goes on from its last checkpoint.
 
@@ -38,9 +40,9 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
 
     Returns:
         What was written: ``rows`` and ``columns`` of the results, ``parameters`` that were trained, ``step_seconds``,
-        ``seconds``, ``peak_memory`` in bytes (before the updates are looked at), the last stage's training loss as
-        its ``curve``, ``ranks`` by layer, ``threads``, ``failed`` with the mistake or None, and ``version``; the
-        file has a ``digest`` of it too.
+        ``seconds``, ``peak_memory`` in bytes (before the updates are looked at; both None of a run that went on, as
+        they would be its last process's alone), the last stage's training loss as its ``curve``, ``ranks`` by layer,
+        ``threads``, ``failed`` with the mistake or None, and ``version``; the file has a ``digest`` of it too.
 
     Raises:
         InUse: another process is at the cell.
@@ -59,8 +61,9 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
         kept: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         return kept
     with in_use(folder):
-        if (folder / REPORT).is_file() or not any((folder / name).is_dir() for name in TRAINED):
-            _empty(folder)  # there is nothing to go on from
+        goes_on = not (folder / REPORT).is_file() and any((folder / name).is_dir() for name in TRAINED)
+        if not goes_on:
+            _empty(folder)
     started = time.perf_counter()
     found: dict[str, Any] = {"version": VERSION, "failed": None}
     try:
@@ -75,9 +78,14 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
         raise
     except (UserError, torch.OutOfMemoryError) as mistake:
         found["failed"] = str(mistake)
+        with contextlib.suppress(UserError):
+            measured = read_results(folder)  # the base, say, which no other cell measures
+            found |= {name: measured[name] for name in ("rows", "columns", "counts") if name in measured}
     found["threads"] = torch.get_num_threads()
-    found |= {"seconds": round(time.perf_counter() - started, 2)}
+    found["seconds"] = round(time.perf_counter() - started, 2)
     found.setdefault("peak_memory", peak_memory())
+    if goes_on:
+        found |= {"seconds": None, "peak_memory": None}
     kept = json.loads(to_json(found))  # as it will be read
     write_json(result, kept | {"digest": digest_of(kept)})
     if not keep_adapter or found["failed"]:
