@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,12 +28,12 @@ from rankwise.comparing.summary import (
     terminal_tables,
     write_runs,
 )
-from rankwise.errors import UserError
+from rankwise.errors import UserError, naming
 from rankwise.files import clear_unfinished, write_json, write_text
 from rankwise.models import context_limit, load_tokenizer
 from rankwise.run import versions
 from rankwise.saying import say
-from rankwise.schema import Comparison
+from rankwise.schema import Comparison, Recipe
 from rankwise.tasks.files import check_recipe_files
 from rankwise.tasks.load import load_task
 
@@ -109,15 +110,24 @@ def compare(comparison: Comparison, console: Console, cluster: bool = False) -> 
     write_text(folder / "table.tex", latex(comparison, found))
     for table in terminal_tables(comparison, found):
         console.print(table)
-    for row in found:
-        if row["failed"]:
-            say(console, f"  {row['task']}, {row['method']}: {row['failed']}", dim=True)
-    if any(row["failed"] for row in found):
-        hint = "what failed is not tried again, unless its .json is removed"
-        say(console, f"  {hint} from {folder / CELLS}", dim=True)
+    _tell_failures(found, rows, folder / CELLS, console)
     say(console, f"runs: {folder / 'runs.parquet'}; tables: {folder / 'table.md'}, table.tex")
     say(console, f"report: {write_comparison_report(folder)}")
     return results
+
+
+def _tell_failures(
+    found: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], cells: Path, console: Console
+) -> None:
+    """A line for each method that failed on a task, one for the search, and what can be done."""
+    lines = [f"{row['task']}, {row['method']}: {row['failed']}" for row in found if row["failed"]]
+    if lost := [f"{row['run']}: {row['failed']}" for row in rows if row["part"] == "search" and row["failed"]]:
+        lines.append(f"{len(lost)} runs of the search failed, and lost; the first: {lost[0]}")
+    if lines:
+        hint = "what failed is not tried again, unless its .json is removed from"
+        lines.append(f"{hint} {cells}: do so where the cause has passed (no network, no memory left)")
+    for line in lines:
+        say(console, f"  {line}", dim=True)
 
 
 def _bases(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -143,31 +153,57 @@ def check(comparison: Comparison) -> None:
         UserError: one is not.
     """
     for task in comparison.tasks:
+        recipes = {}
         for entry in comparison.methods:
             tried = settings(comparison, entry)
             parts = ("search", "final") if len(tried) > 1 else ("final",)
             for part in parts:
                 cell = make_cell(comparison, task, entry, tried[0], comparison.seeds[0], 1.0, part)
             check_recipe_files(cell.recipe)
+            recipes[entry.name] = cell.recipe
+        _check_same_texts(task, recipes)
     folder = Path(comparison.output)
     own = (folder / CELLS).is_dir() or (folder / RUNS).is_file()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not own):
         raise UserError(f"output {folder} holds something other than a comparison: give a new folder")
 
 
+def _check_same_texts(task: str, recipes: Mapping[str, Recipe]) -> None:
+    """See that all methods, by name, have the same rows of texts, which are packed to the context.
+
+    Raises:
+        UserError: virtual tokens would leave some of them other rows.
+    """
+    recipe = next(iter(recipes.values()))
+    kinds = [data.kind for data in (recipe.data, *recipe.evaluation.tasks.values())]
+    if recipe.model.context is not None or not (recipe.evaluation.texts or "text" in kinds):
+        return
+    virtual = {recipe.virtual_tokens: name for name, recipe in recipes.items()}
+    if len(virtual) > 1:
+        raise UserError(
+            f"tasks.{task}: {virtual[max(virtual)]} would have shorter rows of text than other methods, by its "
+            f"{max(virtual)} virtual tokens: give shared.model.context, {max(virtual)} or more below the model's limit"
+        )
+
+
 def check_metrics(comparison: Comparison) -> None:
-    """See that the metrics that are to decide are measured; the data of their tasks are read for it.
+    """See that the metrics that are to decide are measured, in the search too; the data of their tasks are read for it.
+
+    What the search measures, the reported runs do too.
 
     Raises:
         UserError: one is not.
     """
+    searched = [entry for entry in comparison.methods if len(settings(comparison, entry)) > 1]
+    entry, part = (searched[0], "search") if searched else (comparison.methods[0], "final")
+    setting = settings(comparison, entry)[0]
     for task in comparison.metrics:
-        entry = comparison.methods[0]
-        setting = settings(comparison, entry)[0]
-        recipe = make_cell(comparison, task, entry, setting, comparison.seeds[0], 1.0, "final").recipe
+        recipe = make_cell(comparison, task, entry, setting, comparison.seeds[0], 1.0, part).recipe
         tokenizer = load_tokenizer(recipe.model.path)
         context = context_limit(recipe.model, tokenizer, recipe.virtual_tokens)
-        deciding_metric(comparison, task, load_task(recipe, tokenizer, context).columns)
+        columns = load_task(recipe, tokenizer, context).columns
+        with naming("in the search, which measures the task alone") if searched else nullcontext():
+            deciding_metric(comparison, task, columns)
 
 
 def final_cells(comparison: Comparison, chosen: dict[Key, Setting]) -> list[Cell]:
