@@ -111,6 +111,15 @@ def test_the_first_of_a_list_are_taken(kind: str) -> None:
     assert draws(kind, row, 2, 2, others=listed) == [(["dog", "bee"], [1.0, 1.0])] * 2
 
 
+def test_answers_of_one_name_are_one_and_as_popular_as_all_of_them() -> None:
+    found = Catalogue(["a", "A", "b"], [1, 2, 4], 2.0).merged(["a", "a", "b"])
+    assert found.answers == ["a", "b"]
+    assert found.draw(random.Random(0), {1}, 2, by_popularity=True) == ([0], [1.0])
+    weights = dict(zip(*found.draw(random.Random(0), (), 2, by_popularity=True), strict=True))
+    assert weights == pytest.approx({0: (9 + 16) / 2 / 9, 1: (9 + 16) / 2 / 16})
+    assert Catalogue(["a", "A"]).merged(["a", "a"]).answers == ["a"]
+
+
 def test_the_weights_turn_sums_by_popularity_into_even_ones() -> None:
     """E_q[w f] is the mean of f over all that might have been drawn."""
     values = dict(zip(NAMES, np.random.default_rng(0).normal(size=len(NAMES)), strict=True))

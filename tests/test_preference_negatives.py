@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import normalizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rankwise as rw
 from rankwise.errors import UserError
-from rankwise.preferences.drawing import ALONE
+from rankwise.preferences.drawing import ALIKE, ALONE
 from rankwise.preferences.negatives import Catalogue
 from rankwise.preferences.rows import PreferenceRow
 from test_preference_training import logged, settings, weights
@@ -253,6 +255,40 @@ def test_the_chosen_answer_of_a_chat_is_not_drawn(
     made = Watched(adapted, rw.SoftmaxDPOConfig(**arguments), rows, processing_class=tokenizer, catalogue=catalogue)
     made.train()
     assert all(len({text.removesuffix("<|endoftext|>") for text in texts}) == 4 for texts in made.trained)
+
+
+COMPOSED, APART = "\u00e9", "e\u0301"  # one letter, which some tokenizers read alike in both forms
+
+
+@pytest.mark.parametrize("kind", ["uniform", "popularity", "hard", "in-batch"])
+def test_an_answer_with_the_tokens_of_the_chosen_or_a_seen_one_is_not_drawn(
+    adapted: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, kind: Any
+) -> None:
+    """Qwen's tokenizer normalises likewise."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    rows = [
+        {"prompt": "#", "chosen": COMPOSED, "seen": [f"?{APART}"]},
+        {"prompt": "##", "chosen": APART, "seen": [f"?{COMPOSED}"]},
+        {"prompt": "###", "chosen": "@"},
+        {"prompt": "####", "chosen": f"?{COMPOSED}"},
+    ]
+    catalogue = Catalogue([COMPOSED, APART, f"?{COMPOSED}", "@", "%"], [1.0, 3, 1, 1, 1])
+    common = {"negatives": kind, "num_negatives": 3, "max_steps": 4}
+    made = Watched(
+        adapted,
+        rw.SoftmaxDPOConfig(**settings(tmp_path, **common)),
+        rows,
+        processing_class=tokenizer,
+        catalogue=catalogue,
+    )
+    made.train()
+    assert len(made.trained) == 16
+    accented, plain = {COMPOSED, f"?{COMPOSED}"}, {"@"} if kind == "in-batch" else {"@", "%"}
+    for chosen, *rejected in ([unicodedata.normalize("NFC", text) for text in texts] for texts in made.trained):
+        barred = accented if chosen == COMPOSED else {chosen}
+        assert sorted(rejected) == sorted((accented | plain) - barred)
+    assert made.counts.get(ALIKE) == (None if kind == "in-batch" else 1)
 
 
 def test_workers_that_load_rows_change_nothing(

@@ -15,13 +15,15 @@ from rankwise.counting import count
 from rankwise.errors import UserError
 from rankwise.files import write_json
 from rankwise.preferences.config import OWN, SoftmaxDPOConfig
-from rankwise.preferences.mining import answer_trie, mine_hard
+from rankwise.preferences.mining import mine_hard
 from rankwise.preferences.negatives import Catalogue, Drawn, check_negatives, draw_negatives, negatives_at
 from rankwise.preferences.rows import PreferenceRow
 from rankwise.reading import read_json
-from rankwise.tokenise import padding_token
+from rankwise.tokenise import answer_ids, padding_token
+from rankwise.trees.trie import CatalogueTrie
 
 FROM_CATALOGUE = ("uniform", "popularity", "hard")
+ALIKE = "answers of the catalogue with the tokens of another one, drawn as one"
 ALONE = "times that a row's batch had no negative for it, and another chosen answer was drawn"
 MINED_FILE = "mined_answers_{}.json"
 OTHERS = 50  # chosen answers of other rows that are looked at then
@@ -65,13 +67,15 @@ class Negatives:
         self._rows, self._seen = rows, seen
         self._padding = padding_token(tokenizer)
         self._mined: dict[int, list[str]] = {}
-        self._texts: dict[tuple[int, ...], str] = {}
+        self._names: dict[tuple[int, ...], str] = {}  # by its tokens, the text that stands for an answer
         if catalogue is not None and self.kind in FROM_CATALOGUE:
-            self._trie = answer_trie(tokenizer, catalogue.answers)
-            self._ids = dict(zip(catalogue.answers, self._trie.answers, strict=True))
-            self._texts = {tuple(ids): text for text, ids in self._ids.items()}
+            self.catalogue = self._merged(catalogue, tokenizer)
+        if self.kind not in OWN:
+            self._seen = self._named(seen, tokenizer)
         wanted = self._stages[-1][1] if settings.stages() else 1
-        self.counts = check_negatives((self._fields(row) for row in rows), wanted, self.kind, catalogue)
+        self.counts = check_negatives((self._fields(row) for row in rows), wanted, self.kind, self.catalogue)
+        if catalogue is not None and self.catalogue is not None:
+            count(self.counts, ALIKE, len(catalogue.answers) - len(self.catalogue.answers))
 
     def draw(self, rows: Sequence[PreferenceRow], share: float, number: int) -> list[PreferenceRow]:
         """The rows with the rejected answers of one draw.
@@ -124,6 +128,26 @@ class Negatives:
         self._mined = mined
         return batches
 
+    def _merged(self, catalogue: Catalogue, tokenizer: PreTrainedTokenizerBase) -> Catalogue:
+        """The catalogue with one answer of those whose tokens are the same, which no model can tell apart."""
+        ids_of = dict(zip(catalogue.answers, answer_ids(tokenizer, catalogue.answers), strict=True))
+        names = [self._names.setdefault(tuple(ids), text) for text, ids in ids_of.items()]
+        self._ids = {text: ids_of[text] for text in self._names.values()}
+        self._trie = CatalogueTrie(list(self._ids.values()))
+        return catalogue.merged(names)
+
+    def _named(self, seen: Sequence[Collection[str]], tokenizer: PreTrainedTokenizerBase) -> Sequence[Collection[str]]:
+        """The seen texts of each row, with the name in place of a text that has the tokens of one."""
+        for row in self._rows:
+            self._names.setdefault(tuple(row.answers[0]), row.texts[0])
+        known = set(self._names.values())
+        others = list({text for texts in seen for text in texts if isinstance(text, str)} - known)
+        pairs = zip(others, map(tuple, answer_ids(tokenizer, others)), strict=True)
+        names = {text: self._names[ids] for text, ids in pairs if ids in self._names}
+        return [
+            texts if names.keys().isdisjoint(texts) else {names.get(text, text) for text in texts} for texts in seen
+        ]
+
     def _own(self, row: PreferenceRow, wanted: int, number: int) -> PreferenceRow:
         """With some of its own answers, and what is known of them."""
         drawn = self._draw(row, wanted, number, ())
@@ -137,7 +161,7 @@ class Negatives:
         if self.kind != "in-batch":
             ids, others = self._ids, self._mined.get(row.number, [])
         else:
-            ids = {other.texts[0]: other.answers[0] for other in self._beside(row, batch, number)}
+            ids = {self._name(other): other.answers[0] for other in self._beside(row, batch, number)}
             others = list(ids)
         drawn = self._draw(row, wanted, number, others)
         answers = [row.answers[0], *(list(ids[text]) for text in drawn.answers)]
@@ -146,8 +170,8 @@ class Negatives:
 
     def _beside(self, row: PreferenceRow, batch: Sequence[PreferenceRow], number: int) -> Sequence[PreferenceRow]:
         """The batch's other rows, or some of all rows where these have nothing but what the row must not get."""
-        barred = {row.texts[0], *self._seen[row.number - 1]}
-        if any(other.texts[0] not in barred for other in batch):
+        barred = {self._name(row), *self._seen[row.number - 1]}
+        if any(self._name(other) not in barred for other in batch):
             return [other for other in batch if other.number != row.number]
         count(self.counts, ALONE, 1)
         generator = random.Random(f"{self.seed}:others:{row.number}:{number}")
@@ -166,7 +190,10 @@ class Negatives:
         )
 
     def _fields(self, row: PreferenceRow) -> Mapping[str, Any]:
-        """What a draw reads; the chosen answer as the catalogue writes it, if it is there."""
-        chosen = self._texts.get(tuple(row.answers[0]), row.texts[0])
-        listed = row.texts[1:]
-        return {"chosen": chosen, "rejected": listed, "candidates": listed, "seen": self._seen[row.number - 1]}
+        """What a draw reads."""
+        listed, seen = row.texts[1:], self._seen[row.number - 1]
+        return {"chosen": self._name(row), "rejected": listed, "candidates": listed, "seen": seen}
+
+    def _name(self, row: PreferenceRow) -> str:
+        """The text that stands for the chosen answer: of all with its tokens, the catalogue's."""
+        return self._names.get(tuple(row.answers[0]), row.texts[0])

@@ -201,6 +201,15 @@ class Catalogue:
         self._check_answers()
         self._check_popularity()
 
+    def merged(self, names: Sequence[str]) -> Catalogue:
+        """The catalogue under other names, one for each answer: those of one name are one, as popular as all are."""
+        if self._popularity is None:
+            return Catalogue(list(dict.fromkeys(names)))
+        popularity = dict.fromkeys(names, 0.0)
+        for name, value in zip(names, self._popularity, strict=True):
+            popularity[name] += value
+        return Catalogue(list(popularity), list(popularity.values()), self._alpha)
+
     def excluded(self, row: Mapping[str, Any]) -> set[int]:
         """Indices of what is never drawn for a row: its ``chosen`` answer and all of its ``seen``."""
         return {self.places[text] for text in (row["chosen"], *(row.get("seen") or ())) if text in self.places}
