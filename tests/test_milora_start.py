@@ -210,6 +210,22 @@ def test_a_second_adapter_of_the_same_config_object_is_a_copy(kind, config):
     assert torch.equal(model(x), make(kind)[0](x))
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_what_is_left_of_a_pruned_start_is_no_start_for_others(tmp_path, loaded):
+    """As many directions as are asked for, but not those of the smallest singular values."""
+    model, _ = adapt("linear", rw.SoraConfig, r=4, part="minor", gate_init="ones")
+    model.get_base_model().only.lora_gate["default"].data[:2] = 0
+    rw.prune(model)
+    if loaded:
+        model.save_pretrained(tmp_path)
+        model = peft.PeftModel.from_pretrained(make("linear")[0], tmp_path)
+    model.add_adapter("second", rw.SoraConfig(r=2, part="minor", target_modules=["only"], gate_init="ones"))
+    expected, _ = adapt("linear", rw.SoraConfig, r=2, part="minor", gate_init="ones")
+    pair, own = (one.get_base_model().only.lora_start for one in (model, expected))
+    assert not torch.allclose(pair["default"].B @ pair["default"].A, own["default"].B @ own["default"].A)
+    torch.testing.assert_close(pair["second"].B @ pair["second"].A, own["default"].B @ own["default"].A)
+
+
 def test_an_alpha_of_its_own_is_a_start_of_its_own():
     model, _ = adapt("linear", lora_alpha=3)
     model.add_adapter("second", rw.MiloraConfig(r=3, lora_alpha=12, target_modules=["only"]))

@@ -39,6 +39,9 @@ class FrozenPair(nn.Module):
         a: A0 as PEFT keeps A.
         b: B0 as PEFT keeps B.
         config: of the adapter, by which another one of the same start is known.
+
+    Attributes:
+        started: with how many directions a start was put here; 0 where other values came since.
     """
 
     A: Float[Tensor, "rank ..."]
@@ -48,13 +51,20 @@ class FrozenPair(nn.Module):
         super().__init__()
         self.register_buffer("A", a)
         self.register_buffer("B", b)
-        self.config = config
+        self.config, self.started = config, 0
 
     @torch.no_grad()
     def set(self, a: Float[Tensor, "rank in"], b: Float[Tensor, "out rank"]) -> None:
         """Replace A0 and B0, of any rank."""
         self.A = a.detach().to(self.A.dtype).reshape(-1, *self.A.shape[1:]).clone()
         self.B = b.detach().to(self.B.dtype).reshape(*b.shape, *self.B.shape[2:]).clone()
+        self.started = 0
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """torch's hook: what a file holds may be what was left of a start."""
+        if f"{prefix}A" in state_dict:
+            self.started = 0
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class SpectralVariant(LowRankVariant):
@@ -89,7 +99,9 @@ class SpectralVariant(LowRankVariant):
             zero = start_from_spectrum(layer, adapter, config)
         if not a.is_meta:
             b, a = factor_matrices(layer, adapter)
-            getattr(layer, START)[adapter].set(a, b)
+            held = getattr(layer, START)[adapter]
+            held.set(a, b)
+            held.started = len(a)
         return zero
 
     def set_update(self, layer: LoraLayer, adapter: str, b: Float[Tensor, "out k"], a: Float[Tensor, "k in"]) -> None:
@@ -131,11 +143,15 @@ def embedded(layer: Embedding, x: Tensor, pairs: Pairs) -> Tensor:
 
 
 def find_twin(layer: LoraLayer, adapter: str, config: LoraConfig) -> FrozenPair | None:
-    """The frozen pair of another adapter of the layer with the same start, or none."""
-    own = getattr(layer, START)[adapter]
+    """The frozen pair of another adapter of the layer with the same start, or none.
+
+    One that was cut, or loaded from a file, may be of other directions than a start of its size.
+    """
+    own, rank = getattr(layer, START)[adapter], layer.r[adapter]
     for name, other in getattr(layer, START).items():
         same_size = other.A.shape == own.A.shape and layer.scaling[name] == layer.scaling[adapter]
-        if name != adapter and same_size and not other.A.is_meta and _same_start(other.config, config):
+        whole = other.started == rank or config.init_lora_weights is False
+        if name != adapter and same_size and whole and not other.A.is_meta and _same_start(other.config, config):
             return cast(FrozenPair, other)
     return None
 
