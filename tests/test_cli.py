@@ -299,6 +299,46 @@ def test_a_mistake_is_one_line_and_exit_code_two(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "RECIPE", "output=RECIPE/below"], "recipe.yaml/below cannot be written"),
+        (["demo", "--output", "RECIPE/below"], "recipe.yaml/below cannot be written"),
+        (["prepare", "RECIPE", "RECIPE/below"], "recipe.yaml/below cannot be written"),
+        (["export", "DONE", "RECIPE/below"], "recipe.yaml/below cannot be written"),
+        (["export", "DONE", "DONE"], "holds something other than an earlier export"),
+        (["export", "DONE", "OUT", "--rank", "0"], "rank 0 is not possible"),
+        (["export", "DONE", "OUT", "--energy", "2"], "energy 2.0 is not possible"),
+        (["export", "DONE/adapter", "OUT", "--layout", "own", "--rank", "2"], "layout 'own' holds the whole update"),
+        (["recommend", "DONE", "--out", "RECIPE/below"], "recipe.yaml/below cannot be written"),
+        (["recommend", "DONE", "--user", "nobody"], "user 'nobody' is none of 16 in the log"),
+        (["recommend", "DONE", "--history", "No such film"], "'No such film' is none of the"),
+        (["recommend", "DONE", "--user", "u1", "--top", "0"], "--top 0 is not possible: it must be 1 or more"),
+        (["recommend", "DONE", "--user", "u1", "--most-nodes", "0"], "--most-nodes 0 is not possible"),
+    ],
+)
+def test_a_mistake_is_told_before_data_and_base_are_read(
+    words: list[str],
+    message: str,
+    recipe: Path,
+    runs: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def slow(*_: Any, **__: Any) -> None:
+        raise AssertionError("slow work was begun")
+
+    for name in ("run.load_task", "evaluation.load_language_model", "adapters.load_base", "recommend.prepare._opened"):
+        monkeypatch.setattr(f"rankwise.{name}", slow)
+    for name, path in (("RECIPE", recipe), ("DONE", runs[0]), ("OUT", tmp_path / "out")):
+        words = [word.replace(name, str(path)) for word in words]
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("rankwise: ") and err.count("\n") == 1
+    assert message in err
+
+
 def test_a_mistake_from_outside(tmp_path: Path) -> None:
     done = python("-m", "rankwise.cli", "train", str(tmp_path / "none.yaml"), "--json")
     assert done.returncode == 2

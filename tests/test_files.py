@@ -15,6 +15,7 @@ from rankwise.errors import UserError
 from rankwise.files import (
     MANIFEST,
     check_folder,
+    check_output,
     check_writable,
     clear_unfinished,
     in_use,
@@ -331,3 +332,11 @@ def test_a_folder_can_be_tried_before_slow_work(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(OSError):
             check_writable(folder)
+
+
+def test_where_something_is_to_be_written_is_tried_before_slow_work(tmp_path):
+    check_output(tmp_path / "new" / "one")
+    assert tree(tmp_path) == {"new": "/"}
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"file/below cannot be written \(.*\): give another place"):
+        check_output(tmp_path / "file" / "below")

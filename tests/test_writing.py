@@ -105,6 +105,19 @@ def test_mistakes_leave_no_file(run: Path, tmp_path: Path, rows: Any, tokens: in
     assert not (tmp_path / "out.json").exists()
 
 
+def test_where_nothing_can_be_written_is_told_before_the_base_is_loaded(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*_: Any) -> None:
+        raise AssertionError("slow work was begun")
+
+    monkeypatch.setattr(writing, "trained_stage", slow)
+    path = instructions(tmp_path, ROWS)
+    for out, message in ((path / "out.json", "cannot be written"), (tmp_path, "is a folder: give the file to write")):
+        with pytest.raises(UserError, match=message):
+            write_outputs(run, path, out, small_runs.silent(), tokens=8)
+
+
 def test_other_runs_write_nothing(model_folder: Path, tmp_path: Path) -> None:
     recipe = small_runs.recipe("text", tmp_path, model_folder, stages=[small_runs.SFT | {"epochs": 1}])
     Run(recipe, small_runs.silent())()

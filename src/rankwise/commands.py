@@ -113,6 +113,7 @@ def evaluate(arguments: Arguments, console: Console) -> Any:
 
 def recommend(arguments: Arguments, console: Console) -> Any:
     """Show the best titles of the whole catalogue for a user or a history, or write those of all users as Parquet."""
+    from rankwise.files import check_output
     from rankwise.recommend.cluster import check_cluster
     from rankwise.recommending import asked_of, load_recommender, recommend_once, recommend_to_folder
 
@@ -122,6 +123,11 @@ def recommend(arguments: Arguments, console: Console) -> Any:
     unused = [name for name, value in names.items() if value and (arguments.out is None) == (name != "candidates")]
     if unused:
         raise UserError(f"--{unused[0]} {'needs' if arguments.out is None else 'cannot be with'} --out")
+    for name in ("top", "most_nodes"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} is not possible: it must be 1 or more")
+    if arguments.out is not None:
+        check_output(Path(arguments.out))
     users = None if arguments.users is None else _lines(Path(arguments.users))
     options = {
         "top": arguments.top,
@@ -129,7 +135,8 @@ def recommend(arguments: Arguments, console: Console) -> Any:
         "length_normalised": arguments.normalise,
         "most_nodes": arguments.most_nodes,
     }
-    recommender = load_recommender(arguments.run, arguments.stage)
+    named = [arguments.user] if arguments.user is not None else users or []
+    recommender = load_recommender(arguments.run, arguments.stage, users=named, titles=arguments.history or [])
     if arguments.out is not None:
         settings = asked_of(Path(arguments.run).resolve(), arguments.stage)
         folder = Path(arguments.out)

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from rankwise.errors import UserError
+from rankwise.files import check_output
 from rankwise.recipes import make_recipe
 from rankwise.recommend.synthetic import write_synthetic
 from rankwise.saying import say
@@ -20,7 +21,7 @@ def demo_recipe(arguments: argparse.Namespace, console: Console) -> Recipe:
     """The recipe, after writing the synthetic log where no files are given.
 
     Raises:
-        UserError: only one of the two files is given.
+        UserError: only one of the two files is given, or no folder can be made.
     """
     if bool(arguments.ratings) != bool(arguments.items):
         raise UserError("demo needs both --ratings and --items, or neither for the synthetic log")
@@ -29,6 +30,7 @@ def demo_recipe(arguments: argparse.Namespace, console: Console) -> Recipe:
     if arguments.ratings:
         values["data"] |= {"interactions": arguments.ratings, "items": arguments.items}
     else:
+        check_output(output)
         folder = output.with_name(f"{output.name}-log")
         say(console, f"synthetic log, made by rankwise's own generator: {folder}")
         ratings, items = write_synthetic(folder)

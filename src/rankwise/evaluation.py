@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from rankwise.analysis.ranks import CONFIG
 from rankwise.analysis.results import read_results
 from rankwise.analysis.tables import result_table
 from rankwise.errors import UserError, nearest
-from rankwise.exporting import ExportReport, Layout, export
+from rankwise.exporting import ExportReport, Layout, check_export, export
 from rankwise.files import write_json
 from rankwise.measuring import measured, measured_row, not_numbers
 from rankwise.methods import load_stage, with_adapter
@@ -83,23 +84,26 @@ def export_folder(
         model: the base of an adapter's folder, where it is another than the one that the adapter names.
 
     Raises:
-        UserError: the folder is neither, there is no such stage, or the base cannot be loaded.
+        UserError: what :func:`rankwise.export` refuses, the source is neither, there is no such stage, or the base
+            cannot be loaded.
     """
     if (source / "recipe.yaml").is_file():
         if model is not None:
             raise UserError(f"the base of a run is in its recipe, and {source} is a run: leave --model out")
         recipe = open_run(source)
-        trained, usual = trained_stage(source, recipe, stage), recipe.export.layout
+        load, usual = partial(trained_stage, source, recipe, stage), recipe.export.layout
     elif (source / CONFIG).is_file():
         if stage is not None:
             raise UserError(f"stage {stage!r} is of a run, and {source} is an adapter: leave --stage out")
-        trained, usual = load_adapter_folder(source, model), "uniform"
+        load, usual = partial(load_adapter_folder, source, model), "uniform"
     else:
         raise UserError(
             f"{source} has no recipe.yaml and no {CONFIG}: give the folder of a finished `rankwise train`, or an "
             "adapter's"
         )
-    report = export(trained, folder, rank, energy, cast(Layout, layout or ("uniform" if rank or energy else usual)))
+    form = cast(Layout, layout or ("uniform" if rank or energy else usual))
+    check_export(rank, energy, form, folder)  # before the base is loaded
+    report = export(load(), folder, rank, energy, form)
     print_export(folder, report, console)
     return asdict(report)
 

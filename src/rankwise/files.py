@@ -91,6 +91,18 @@ def check_writable(folder: Path) -> None:
     probe.unlink()
 
 
+def check_output(path: Path) -> None:
+    """See before slow work that a file or folder can be made at ``path``; the folder that it is to lie in is made.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        check_writable(path.absolute().parent)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error}): give another place") from error
+
+
 def clear_unfinished(folder: Path) -> None:
     """Remove what processes that were killed left in a folder of files and folders that they were writing there."""
     for left in [*folder.glob(f".*.{UNFINISHED}")]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,26 @@ from rankwise.recommend.store import STORE, read_store
 from rankwise.saying import say
 
 
-def load_recommender(run: str | Path, stage: str | None = None) -> Recommender:
+def load_recommender(
+    run: str | Path, stage: str | None = None, *, users: Iterable[str] = (), titles: Sequence[str] = ()
+) -> Recommender:
     """The recommender that a run trained, from what its folder keeps: its data may be gone.
 
     Args:
         run: the run's folder.
         stage: whose adapter to take; the last one's where None.
+        users: who must be in its log, which is looked up before the model is loaded.
+        titles: names of titles, likewise.
 
     Raises:
-        UserError: it is no finished run on interactions or published lists, or has no such stage.
+        UserError: it is no finished run on interactions or published lists, or has no such stage, user or title.
     """
     run = Path(run)
     recipe = open_run(run)
     store = read_store(run / STORE)
+    for user in users:
+        store.history(user)
+    store.find(titles)
     tokenizer = load_tokenizer(recipe.model.path)
     model = trained_stage(run, recipe, stage)
     return Recommender(model, tokenizer, store, context_limit(recipe.model, tokenizer, recipe.virtual_tokens))

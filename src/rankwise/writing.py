@@ -14,7 +14,7 @@ from rankwise.analysis.results import read_results
 from rankwise.chat_template import render, require_template
 from rankwise.errors import UserError
 from rankwise.evaluation import open_run, trained_stage
-from rankwise.files import write_json
+from rankwise.files import check_output, write_json
 from rankwise.generation import generate_answers
 from rankwise.models import context_limit, load_tokenizer
 from rankwise.saying import say
@@ -55,11 +55,15 @@ def write_outputs(
         The file, the number of answers, and how many prompts were cut on the left to make room for them.
 
     Raises:
-        UserError: it is no finished run on instructions, ``tokens`` leaves no room, or a row has no instruction.
+        UserError: it is no finished run on instructions, ``tokens`` leaves no room, a row has no instruction, or
+            ``out`` cannot be written.
     """
     recipe = open_run(run)
     if not isinstance(recipe.data, InstructionData):
         raise UserError(f"{run} is a run on data of kind {recipe.data.kind}: only one on instructions writes answers")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder: give the file to write")
+    check_output(out)
     tokenizer = load_tokenizer(recipe.model.path)
     context = context_limit(recipe.model, tokenizer, recipe.virtual_tokens)
     if not 1 <= tokens < context:

@@ -12,7 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from rankwise.analysis.results import read_results
 from rankwise.analysis.runfolder import read_entry
 from rankwise.errors import UserError
-from rankwise.files import UNFINISHED, check_folder, remove_folder, write_jsonl
+from rankwise.files import UNFINISHED, check_folder, check_output, remove_folder, write_jsonl
 from rankwise.reading import read_json
 from rankwise.recipes import load_recipe
 from rankwise.saying import say
@@ -34,11 +34,14 @@ def earlier_results(folder: Path, recipe: Recipe, again: bool = False) -> dict[s
         again: whether a finished run is gone on with too.
 
     Raises:
-        UserError: the folder is a file, holds something else, a run of another recipe, or a finished run.
+        UserError: it is a file or cannot be made, or holds something else, a run of another recipe, or a finished run.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output {folder} is a file: give a folder that is new or empty")
-    if not folder.is_dir() or all(path.match(f".*.{UNFINISHED}") for path in folder.iterdir()):
+    if not folder.is_dir():
+        check_output(folder)
+        return {}
+    if all(path.match(f".*.{UNFINISHED}") for path in folder.iterdir()):
         return {}
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"output {folder} is not empty: give another folder (output=...), or remove it first")

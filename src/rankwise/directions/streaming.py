@@ -29,7 +29,7 @@ from rankwise.directions.model_files import ModelFiles, meta_model, model_folder
 from rankwise.directions.saving import live_pair
 from rankwise.directions.tensor_file import DTYPES, TensorFile
 from rankwise.errors import UserError
-from rankwise.files import check_replaceable, check_writable, new_folder
+from rankwise.files import check_output, check_replaceable, new_folder
 from rankwise.memory import return_free_memory
 from rankwise.peft_bridge import adapted_layers
 from rankwise.peft_bridge.matrices import factor_matrices
@@ -106,7 +106,7 @@ def initialise(
     layers = dict(adapted_layers(adapted, ADAPTER))
     _check_ranks(layers)
     files.check([f"{name}.weight" for name in layers])
-    _check_writable(Path(folder))
+    check_output(Path(folder))
     cache = start_cache(config.cache) if config.cache else None
     before = (cache.reused, cache.broken) if cache else (0, 0)
     with new_folder(Path(folder), START) as made:
@@ -194,13 +194,6 @@ def _check(folder: Path, config: MiloraConfig, dtype: torch.dtype) -> None:
     if (rank := min([config.r, *(config.rank_pattern or {}).values()])) < 1:
         raise UserError(f"rank {rank} is not possible: it must be 1 or more")
     check_replaceable(folder, START)
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        check_writable(folder.absolute().parent)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error}): give another folder") from error
 
 
 def _adapted(model: PreTrainedModel, config: MiloraConfig) -> PeftModel:

@@ -61,7 +61,7 @@ class FrozenPair(nn.Module):
         self.started = 0
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """torch's hook: what a file holds may be what was left of a start."""
+        """Torch's hook: what a file holds may be what was left of a start."""
         if f"{prefix}A" in state_dict:
             self.started = 0
         super()._load_from_state_dict(state_dict, prefix, *rest)

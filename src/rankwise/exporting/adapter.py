@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rankwise.errors import UserError, nearest
 from rankwise.exporting.merged import check_mergeable, write_merged
 from rankwise.exporting.plain_lora import EXPORT, write_plain_lora
-from rankwise.files import check_replaceable, new_folder
+from rankwise.files import check_output, check_replaceable, new_folder
 from rankwise.low_rank import Factors, Loss, balanced_svd, distance, halves, kept_rank, padded
 from rankwise.peft_bridge import active_adapter, adapted_layers, adapter_state, matrix_factors
 from rankwise.processes import held_whole
@@ -88,11 +88,11 @@ def export(
         The ranks, the relative error of the whole and of each layer, and the number of parameters.
 
     Raises:
-        UserError: no adapter, an unknown layout, a rank or energy out of range, a folder that holds something else, an
-            update that is not finite, or one that the layout cannot hold (DoRA's or a changed base in ``uniform`` and
-            ``compact``, a quantised or offloaded base in ``merged``).
+        UserError: what :func:`check_export` refuses, no adapter, an update that is not finite, or one that the layout
+            cannot hold (DoRA's or a changed base in ``uniform`` and ``compact``, a quantised or offloaded base in
+            ``merged``).
     """
-    _check(rank, energy, layout, Path(folder))
+    check_export(rank, energy, layout, Path(folder))
     adapter = active_adapter(model)
     assert isinstance(model, PeftModel)
     layers = dict(adapted_layers(model, adapter))
@@ -120,7 +120,13 @@ def export(
     return _report(ranks, {name: one.loss for name, one in written.items()}, parameters)
 
 
-def _check(rank: int | None, energy: float | None, layout: str, folder: Path) -> None:
+def check_export(rank: int | None, energy: float | None, layout: str, folder: Path) -> None:
+    """Refuse what :func:`export` could not do with any adapter.
+
+    Raises:
+        UserError: an unknown layout, a rank or energy out of range or beside a layout that holds all, or a folder that
+            holds something else or cannot be made.
+    """
     if layout not in get_args(Layout):
         raise UserError(f"layout {layout!r} is unknown: {nearest(layout, get_args(Layout))}")
     if rank is not None and rank < 1:
@@ -130,6 +136,7 @@ def _check(rank: int | None, energy: float | None, layout: str, folder: Path) ->
     if layout in ("own", "merged") and (rank is not None or energy is not None):
         raise UserError(f"layout {layout!r} holds the whole update: leave rank and energy out, or take another layout")
     check_replaceable(folder, EXPORT)
+    check_output(folder)
 
 
 def _check_start(config: PeftConfig) -> None:

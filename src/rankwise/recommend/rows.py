@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import polars as pl
 
 from rankwise.errors import UserError
-from rankwise.files import new_folder, write_json, write_jsonl
+from rankwise.files import check_output, new_folder, write_json, write_jsonl
 from rankwise.recommend.candidates import cannot_be_won, draw_negatives, with_candidates
 from rankwise.recommend.prompts import Template, load_template
 from rankwise.recommend.splits import PARTS, Case
@@ -217,13 +217,14 @@ def write_rows(folder: Path, prepared: Prepared, messages: bool = False) -> Path
 
 
 def check_new(folder: Path) -> None:
-    """Refuse a folder that holds something.
+    """Refuse a folder that holds something, or cannot be made.
 
     Raises:
-        UserError: it does.
+        UserError: it does, or cannot.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: already there and not empty; choose another folder or remove it first")
+    check_output(folder)
 
 
 def written(row: Row, messages: bool = False) -> Row:
