@@ -99,6 +99,13 @@ def infinite() -> peft.PeftModel:
     return model
 
 
+def beside() -> peft.PeftModel:
+    """An adapter on a base that another one changed."""
+    model = tiny.adapted("llama")
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="olora"))
+    return model
+
+
 def inside() -> PreTrainedModel:
     """An adapter that transformers keeps in its own model."""
     model = tiny.make("llama")
@@ -118,7 +125,15 @@ def inside() -> PreTrainedModel:
             "use_dora=True is no product.*layout='merged', or ship the folder of save_pretrained",
         ),
         (lambda: tiny.adapted("bert", lora_bias=True), "lora_bias has no plain LoRA form"),
-        (lambda: tiny.adapted("llama", init_lora_weights="pissa"), "init_lora_weights='pissa' stands on base weights"),
+        (
+            lambda: tiny.adapted("llama", init_lora_weights="pissa"),
+            "init_lora_weights='pissa' changed the base weights",
+        ),
+        (
+            lambda: tiny.adapted("llama", init_lora_weights="OLoRA"),
+            "init_lora_weights='OLoRA' changed the base weights",
+        ),
+        (beside, "adapter 'other' with init_lora_weights='olora' changed the base weights"),
         (infinite, r"model.layers.1.mlp.down_proj: the adapter holds NaN or infinity"),
         (lambda: tiny.make("llama"), "not LlamaForCausalLM: use peft.get_peft_model first"),
         (inside, r"of this LlamaForCausalLM was added by its own add_adapter.*make it with peft\.get_peft_model"),
@@ -129,7 +144,7 @@ def inside() -> PreTrainedModel:
             r"adapter 'default' \(IA3Config\) has no LoRA layers",
         ),
     ],
-    ids=["dora", "milora with dora", "lora_bias", "pissa", "nan", "base", "inside", "ia3"],
+    ids=["dora", "milora with dora", "lora_bias", "pissa", "olora", "beside", "nan", "base", "inside", "ia3"],
 )
 def test_what_has_no_plain_lora_is_refused_and_nothing_written(tmp_path, build, message):
     with pytest.raises(UserError, match=message):

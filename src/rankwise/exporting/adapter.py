@@ -22,7 +22,7 @@ from rankwise.processes import held_whole
 
 Layout = Literal["uniform", "compact", "own", "merged"]
 
-# What PEFT calls the starts that change the base weights.
+# What PEFT calls the starts that change the base weights, in small letters.
 CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -108,7 +108,8 @@ def export(
             f"adapter {adapter!r} ({kind}) has no LoRA layers, and no form as plain LoRA: write it with layout='own', "
             "or 'merged' where the method merges"
         )
-    _check_start(model.peft_config[adapter])
+    _check_starts(model.peft_config)
+    _check_dora(model.peft_config[adapter])
     for name, layer in layers.items():  # what has no plain form is told before the first decomposition
         _check_plain(layer, adapter, name)
     least = 0 if model.peft_config[adapter].bias == "none" else 1  # a bias is written under its adapter's name
@@ -139,13 +140,18 @@ def check_export(rank: int | None, energy: float | None, layout: str, folder: Pa
     check_output(folder)
 
 
-def _check_start(config: PeftConfig) -> None:
-    start = getattr(config, "init_lora_weights", True)
-    if isinstance(start, str) and start.startswith(CHANGING_STARTS):
-        raise UserError(
-            f"an adapter with init_lora_weights={start!r} stands on base weights that it changed, not on the original: "
-            "write it with layout='merged'"
-        )
+def _check_starts(configs: Mapping[str, PeftConfig]) -> None:
+    """Refuse a base that one of its adapters changed, on which all of them stand."""
+    for name, config in configs.items():
+        start = getattr(config, "init_lora_weights", True)
+        if str(start).lower().startswith(CHANGING_STARTS):
+            raise UserError(
+                f"adapter {name!r} with init_lora_weights={start!r} changed the base weights, and the model's adapters "
+                "stand on those, not on the original: write it with layout='merged'"
+            )
+
+
+def _check_dora(config: PeftConfig) -> None:
     if getattr(config, "use_dora", False):
         raise UserError(
             "an adapter with use_dora=True is no product of two small matrices, which is all that plain LoRA holds: "
