@@ -219,6 +219,7 @@ def test_the_dtype_of_a_bfloat16_base_where_it_is_asked_for():
     ("settings", "message"),
     [
         ({"lora_bias": True}, "lora_bias=True"),
+        ({"use_qalora": True}, "use_qalora=True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"init_lora_weights": "gaussian"}, "init_lora_weights='gaussian'"),
         ({"lora_alpha": 0}, "lora_alpha=0"),

@@ -63,6 +63,11 @@ def test_flags_stand_where_the_pattern_is_taken_by_itself() -> None:
         check_patterns({"target_modules": "(?i)(([A-Z0-9_.])+)+!"}, NAMES)
 
 
+def test_an_interpreter_that_is_slow_to_begin_is_no_slow_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "CODE", f"import time\ntime.sleep(2)\n{patterns.CODE}")
+    check_patterns({"target_modules": REAL[0]}, NAMES)
+
+
 def test_lists_are_names() -> None:
     check_patterns({"target_modules": ["q_proj(", FOR_EVER[0]]}, NAMES)
 

@@ -22,9 +22,11 @@ FORMS = {
     "layers_pattern": LAYERS,
 }
 PLAIN = re.compile(r"\^?[\w.\\-]*\$?")  # nothing in it repeats or branches
+# The clock starts with the work: on a busy machine an interpreter may take seconds to begin.
 CODE = """
-import json, re, sys
-patterns, names = json.load(sys.stdin)
+import faulthandler, json, re, sys
+seconds, patterns, names = json.load(sys.stdin)
+faulthandler.dump_traceback_later(seconds, exit=True)
 for number, pattern in enumerate(patterns):
     print(number, flush=True)
     found = re.compile(pattern)
@@ -36,7 +38,7 @@ for number, pattern in enumerate(patterns):
 def check_patterns(config: Mapping[str, Any], names: Iterable[str], where: str = "") -> None:
     """See that the patterns of an adapter's configuration come to an end on these names.
 
-    Those that repeat or branch are tried in a process of their own, which is ended after ``SECONDS``.
+    Those that repeat or branch are tried in a process of their own, which ends itself after ``SECONDS``.
 
     Args:
         config: the values of a PEFT configuration.
@@ -56,16 +58,14 @@ def check_patterns(config: Mapping[str, Any], names: Iterable[str], where: str =
     wanted = [(key, pattern) for key, pattern in wanted if not PLAIN.fullmatch(pattern)]
     if not wanted:
         return
-    asked = json.dumps([[FORMS[key].format(pattern) for key, pattern in wanted], list(names)])
-    command = [sys.executable, "-I", "-c", CODE]
-    try:
-        subprocess.run(command, input=asked.encode(), stdout=subprocess.PIPE, check=False, timeout=SECONDS)
-    except subprocess.TimeoutExpired as error:
-        key, pattern = wanted[max(0, len((error.stdout or b"").split()) - 1)]
+    asked = json.dumps([SECONDS, [FORMS[key].format(pattern) for key, pattern in wanted], list(names)])
+    done = subprocess.run([sys.executable, "-I", "-c", CODE], input=asked.encode(), capture_output=True, check=False)
+    if done.stderr.startswith(b"Timeout"):
+        key, pattern = wanted[max(0, len(done.stdout.split()) - 1)]
         raise UserError(
             f"{where}{key} {shown(pattern)} takes more than {SECONDS:g} s on the names of the model's modules: "
             "write it without repetitions within one another, or list the names"
-        ) from error
+        )
 
 
 def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -121,7 +121,7 @@ def check_config(
     """
     kind = type(config).__name__
     variants = [field.name for field in dataclasses.fields(config) if field.metadata.get("is_lora_variant")]
-    for name in (*variants, "lora_bias", "target_parameters"):
+    for name in (*variants, "use_qalora", "lora_bias", "target_parameters"):
         if getattr(config, name) and name not in allowed:
             raise UserError(f"{kind}({name}={getattr(config, name)!r}) is not available: leave {name} out")
     if config.init_lora_weights not in starts:

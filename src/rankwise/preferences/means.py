@@ -76,7 +76,7 @@ class RowMeans:
         names = [name for name in self._sums if name]
         totals = add_up(torch.stack([*(self._sums[name] for name in names), self._sums[""]]))
         seen = totals[-1] > 0
-        means = (totals[:-1, seen] / totals[-1, seen]).double().mean(dim=1).tolist()
+        means = (totals[:-1, seen] / totals[-1, seen]).cpu().double().mean(dim=1).tolist()  # MPS has no float64
         self.clear()
         return dict(zip(names, means, strict=True))
 
