@@ -60,9 +60,9 @@ def test_trains_saves_loads_and_merges(method: str, kind: str, tmp_path: Path) -
 
     layouts = wanted.adapter.layouts
     assert METHODS[method].merges == ("merged" in layouts)
-    if layouts[0] != "merged":
-        rankwise.export(model, tmp_path / "adapter", layout=layouts[0])
-        loaded = PeftModel.from_pretrained(base(kind), tmp_path / "adapter")
+    for layout in set(layouts) - {"merged"}:
+        rankwise.export(model, tmp_path / layout, layout=layout)
+        loaded = PeftModel.from_pretrained(base(kind), tmp_path / layout)
         torch.testing.assert_close(logits(loaded, kind), trained, rtol=1e-4, atol=1e-4)
     if "merged" in layouts:
         rankwise.export(model, tmp_path / "merged", layout="merged")

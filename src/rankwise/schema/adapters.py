@@ -40,8 +40,8 @@ class MiloraSettings(LoraSettings):
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
-        """As of plain LoRA, but with DoRA's magnitude merged weights alone: PEFT's DoRA would lack the frozen pair."""
-        return ("merged",) if self.use_dora else super().layouts
+        """As of plain LoRA; with DoRA's magnitude merged weights, or its own: PEFT's DoRA of twice the rank."""
+        return ("merged", "own") if self.use_dora else super().layouts
 
 
 class SoraSettings(LoraSettings):
