@@ -264,6 +264,16 @@ def test_report_of_one_run_and_of_several(runs: list[Path], capsys: pytest.Captu
         (["export", "DONE/adapter", "OUT", "--stage", "sft"], "stage 'sft' is of a run, and"),
         (["init", "embedded", "--out", "OUT", "--rank", "0"], "--rank 0 is not possible: it must be 1 or more"),
         (["export", "DONE", "OUT", "--energy", "1.5"], "energy 1.5 is not possible"),
+        (["export", "DONE", "OUT", "--rank", "0"], "rank 0 is not possible"),
+        (["export", "DONE/adapter", "OUT", "--layout", "own", "--rank", "2"], "layout 'own' holds the whole update"),
+        (["export", "DONE", "DONE"], "holds something other than an earlier export"),
+        (["export", "DONE", "RECIPE/below"], "recipe.yaml/below cannot be written"),
+        (["train", "RECIPE", "output=RECIPE/below"], "recipe.yaml/below cannot be written"),
+        (["prepare", "RECIPE", "RECIPE/below"], "recipe.yaml/below cannot be written"),
+        (["demo", "--output", "RECIPE/below"], "recipe.yaml/below cannot be written"),
+        (["recommend", "DONE", "--out", "RECIPE/below"], "recipe.yaml/below cannot be written"),
+        (["recommend", "DONE", "--user", "u1", "--top", "0"], "--top 0 is not possible: it must be 1 or more"),
+        (["recommend", "DONE", "--user", "u1", "--most-nodes", "0"], "--most-nodes 0 is not possible"),
         (["inspect", "no/adapter"], "no/adapter is not a folder"),
         (["recommend", "no/run", "--user", "u1"], "no/run has no recipe.yaml"),
         (["recommend", "DONE", "--user", "nobody"], "user 'nobody' is none of 16 in the log"),
@@ -288,6 +298,13 @@ def test_a_mistake_is_one_line_and_exit_code_two(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Told before data and a base are read."""
+
+    def slow(*_: Any, **__: Any) -> None:
+        raise AssertionError("slow work was begun")
+
+    for name in ("run.load_task", "evaluation.load_language_model", "adapters.load_base", "recommend.prepare._opened"):
+        monkeypatch.setattr(f"rankwise.{name}", slow)
     monkeypatch.chdir(tmp_path)
     for name, path in (("RECIPE", recipe), ("DONE", runs[0]), ("OUT", tmp_path / "out")):
         words = [word.replace(name, str(path)) for word in words]
@@ -297,46 +314,6 @@ def test_a_mistake_is_one_line_and_exit_code_two(
     assert err.startswith("rankwise: ") and err.count("\n") == 1
     assert message in err
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["train", "RECIPE", "output=RECIPE/below"], "recipe.yaml/below cannot be written"),
-        (["demo", "--output", "RECIPE/below"], "recipe.yaml/below cannot be written"),
-        (["prepare", "RECIPE", "RECIPE/below"], "recipe.yaml/below cannot be written"),
-        (["export", "DONE", "RECIPE/below"], "recipe.yaml/below cannot be written"),
-        (["export", "DONE", "DONE"], "holds something other than an earlier export"),
-        (["export", "DONE", "OUT", "--rank", "0"], "rank 0 is not possible"),
-        (["export", "DONE", "OUT", "--energy", "2"], "energy 2.0 is not possible"),
-        (["export", "DONE/adapter", "OUT", "--layout", "own", "--rank", "2"], "layout 'own' holds the whole update"),
-        (["recommend", "DONE", "--out", "RECIPE/below"], "recipe.yaml/below cannot be written"),
-        (["recommend", "DONE", "--user", "nobody"], "user 'nobody' is none of 16 in the log"),
-        (["recommend", "DONE", "--history", "No such film"], "'No such film' is none of the"),
-        (["recommend", "DONE", "--user", "u1", "--top", "0"], "--top 0 is not possible: it must be 1 or more"),
-        (["recommend", "DONE", "--user", "u1", "--most-nodes", "0"], "--most-nodes 0 is not possible"),
-    ],
-)
-def test_a_mistake_is_told_before_data_and_base_are_read(
-    words: list[str],
-    message: str,
-    recipe: Path,
-    runs: list[Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def slow(*_: Any, **__: Any) -> None:
-        raise AssertionError("slow work was begun")
-
-    for name in ("run.load_task", "evaluation.load_language_model", "adapters.load_base", "recommend.prepare._opened"):
-        monkeypatch.setattr(f"rankwise.{name}", slow)
-    for name, path in (("RECIPE", recipe), ("DONE", runs[0]), ("OUT", tmp_path / "out")):
-        words = [word.replace(name, str(path)) for word in words]
-    assert main(words) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("rankwise: ") and err.count("\n") == 1
-    assert message in err
 
 
 def test_a_mistake_from_outside(tmp_path: Path) -> None:
