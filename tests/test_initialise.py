@@ -298,13 +298,14 @@ def test_command_line_with_patterns_and_magnitudes(tmp_path, source, capsys):
         "layers.1.mlp.down_proj=7",
         "--alpha-pattern",
         "up_proj=3",
+        "k_proj=1.5",
     ]
     assert cli.main([*words, "--json"]) == 0
     ranks = json.loads(capsys.readouterr().out)["ranks"]
     assert len(ranks) == 12 and not any(name.endswith("q_proj") for name in ranks)
     assert (ranks["model.layers.0.self_attn.v_proj"], ranks["model.layers.1.mlp.down_proj"]) == (2, 7)
     config = rw.MiloraConfig.from_pretrained(tmp_path / "start")
-    assert (config.use_dora, config.alpha_pattern) == (True, {"up_proj": 3})
+    assert (config.use_dora, config.alpha_pattern) == (True, {"up_proj": 3, "k_proj": 1.5})
     with pytest.raises(SystemExit):
         cli.main([*words, "v_proj=many"])
     assert "'v_proj=many' is no NAME=NUMBER" in capsys.readouterr().err

@@ -147,6 +147,10 @@ def test_a_recipe_cannot_be_changed():
         ("data.holdout", 1.0, "data.holdout 1.0: Input should be less than 1"),
         ("adapter", {"kind": "lora", "r": 0}, "adapter.r 0: Input should be greater than or equal to 1"),
         ("adapter", {"kind": "milora", "part": "minr"}, "adapter.part 'minr' is unknown: did you mean 'minor'?"),
+        ("adapter", {"kind": "lora", "target_modules": None}, "adapter.target_modules None: Input should be a valid s"),
+        ("adapter", {"kind": "vera", "target_modules": []}, "adapter.target_modules []: List should have at least 1"),
+        ("adapter", {"kind": "bottleneck", "target_modules": []}, "adapter.target_modules []: List should have at l"),
+        ("adapter", {"kind": "lora", "target_modules": [1]}, "adapter.target_modules.0 1: Input should be a valid s"),
         ("export", {"energy": 1.5}, "export.energy 1.5: Input should be less than or equal to 1"),
         ("evaluation", {"cases": 0}, "evaluation.cases 0: "),
         ("seed", -1, "seed -1: "),
@@ -269,6 +273,9 @@ def test_more_negatives_than_the_data_gives():
         changed(RANKING, "stages.1.negatives", 6)
     )
     make_recipe(changed(RANKING, "stages.1.negatives", 5))
+    assert "recipe: stages.1.negatives 0: Input should be greater" in mistake(changed(RANKING, "stages.1.negatives", 0))
+    found = mistake(changed(RANKING, "stages.1.negatives", [1, 0]))
+    assert "recipe: stages.1.negatives.1 0: Input should be greater" in found
 
 
 def test_the_source_is_named(tmp_path):

@@ -243,12 +243,16 @@ def _serve_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("--rate", type=float, default=100.0, help="requests a second from one address (%(default)s)")
 
 
-def _pair(word: str) -> tuple[str, int]:
+def _pair(word: str) -> tuple[str, int | float]:
     """The two sides of ``name=number``."""
     name, _, number = word.rpartition("=")
-    if not name or not number.isdecimal():
+    try:
+        value = int(number) if number.isdecimal() else float(number)
+    except ValueError:
+        name = ""
+    if not name:
         raise argparse.ArgumentTypeError(f"{word!r} is no NAME=NUMBER")
-    return name, int(number)
+    return name, value
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Tag, ValidationError
@@ -99,7 +100,11 @@ def _item(values: list[Any], key: str, override: str) -> Any:
 
 def _explain(error: ValidationError, root: type[BaseModel]) -> str:
     """The first mistake, as one line: where, what was given, what would be accepted."""
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    start = _walk(errors[0]["loc"], root)[0]
+    # Of several types that a value may have, each says what it is not; the one that it nearly has says most.
+    rivals = [one for one in errors if _walk(one["loc"], root)[0][: len(start)] == start]
+    first = min(rivals, key=lambda one: (one["type"].endswith("_type"), -len(one["loc"])))
     location, section = _walk(first["loc"], root)
     place = cut(".".join(map(str, location)), 200)
     if first["type"] == "extra_forbidden":
@@ -119,13 +124,17 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> str:
 
 
 def _walk(location: Sequence[Any], root: type[BaseModel]) -> tuple[list[Any], type[BaseModel]]:
-    """A place in the recipe without the kinds that pydantic puts into it, and the section that holds its last key."""
+    """A place in the recipe without the kinds and types that pydantic puts into it, and the section of its last key."""
     section = root
     place: list[Any] = []
     kinds: dict[Any, type[Section]] = {}
+    is_type = False  # where a field may have several, the next part says which one was tried
     for part in location:
         if part in kinds and isinstance(part, str):
             section, kinds = kinds[part], {}
+            continue
+        if is_type:
+            is_type = False
             continue
         place.append(part)
         if isinstance(part, int) or part not in section.model_fields:
@@ -142,7 +151,17 @@ def _walk(location: Sequence[Any], root: type[BaseModel]) -> tuple[list[Any], ty
             kinds = tagged
         elif found:
             section = found[0]
+        is_type = not tagged and len(_types(annotation)) > 1
     return place, section
+
+
+def _types(annotation: Any) -> list[Any]:
+    """The types that a field's value may have, None aside."""
+    if get_origin(annotation) is Annotated:
+        return _types(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [found for inner in get_args(annotation) for found in _types(inner)]
+    return [] if annotation is type(None) else [annotation]
 
 
 def _forms(annotation: Any) -> list[str]:

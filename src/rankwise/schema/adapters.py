@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rankwise.schema.base import Count, File, Layout, Part, Positive, Section, Share, StartPart
+from rankwise.schema.base import Count, File, Layout, Names, Part, Positive, Section, Share, StartPart
 
 
 class LoraSettings(Section):
@@ -16,7 +16,7 @@ class LoraSettings(Section):
     r: Count = Field(16, description="Rank of each adapted matrix.")
     alpha: Positive | None = Field(None, description="Scaling numerator; 2 r where it is not given (r for MiLoRA).")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter, a share.")
-    target_modules: str | list[str] = Field("all-linear", description="Modules to adapt: all-linear, or their names.")
+    target_modules: str | Names = Field("all-linear", description="Modules to adapt: all-linear, or their names.")
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead of alpha / r.")
     use_dora: bool = Field(False, description="Train a magnitude of each output too (DoRA, arXiv 2402.09353).")
     lora_plus_ratio: Positive | None = Field(
@@ -144,7 +144,7 @@ class VeraSettings(Section):
     r: Count = Field(256, description="Rank of the shared random matrices, which are not trained.")
     d_initial: Positive = Field(0.1, description="Start of the vector between the two matrices.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter, a share.")
-    target_modules: str | list[str] = Field("all-linear", description="Modules to adapt: all-linear, or their names.")
+    target_modules: str | Names = Field("all-linear", description="Modules to adapt: all-linear, or their names.")
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
@@ -162,7 +162,7 @@ class BottleneckSettings(Section):
     size: Count = Field(64, description="Width of the bottleneck.")
     activation: Literal["gelu", "relu", "silu", "tanh"] = Field("gelu", description="Between its two matrices.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of its output, a share.")
-    target_modules: list[str] | None = Field(
+    target_modules: Names | None = Field(
         None, description="Modules to follow, where they are others than the blocks' last projections."
     )
 

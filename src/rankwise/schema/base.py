@@ -61,6 +61,7 @@ File = Annotated[FileName, AfterValidator(_expand), AfterValidator(_possible)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
+Names = Annotated[list[str], Field(min_length=1)]
 Positive = Annotated[float, Field(gt=0)]
 Moment = Annotated[int | float | str, BeforeValidator(_iso)]
 Part = Literal["minor", "principal", "middle", "random"]
