@@ -13,7 +13,7 @@ from scipy import stats
 
 import small_runs
 from rankwise.comparing.cells import Cell, Setting, make_cell, settings
-from rankwise.comparing.choosing import choose, is_lower_better
+from rankwise.comparing.choosing import choose
 from rankwise.comparing.compare import compare, final_cells
 from rankwise.comparing.statistics import holm, paired, spread
 from rankwise.comparing.summary import latex, markdown, run_rows, summarise
@@ -195,11 +195,6 @@ def test_one_setting_is_not_searched_for(tmp_path: Path) -> None:
     comparison = made(output=str(tmp_path), learning_rates=[0.1])
     assert set(choose(comparison, fake(lambda _: 1.0, seen)).values()) == {Setting(0.1)}
     assert seen == []
-
-
-def test_which_metrics_are_better_lower() -> None:
-    assert all(map(is_lower_better, ("loss", "perplexity", "films loss", "log-loss")))
-    assert not any(map(is_lower_better, ("accuracy", "HR@1", "pearson")))
 
 
 # Statistics against scipy

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from rankwise.analysis import combined, result_markdown, result_table
-from rankwise.analysis.columns import ABSENT, UNKNOWN, best_rows, describe, write_value
+from rankwise.analysis.columns import ABSENT, UNKNOWN, best_rows, describe, is_lower_better, write_value
 from rankwise.analysis.tables import spread
 from rankwise.errors import UserError
 
@@ -79,6 +79,12 @@ def test_best_is_highest_or_lowest_by_column():
 def test_definitions(name, part, better):
     assert part in describe(name).meaning
     assert describe(name).better == better
+
+
+def test_which_columns_are_better_lower():
+    """What a loss is of may be called like another column."""
+    assert all(map(is_lower_better, ("loss", "eval_loss", "perplexity", "films loss", "log-loss", "valid loss")))
+    assert not any(map(is_lower_better, ("accuracy", "HR@1", "Pearson", "maths accuracy", "ranks left", "zeal")))
 
 
 def test_an_unknown_column_gets_no_invented_definition():

@@ -28,6 +28,15 @@ _DECODED = "where an answer is decoded greedily and is valid if it holds exactly
 
 # The first pattern that is found in the lower-cased name counts; {k} is the name's number after "@".
 _COLUMNS: tuple[tuple[str, Column], ...] = (
+    (  # first, as what stands before it is the name of a text or a task
+        r"\b(loss|nats)$",
+        Column(
+            "mean negative log-probability of the held-out tokens, in nats per token; "
+            "where rows have prompts, of the answer tokens only.",
+            "lower",
+        ),
+    ),
+    (r"\bperplexity$", Column("exponential of the mean loss in nats per token.", "lower")),
     (
         r"(hr|hit rate)@(?P<k>\d+) full",
         Column(
@@ -92,15 +101,6 @@ _COLUMNS: tuple[tuple[str, Column], ...] = (
     (r"\bpearson", Column("Pearson correlation of predicted and true scores.")),
     (r"\bspearman", Column("Spearman rank correlation of predicted and true scores.")),
     (r"bits per byte", Column("negative log2-probability of the text, divided by its bytes.", "lower")),
-    (r"perplexity", Column("exponential of the mean loss in nats per token.", "lower")),
-    (
-        r"\bloss\b|\bnats\b",
-        Column(
-            "mean negative log-probability of the held-out tokens, in nats per token; "
-            "where rows have prompts, of the answer tokens only.",
-            "lower",
-        ),
-    ),
     (r"\berror\b", Column("mean error.", "lower")),
     (r"\b(parameters|weights)\b", Column("number of trained parameters.", None)),
     (r"\branks?\b", Column("number of directions left.", None)),
@@ -115,6 +115,11 @@ def describe(name: str) -> Column:
         if found := re.search(pattern, lowered):
             return Column(column.meaning.format(**found.groupdict()), column.better, column.percent)
     return Column(UNKNOWN, None)
+
+
+def is_lower_better(name: str) -> bool:
+    """Whether less of a column is better."""
+    return describe(name).better == "lower"
 
 
 def mean_of(value: Any) -> float | None:

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rankwise.analysis.columns import is_lower_better
 from rankwise.comparing.cells import Cell, Setting, make_cell, settings
 from rankwise.errors import UserError, nearest
 from rankwise.schema import Comparison
 
-LOWER = ("loss", "perplexity", "log-loss", "cross-entropy")  # ends of the metrics of which less is better
 Key = tuple[str, str]  # of a task and a method
 
 
@@ -24,11 +24,6 @@ def deciding_metric(comparison: Comparison, task: str, columns: Sequence[str]) -
     if wanted not in columns:
         raise UserError(f"metrics.{task} {wanted!r} is not measured there: {nearest(wanted, columns)}")
     return wanted
-
-
-def is_lower_better(metric: str) -> bool:
-    """Whether less of a metric is better."""
-    return metric.endswith(LOWER)
 
 
 def final_row(result: dict[str, Any]) -> dict[str, Any] | None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from rankwise.analysis.columns import is_lower_better
 from rankwise.analysis.drawing import COLORS, axes, is_finite, many_lines, numbered_line
-from rankwise.comparing.choosing import is_lower_better
 from rankwise.comparing.labels import label_places
 
 Rows = Sequence[Mapping[str, Any]]

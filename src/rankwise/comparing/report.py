@@ -8,13 +8,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from rankwise.analysis.columns import is_lower_better
 from rankwise.analysis.drawing import is_finite
 from rankwise.analysis.drift_figure import drift_figure, known
 from rankwise.analysis.markup import Cell, muted, pairs_table, plot, section, table
 from rankwise.analysis.place_tables import HEAD as PLACES_HEAD
 from rankwise.analysis.place_tables import MEANING, TITLE, place_figure, place_texts
 from rankwise.analysis.report import page
-from rankwise.comparing.choosing import is_lower_better
 from rankwise.comparing.figures import cost_figure, forgetting_figure, forgotten, score_figure, search_figure, unbeaten
 from rankwise.comparing.statistics import holm, paired
 from rankwise.comparing.summary import grid

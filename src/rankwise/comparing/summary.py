@@ -14,8 +14,9 @@ import numpy as np
 import polars as pl
 from rich.table import Table
 
+from rankwise.analysis.columns import is_lower_better
 from rankwise.comparing.cells import CELLS, Cell, Setting
-from rankwise.comparing.choosing import Key, deciding_metric, final_row, is_lower_better
+from rankwise.comparing.choosing import Key, deciding_metric, final_row
 from rankwise.comparing.statistics import holm, paired, spread
 from rankwise.errors import UserError
 from rankwise.files import temporary_folder, write_bytes

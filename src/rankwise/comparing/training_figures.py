@@ -7,9 +7,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from rankwise.analysis.columns import is_lower_better
 from rankwise.analysis.drawing import axes, heatmap, is_finite, many_lines, numbered_line, path
 from rankwise.analysis.ranks import layer_names
-from rankwise.comparing.choosing import is_lower_better
 from rankwise.comparing.figures import labelled
 
 Rows = Sequence[Mapping[str, Any]]
