@@ -16,7 +16,8 @@ from rankwise.comparing.cells import Cell, Setting, make_cell, settings
 from rankwise.comparing.choosing import choose
 from rankwise.comparing.compare import compare, final_cells
 from rankwise.comparing.statistics import holm, paired, spread
-from rankwise.comparing.summary import latex, markdown, run_rows, summarise
+from rankwise.comparing.summary import run_rows, summarise
+from rankwise.comparing.tables import latex, markdown
 from rankwise.errors import UserError
 from rankwise.schema import Comparison
 from small_comparisons import TASK, fake, made, summary_of

@@ -20,14 +20,12 @@ from rankwise.comparing.running import run_cells
 from rankwise.comparing.summary import (
     RUNS,
     earlier_runs,
-    latex,
-    markdown,
     restore,
     run_rows,
     summarise,
-    terminal_tables,
     write_runs,
 )
+from rankwise.comparing.tables import latex, markdown, terminal_tables
 from rankwise.errors import UserError, naming
 from rankwise.files import clear_unfinished, write_json, write_text
 from rankwise.models import context_limit, load_tokenizer

@@ -17,7 +17,7 @@ from rankwise.analysis.place_tables import MEANING, TITLE, place_figure, place_t
 from rankwise.analysis.report import page
 from rankwise.comparing.figures import cost_figure, forgetting_figure, forgotten, score_figure, search_figure, unbeaten
 from rankwise.comparing.statistics import holm, paired
-from rankwise.comparing.summary import grid
+from rankwise.comparing.tables import grid
 from rankwise.comparing.training_figures import training_figures
 from rankwise.errors import UserError, shown
 from rankwise.files import write_text
