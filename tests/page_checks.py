@@ -49,7 +49,7 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         tag, attributes = self.open[-1] if self.open else ("", {})
         if attributes.get("type") == "application/json":
-            self.figures[attributes["id"]] = json.loads(data)
+            self.figures[attributes["data-figure"]] = json.loads(data)
         elif tag not in ("script", "style"):
             self.text += data
 

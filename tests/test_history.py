@@ -147,7 +147,7 @@ def test_an_adapter_whose_directions_all_stay_has_the_curve_by_stage(tmp_path: P
     assert stage_curve(RESULTS | {"rows": ungated[:2]}) is None
     (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
     page = write_report(tmp_path).read_text(encoding="utf-8")
-    assert page.count('id="retention"') == 1 and "The model at each stage, in the order of training." in page
+    assert page.count('data-figure="retention"') == 1 and "The model at each stage, in the order of training." in page
     assert "training (memorisation) 0.4 to 0.875" in page
 
 
@@ -181,7 +181,7 @@ def test_the_page_has_both_sections(page: str) -> None:
         f'<td class="number">{text}</td>' for text in ("0.2", "4 of 8", "40", "87.5 %", "81.2 %")
     )
     assert cells in body
-    assert all(f'id="history-{at}"' in page for at in range(3))
+    assert all(f'data-figure="history-{at}"' in page for at in range(3))
 
 
 def test_a_run_without_training_scores_has_no_such_section(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_evaluating_again_gives_the_same_row(finished: tuple[Path, dict[str, Any
 
 def test_the_page_shows_the_curve_and_the_history(finished: tuple[Path, dict[str, Any], str]) -> None:
     page = (finished[0] / "report.html").read_text(encoding="utf-8")
-    assert ">Memorisation and generalisation<" in page and 'id="retention"' in page
+    assert ">Memorisation and generalisation<" in page and 'data-figure="retention"' in page
     assert "The accuracy on 20 training rows and on the held-out cases" in page
     for title in ("Gates left", "Parameters left", "Threshold", "Directions left by layer"):
         assert f"<h3>{title}</h3>" in page

@@ -12,9 +12,9 @@ import plotly.graph_objects as go
 Cell = tuple[str, str]  # text, and the attributes of its element
 
 
-def section(title: str, body: str, attributes: str = "") -> str:
-    """A titled section with an anchor made of its title; ``body`` is HTML."""
-    anchor = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+def section(title: str, body: str, attributes: str = "", anchor: str = "") -> str:
+    """A titled section with an anchor, made of its title where none is given; ``body`` is HTML."""
+    anchor = anchor or re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
     head = f'<h2 id="{anchor}-title">{escape(title)}</h2>'
     return f'<section id="{anchor}" aria-labelledby="{anchor}-title"{attributes}>\n{head}\n{body}\n</section>'
 
@@ -60,11 +60,7 @@ def pairs_table(caption: str, head: Sequence[str], pairs: Mapping[str, str], foo
 
 
 def plot(figure: go.Figure, name: str, description: str) -> str:
-    """A figure: title and description as text, its data in an element that the page's script reads.
-
-    What of the name cannot stand in an attribute becomes ``-``.
-    """
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
+    """A figure with a name: title and description as text, its data in the element after it, for the page's script."""
     title = escape(figure.layout.title.text)
     bare = go.Figure(figure).update_layout(title=None, margin={"t": 30})
     # "<" could end the script element; in JSON it occurs in strings only, where this is the same character.
@@ -72,6 +68,6 @@ def plot(figure: go.Figure, name: str, description: str) -> str:
     style = f"min-height:{bare.layout.height}px"
     return (
         f"<figure>\n<figcaption><h3>{title}</h3><span>{escape(description)}</span></figcaption>\n"
-        f'<div class="plot" role="img" aria-label="{title}" data-figure="{name}" style="{style}"></div>\n'
-        f'<script type="application/json" id="{name}">{data}</script>\n</figure>'
+        f'<div class="plot" role="img" aria-label="{title}" style="{style}"></div>\n'
+        f'<script type="application/json" data-figure="{escape(name)}">{data}</script>\n</figure>'
     )

@@ -4,7 +4,7 @@ const config = {responsive: true, displayModeBar: false, displaylogo: false, scr
 // On a touch screen a drag must scroll the page; with a mouse it zooms, and a double click undoes that.
 const dragmode = window.matchMedia("(pointer: fine)").matches ? "zoom" : false;
 for (const plot of plots) {
-  const {data, layout} = JSON.parse(document.getElementById(plot.dataset.figure).textContent);
+  const {data, layout} = JSON.parse(plot.nextElementSibling.textContent);
   Plotly.newPlot(plot, data, {...layout, dragmode}, config);
 }
 const resize = () => plots.forEach((plot) => Plotly.Plots.resize(plot));
