@@ -1,15 +1,13 @@
 "use strict";
 // A heading of a sortable table is a button: it sorts the rows by its column, and back; what is missing stays last.
+// The first column has names, all others numbers: what is none there ("-", "not possible") is missing.
 const value = (row, at) => {
   const text = row.cells[at].textContent.trim();
-  if (text === "-") return undefined;
+  if (at === 0) return text;
   const number = parseFloat(text.replaceAll(",", ""));
-  return Number.isNaN(number) ? text : number;
+  return Number.isNaN(number) ? undefined : number;
 };
-const before = (one, other) => {
-  if (typeof one !== typeof other) return typeof one === "number" ? -1 : 1;
-  return typeof one === "number" ? one - other : one.localeCompare(other);
-};
+const before = (one, other) => (typeof one === "number" ? one - other : one.localeCompare(other));
 for (const table of document.querySelectorAll(".sortable table")) {
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, at) => {
