@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -46,6 +47,13 @@ def _check_budgets(entry: MethodEntry) -> None:
         raise ValueError(f"methods.{entry.name}.budgets is for SoRA, not {entry.kind}: leave it out")
     if entry.own_budget:
         raise ValueError(f"methods.{entry.name} has {entry.own_budget[0]} and budgets {entry.budgets}: leave one out")
+
+
+def _check_once(section: Section, where: str, fields: Sequence[str]) -> None:
+    for field in fields:
+        given = getattr(section, field) or []
+        if len(set(given)) < len(given):
+            raise ValueError(f"{where}{field} {given} has one of them twice: leave it out")
 
 
 class Search(Section):
@@ -116,13 +124,11 @@ class Comparison(Section):
                 )
             if entry.budgets:
                 _check_budgets(entry)
+            _check_once(entry, f"methods.{entry.name}.", ("learning_rates", "ranks", "budgets"))
         for task in self.metrics:
             if task not in self.tasks:
                 raise ValueError(f"metrics.{task} is of no task: {nearest(task, self.tasks)}")
-        for field in ("seeds", "learning_rates", "ranks", "budgets"):
-            given = getattr(self, field)
-            if len(set(given)) < len(given):
-                raise ValueError(f"{field} {given} has one of them twice: leave it out")
+        _check_once(self, "", ("seeds", "learning_rates", "ranks", "budgets"))
         return self
 
     @property
