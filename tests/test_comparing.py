@@ -14,13 +14,13 @@ from scipy import stats
 import small_runs
 from rankwise.comparing.cells import Cell, Setting, make_cell, settings
 from rankwise.comparing.choosing import choose
-from rankwise.comparing.compare import compare, final_cells
+from rankwise.comparing.compare import _bases, compare, final_cells
 from rankwise.comparing.statistics import holm, paired, spread
 from rankwise.comparing.summary import run_rows, summarise
-from rankwise.comparing.tables import latex, markdown
+from rankwise.comparing.tables import latex, markdown, ranked, search_note, terminal_tables
 from rankwise.errors import UserError
 from rankwise.schema import Comparison
-from small_comparisons import TASK, fake, made, summary_of
+from small_comparisons import TASK, fake, made, summary_of, whole_summary_of
 
 
 def cell(comparison: Comparison, number: int = 0, part: str = "search", **setting: Any) -> Cell:
@@ -121,6 +121,12 @@ def test_a_cells_place_follows_from_all_that_it_depends_on() -> None:
         ),
         ({"budgets": [0.5, 0.5]}, r"budgets \[0.5, 0.5\] has one of them twice"),
         ({"seeds": [0, 0]}, r"seeds \[0, 0\] has one of them twice"),
+        ({"methods": [{"kind": "lora", "ranks": [2, 2]}]}, r"methods.lora.ranks \[2, 2\] has one of them twice"),
+        (
+            {"methods": [{"kind": "lora", "learning_rates": [1, 1]}]},
+            "methods.lora.learning_rates .* has one of them tw",
+        ),
+        ({"methods": [{"kind": "sora", "budgets": [0.5, 0.5]}]}, "methods.sora.budgets .* has one of them twice"),
         ({"learning_rates": [-1]}, "learning_rates.0"),
         ({"lerning_rates": [1]}, "lerning_rates is unknown: did you mean 'learning_rates'"),
     ],
@@ -191,6 +197,27 @@ def test_what_failed_or_is_no_number_is_not_chosen(tmp_path: Path) -> None:
     assert set(choose(made(output=str(tmp_path)), fake(loss, [])).values()) == {Setting(1e-1)}
 
 
+def test_a_round_in_which_all_failed_is_the_last(tmp_path: Path) -> None:
+    """Of ``small`` all runs fail at once, and of ``lora`` in the second round: the better of the first is taken."""
+    seen: list[list[Cell]] = []
+
+    def loss(one: Cell) -> float | None:
+        return -one.setting.learning_rate if (one.method, one.share) == ("lora", 0.25) else None
+
+    comparison = made(output=str(tmp_path), search={"first": 0.25, "factor": 2})
+    chosen = choose(comparison, fake(loss, seen))
+    assert chosen == {("stories", "lora"): Setting(1.0), ("stories", "small"): Setting(1e-3)}
+    assert [[one.method for one in cells] for cells in seen] == [["lora"] * 4 + ["small"] * 4, ["lora"] * 2]
+
+
+def test_equal_settings_are_taken_in_the_order_of_the_round_before(tmp_path: Path) -> None:
+    def loss(one: Cell) -> float:
+        return -one.setting.learning_rate if one.share == 0.25 else 0.0
+
+    assert set(choose(made(output=str(tmp_path)), fake(loss, [])).values()) == {Setting(1.0)}
+    assert set(choose(made(output=str(tmp_path / "b")), fake(lambda _: 1.0, [])).values()) == {Setting(1e-3)}
+
+
 def test_one_setting_is_not_searched_for(tmp_path: Path) -> None:
     seen: list[list[Cell]] = []
     comparison = made(output=str(tmp_path), learning_rates=[0.1])
@@ -256,6 +283,62 @@ def test_tables(tmp_path: Path) -> None:
     assert "| 0.9333 ± 0.1528 | 0.5539 to 1.3128 | -0.1667 |" in text
     assert "not possible" in text
     assert r"dora & 0.9333 $\pm$ 0.1528 & 0.5539 to 1.3128 & -0.1667" in latex(comparison, summary)
+
+
+def test_what_the_search_did_not_choose_is_told(tmp_path: Path) -> None:
+    """Of dora the two best are equal in both rounds, of vera all runs fail; lora's search chooses."""
+
+    losses = {"lora": [4.0, 3.0, 2.0, 1.0], "dora": [4.0, 1.0, 3.0, 1.0]}
+
+    def loss(one: Cell) -> float | None:
+        at = [1e-3, 1e-2, 1e-1, 1.0].index(one.setting.learning_rate)
+        return losses[one.method][at] if one.method in losses else None
+
+    comparison = made(output=str(tmp_path), methods=["lora", "dora", "vera"])
+    summary = whole_summary_of(comparison, loss)
+    assert [(row["learning_rate"], row["undecided"]) for row in summary] == [
+        (1.0, None),
+        (1e-2, "2 of 4 had the same score"),
+        (1e-3, "every run failed: no"),
+    ]
+    said = (
+        "The search did not choose the setting of 2 of 3 methods, and the first listed was taken: "
+        "dora (2 of 4 had the same score); vera (every run failed: no)."
+    )
+    assert markdown(comparison, summary).endswith(f"|\n\n{said}\n")
+    assert f"\n\\par {said}\n\\end{{table}}" in latex(comparison, summary)
+    assert str(terminal_tables(comparison, summary)[0].caption) == said
+    assert search_note(summary[:1]) == ""
+
+
+def test_a_method_that_lacks_seeds_stands_behind_those_that_do_not(tmp_path: Path) -> None:
+    """full is better on the mean of its two seeds, and worse on each of them."""
+    values = {"lora": {0: 3.0, 1: 1.4, 2: 1.2}, "full": {1: 1.5, 2: 1.3}}
+    comparison = made(output=str(tmp_path), learning_rates=[0.1], methods=["lora", "full", "vera"])
+    summary = summary_of(comparison, lambda one: values.get(one.method, {}).get(one.seed))
+    assert [row["method"] for row in ranked(summary, 3)] == ["lora", "full"]
+    text = markdown(comparison, summary)
+    assert "over 3 seeds (of fewer where the row says so: these rows come last)" in text
+    assert [line.split(" | ")[:2] for line in text.splitlines()[4:]] == [
+        ["| lora", "1.8667 ± 0.9866"],
+        ["| full", "1.4000 ± 0.1414, 2 of 3 seeds"],
+        ["| vera", "not possible"],
+    ]
+    assert r"full & 1.4000 $\pm$ 0.1414, 2 of 3 seeds &" in latex(comparison, summary)
+    assert "over 3 seeds;" in markdown(comparison, summary_of(made(output=str(tmp_path / "b")), lambda _: 1.0))
+
+
+def test_what_base_models_lack_is_in_no_mean() -> None:
+    bases = [{"loss": 2.0, "films loss": None}, {"loss": 4.0, "films loss": 1.0}, {"loss": 3.0}, {}]
+    assert _bases([{"task": "a", "base": base} for base in bases] + [{"task": "b", "base": {}}]) == {
+        "a": {"loss": 3.0, "films loss": 1.0}
+    }
+
+
+def test_cases_are_told_where_all_seeds_have_as_many(tmp_path: Path) -> None:
+    comparison = made(output=str(tmp_path), learning_rates=[0.1])
+    lora, small = summary_of(comparison, lambda _: 1.0)
+    assert lora["cases"] == small["cases"] == 3
 
 
 def test_a_result_without_rows_is_told(tmp_path: Path) -> None:

@@ -12,12 +12,19 @@ from typing import Any
 import pytest
 
 import small_runs
-from page_checks import NEEDS_CHROMIUM, check_accessible, check_on_a_phone, drawn, page_in
+from page_checks import NEEDS_CHROMIUM, Page, check_accessible, check_on_a_phone, drawn, page_in
 from rankwise.cli import main
 from rankwise.comparing import compare as comparing
 from rankwise.comparing.cells import Cell
 from rankwise.comparing.figures import search_figure, unbeaten
-from rankwise.comparing.report import advice, qualified, render_comparison, write_comparison_report
+from rankwise.comparing.report import (
+    advice,
+    forgotten_metrics,
+    qualified,
+    render_comparison,
+    write_comparison_report,
+)
+from rankwise.comparing.statistics import spread
 from rankwise.errors import UserError
 from small_comparisons import TASK, fake, made
 
@@ -66,14 +73,86 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_what_it_advises(results: dict[str, Any]) -> None:
     said = advice(results, "stories")
     best = min(("milora", "full"), key=lambda name: next(r["mean"] for r in results["rows"] if r["method"] == name))
-    assert said.startswith(f"stories: {best} has the best loss")
+    assert said.startswith(f"stories: {best} has the best mean loss")
     assert ("milora (" in said) == (best == "full")
 
 
-def test_one_seed_tells_nothing(results: dict[str, Any]) -> None:
-    for row in results["rows"]:
-        row["values"] = dict(list(row["values"].items())[:1])
-    assert advice(results, "stories").endswith("one seed tells no differences.")
+def scored(
+    metric: str = "accuracy", parameters: Any = None, cases: int | None = None, **values: list[float | None]
+) -> dict[str, Any]:
+    """What a summary holds of methods with these scores by seed; None where a run failed."""
+    rows = []
+    for method, given in values.items():
+        known = {seed: value for seed, value in enumerate(given) if value is not None}
+        found = spread(list(known.values()))._asdict() if known else dict.fromkeys(("mean", "low", "high"))
+        row = {"task": "a", "method": method, "metric": metric if known else None, "values": known, **found}
+        rows.append({**row, "parameters": (parameters or {}).get(method, 100), "cases": cases, "metrics": {}})
+    seeds = list(range(max(map(len, values.values()))))
+    return {"rows": rows, "seeds": seeds, "base": {}, "comparison": {}}
+
+
+def test_one_seed_tells_nothing() -> None:
+    assert advice(scored(lora=[0.7], full=[0.6]), "a") == (
+        "a: lora has the best accuracy, 0.7; one seed tells no differences."
+    )
+
+
+def test_a_method_that_lacks_seeds_is_not_named_the_best() -> None:
+    """full is better on the mean of its two seeds, and worse on each of them."""
+    found = scored(full=[None, 0.70, 0.71], lora=[0.60, 0.75, 0.76], bitfit=[None] * 3)
+    assert advice(found, "a") == "a: lora has accuracy, 0.7033, and no other method gave a score of every seed."
+    assert qualified(found, "a") == [
+        "Left out, without a score of every seed: full (2 of 3 seeds), bitfit (0 of 3 seeds)."
+    ]
+    found = scored(lora=[0.80, 0.81, 0.82], dora=[0.5, 0.51, 0.52], full=[None, None, 0.83])
+    assert (
+        advice(found, "a")
+        == "a: lora has the best mean accuracy, 0.81, and 3 seeds tell every other method apart from it (paired tests)."
+    )
+    assert advice(scored(lora=[0.7, None], full=[None, 0.6]), "a") == "a: no method gave a score of every seed."
+    assert advice(scored(lora=[None, None]), "a") == "a: no method gave a score."
+
+
+def test_one_method_is_better_than_none() -> None:
+    assert (
+        advice(scored(lora=[0.7, 0.8]), "a")
+        == "a: lora has accuracy, 0.75, and no other method gave a score of every seed."
+    )
+
+
+def test_a_difference_that_is_the_same_at_every_seed_is_told_apart() -> None:
+    found = scored(lora=[1.0, 1.0, 1.0], bitfit=[0.5, 0.5, 0.5], parameters={"lora": 3000, "bitfit": 10})
+    assert advice(found, "a").startswith("a: lora has the best mean accuracy, 1, and 3 seeds tell every other method")
+    same = scored(lora=[0.5, 0.6], bitfit=[0.5, 0.6], parameters={"lora": 3000, "bitfit": 10})
+    assert advice(same, "a") == (
+        "a: lora has the best mean accuracy, 0.55, with 3,000 parameters. 2 seeds do not tell 1 more apart from it; "
+        "of all these, bitfit (0.55) trains the fewest, 10."
+    )
+
+
+def test_differences_that_other_cases_may_turn_are_told() -> None:
+    """Of 100 cases an accuracy of 0.8 has sqrt(0.8 * 0.2 / 100) = 0.04."""
+    scores = {"lora": [0.8, 0.8], "full": [0.77, 0.77], "dora": [0.75, 0.75]}
+    said = "On 100 cases accuracy has a standard error of 0.04: the difference from the best is less for 1 of 2 others."
+    assert qualified(scored(cases=100, **scores), "a")[0] == said
+    assert qualified(scored(cases=10_000, **scores), "a") == qualified(scored(**scores), "a") == []
+    assert qualified(scored("loss", cases=100, **scores), "a") == []
+
+
+def test_what_was_forgotten_of_tasks_is_matched_exactly() -> None:
+    found = scored(lora=[0.7, 0.8])
+    names = (
+        "accuracy",
+        "maths hard loss",
+        "maths hard accuracy",
+        "maths hard answered",
+        "maths accuracy",
+        "maths answered",
+    )
+    found["rows"][0]["metrics"] = dict.fromkeys(names, 0.5) | {"maths hard written": None}
+    asked = {"texts": {"maths hard": "a.txt"}, "tasks": {"maths hard": {}, "maths": {}}}
+    found["comparison"] = {"tasks": {"a": {"evaluation": asked}}}
+    assert forgotten_metrics(found, "a", found["rows"]) == ["maths hard loss", "maths hard accuracy", "maths accuracy"]
 
 
 def test_the_page_is_whole(results: dict[str, Any], tmp_path: Path) -> None:
@@ -124,6 +203,7 @@ def test_few_parameters_and_little_forgotten_are_told(results: dict[str, Any]) -
             row["mean"] = {"milora": 1.9, "full": 1.8}[row["method"]]
             row["values"] = {seed: row["mean"] + seed * row["mean"] ** 9 / 1e5 for seed in range(3)}
     assert qualified(results, "stories") == [
+        "Left out, without a score of every seed: bitfit (0 of 3 seeds).",
         "Of the methods with at most a tenth of full's parameters, milora has the best mean, 1.9.",
         "By the means not beaten in both score and what is forgotten of films: milora, full, what forgets least first.",
     ]
@@ -140,10 +220,43 @@ def test_a_task_that_none_is_seen_to_learn_is_told(
     assert not any("none is seen to learn" in sentence for sentence in qualified(results, "stories"))
     results["base"]["stories"][metric] = worse
     said = f"No method's 95 % interval is better than the score before any training, {worse:.4g}: none is seen to learn"
-    assert qualified(results, "stories")[0].startswith(said)
+    assert qualified(results, "stories")[1].startswith(said)
     for row in results["rows"]:
         row["low"] = row["high"] = None  # one seed
     assert not any("none is seen to learn" in sentence for sentence in qualified(results, "stories"))
+
+
+def test_what_could_not_be_measured_is_not_drawn(results: dict[str, Any]) -> None:
+    for row in results["rows"]:
+        row["metrics"]["films loss"] = None
+    assert "What was learnt, and what was forgotten" not in render_comparison(results)
+
+
+def test_a_page_tells_what_its_means_and_choices_stand_on(results: dict[str, Any]) -> None:
+    page = render_comparison(results)
+    assert "the search: settings are chosen on rows held out" in page and "rounds of the search" not in page
+    assert "The search did not choose the setting of 4 of 4 methods, and the first listed was taken" in page
+    assert "lora, milora, full (2 of 2 had the same score); bitfit (every run failed: no)." in page
+    full = next(row for row in results["rows"] if row["method"] == "full")
+    del full["values"][0]
+    results["search"] += [row | {"share": 0.5} for row in results["search"]]
+    page = render_comparison(results)
+    assert ", 2 of 3 seeds</td>" in page and "Left out, without a score of every seed: full (2 of 3 seeds)" in page
+    assert "full (2 of 3 seeds)" in json.dumps(Page(page).figures["stories-scores"])
+    assert "the first of 2 rounds of the search" in page
+    assert "runs that it found finished may stand on other versions" in page
+
+
+def test_names_that_look_alike_are_told_apart(results: dict[str, Any]) -> None:
+    """A task that is called like a section of the page, and texts whose names differ by a sign."""
+    for row in results["rows"]:
+        row["task"] = {"stories": "versions", "maths": "Versions"}[row["task"]]
+        row["metrics"] |= {"my text loss": 1.0, "my-text loss": 2.0} if row["metrics"] else {}
+    results["base"] = {"versions": {"my text loss": 0.0, "my-text loss": 0.0}}
+    page = Page(render_comparison(results))
+    check_accessible(page)
+    mine = [figure["data"][0]["x"] for name, figure in page.figures.items() if name.startswith("versions-my")]
+    assert mine == [[1.0] * 3, [2.0] * 3]
 
 
 def test_the_search_shows_its_first_round_and_the_best_rank() -> None:
@@ -171,11 +284,12 @@ def test_it_is_no_wider_than_a_phone(results: dict[str, Any], tmp_path: Path) ->
 @NEEDS_CHROMIUM
 def test_a_browser_draws_and_sorts_it(results: dict[str, Any], tmp_path: Path) -> None:
     button = "document.querySelectorAll('.sortable thead button')[5]"
-    click = f"<script>{button}.click(); {button}.click();</script>"  # up, then down
+    other = "document.querySelectorAll('.sortable')[2].querySelectorAll('thead button')[1]"  # another task's scores
+    click = f"<script>for (const one of [{button}, {other}]) {{one.click(); one.click();}}</script>"  # up, then down
     page = drawn(tmp_path / "out" / "report.html", tmp_path / "profile", script=click)
     assert page.count('class="plot js-plotly-plot"') == 2 * (4 + 3)
-    first = page[page.index("<tbody>") : page.index("</tbody>")]
-    names = re.findall(r'<th scope="row">(\w+)</th>', first)
-    assert (names[0], names[-1]) == ("full", "bitfit")  # by parameters, the largest of them; what has none is last
+    first, _, third = [re.findall(r'<th scope="row">(\w+)</th>', body) for body in page.split("<tbody>")[1:4]]
+    assert (first[0], first[-1]) == ("full", "bitfit")  # by parameters, the largest of them; what has none is last
+    assert (third[0], third[-1]) == ("lora", "bitfit")  # by score; so is what was not possible
     assert 'aria-sort="descending"' in page
     assert math.isfinite(results["rows"][0]["mean"])

@@ -47,7 +47,9 @@ def choose(comparison: Comparison, run: Callable[[Sequence[Cell]], None]) -> dic
     """The setting of each method on each task.
 
     All settings are tried on a share ``first`` of the epochs; the best part, one in ``factor`` and at least one, on
-    ``factor`` times as much, and so on, until one is left or all epochs were run. Equal ones: the first listed.
+    ``factor`` times as much, and so on, until one is left or all epochs were run. Of equal ones those come first that
+    were better in the round before, and in the first round those that are listed first. Where all runs of a round
+    failed, none goes on, and the first of them is taken.
 
     Args:
         comparison: checked.
@@ -61,9 +63,10 @@ def choose(comparison: Comparison, run: Callable[[Sequence[Cell]], None]) -> dic
         cells = {key: _round(comparison, key, tried, share) for key, tried in left.items() if len(tried) > 1}
         run([cell for found in cells.values() for cell in found])
         for key, found in cells.items():
-            kept = 1 if share >= 1 else max(1, len(found) // comparison.search.factor)
-            ordered = sorted(found, key=lambda cell: -score(comparison, cell, cell.result() or {}))
-            left[key] = [cell.setting for cell in ordered[:kept]]
+            scores = {cell.setting: score(comparison, cell, cell.result() or {}) for cell in found}
+            ended = share >= 1 or max(scores.values()) == -math.inf
+            kept = 1 if ended else max(1, len(found) // comparison.search.factor)
+            left[key] = sorted(scores, key=lambda setting: -scores[setting])[:kept]
         share = min(1.0, share * comparison.search.factor)
     return {key: tried[0] for key, tried in left.items()}
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -20,6 +19,7 @@ from rankwise.comparing.running import run_cells
 from rankwise.comparing.summary import (
     RUNS,
     earlier_runs,
+    means,
     restore,
     run_rows,
     summarise,
@@ -128,13 +128,12 @@ def _tell_failures(
         say(console, f"  {line}", dim=True)
 
 
-def _bases(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+def _bases(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
     """Each task's metrics before training, means over the seeds, as the methods' are: seeds may draw other rows."""
     found: dict[str, list[Mapping[str, float]]] = {}
     for row in rows:
-        if row["base"]:
-            found.setdefault(row["task"], []).append(row["base"])
-    return {task: {name: fmean(one[name] for one in bases) for name in bases[0]} for task, bases in found.items()}
+        found.setdefault(row["task"], []).append(row["base"])
+    return {task: means(bases) for task, bases in found.items() if any(bases)}
 
 
 def _searched(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -16,8 +16,8 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def score_figure(rows: Rows, metric: str) -> go.Figure:
-    """Each method's mean with its 95 % interval, and a dot for each seed; the best on top."""
-    ordered = sorted(rows, key=lambda row: row["mean"], reverse=not is_lower_better(metric))[::-1]
+    """Each method's mean with its 95 % interval, and a dot for each seed; the first row on top."""
+    ordered = rows[::-1]
     names = [row["method"] for row in ordered]
     figure = go.Figure(layout=axes("Scores", f"{metric}, mean with its 95 % interval", ""))
     seeds = [(value, row["method"]) for row in ordered for value in row["values"].values()]

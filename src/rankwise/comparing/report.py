@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -17,7 +18,7 @@ from rankwise.analysis.place_tables import MEANING, TITLE, place_figure, place_t
 from rankwise.analysis.report import page
 from rankwise.comparing.figures import cost_figure, forgetting_figure, forgotten, score_figure, search_figure, unbeaten
 from rankwise.comparing.statistics import holm, paired
-from rankwise.comparing.tables import grid
+from rankwise.comparing.tables import caption, grid, lacking, ranked, search_note
 from rankwise.comparing.training_figures import training_figures
 from rankwise.errors import UserError, shown
 from rankwise.files import write_text
@@ -25,6 +26,11 @@ from rankwise.reading import read_json
 
 LEVEL = 0.05
 FEW = 10  # times fewer parameters than the best are few
+SHARES = ("accuracy", "HR@1")  # metrics that are shares of the cases
+TESTED = (
+    "Tests are over the seeds, on these held-out rows: they tell whether other seeds would say the same, roughly where "
+    "seeds are few, and not whether other rows would. What they do not tell apart need not be the same."
+)
 SUMMARY, SUMMARY_VERSION = "summary.json", 1
 Rows = Sequence[Mapping[str, Any]]
 
@@ -68,40 +74,48 @@ def _header(results: Mapping[str, Any], tasks: Sequence[str]) -> str:
         "runs": f"{results['runs']:,}, {len(results['search']):,} of them to choose settings",
     }
     found = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
-    said = {task: [advice(results, task), *qualified(results, task)] for task in tasks}
-    leads = "".join(f'<p class="lead">{escape(" ".join(sentences))}</p>' for sentences in said.values())
+    said = [" ".join([advice(results, task), *qualified(results, task)]) for task in tasks]
+    leads = "".join(f'<p class="lead">{escape(sentences)}</p>' for sentences in said)
+    leads += muted(TESTED) if len(results["seeds"]) > 1 else ""
     title = f'<p class="kind">rankwise comparison</p>\n<h1>{escape(str(results["name"]))}</h1>'
     return f'{title}\n{leads}\n<dl class="facts">{found}</dl>'
 
 
 def advice(results: Mapping[str, Any], task: str) -> str:
-    """Which method to take: the best, or the cheapest of those that the seeds do not tell apart from it."""
-    rows = _scored(results, task)
+    """Which method to take: the best, or the cheapest of those that the seeds do not tell apart from it.
+
+    Methods without a score of every seed are not looked at.
+    """
+    rows, seeds = _whole(results, task), f"{len(results['seeds'])} seeds"
     if not rows:
-        return f"{task}: no method gave a score."
-    metric = rows[0]["metric"]
+        return f"{task}: no method gave a score{' of every seed' if _scored(results, task) else ''}."
     best, alike = rows[0], _alike(rows)
-    start = f"{task}: {best['method']} has the best {metric}, {best['mean']:.4g}"
+    score = f"{best['metric']}, {best['mean']:.4g}"
+    if len(rows) == 1:
+        return f"{task}: {best['method']} has {score}, and no other method gave a score of every seed."
     if not alike:
-        return f"{start}; one seed tells no differences."
-    cheapest = _cheapest(alike)
-    if cheapest is best and len(alike) == 1:
-        return f"{start}, better than every other by a paired test."
+        return f"{task}: {best['method']} has the best {score}; one seed tells no differences."
+    start, cheapest = f"{task}: {best['method']} has the best mean {score}", _cheapest(alike)
+    if len(alike) == 1:
+        return f"{start}, and {seeds} tell every other method apart from it (paired tests)."
     if cheapest is best:
-        return f"{start}, with the fewest parameters ({best['parameters']:,}) of those not told apart by the seeds."
+        return f"{start}, with the fewest parameters ({best['parameters']:,}) of those that {seeds} do not tell apart."
     return (
-        f"{start}, with {best['parameters']:,} parameters. The seeds do not tell {len(alike) - 1} more apart from it; "
+        f"{start}, with {best['parameters']:,} parameters. {seeds} do not tell {len(alike) - 1} more apart from it; "
         f"of all these, {cheapest['method']} ({cheapest['mean']:.4g}) trains the fewest, {cheapest['parameters']:,}."
     )
 
 
 def _alike(rows: Rows) -> list[Mapping[str, Any]]:
-    """The first row, which is the best, with those that a paired test does not tell apart from it; none of one seed."""
+    """The first row, which is the best, with those that a paired test does not tell apart from it; none of one seed.
+
+    A difference that is the same at every seed, for which there is no p, is told apart. All have the same seeds.
+    """
     if len(rows[0]["values"]) < 2:
         return []
     tests = [paired(_values(rows[0]), _values(row)) for row in rows[1:]]
-    p = holm([float("nan") if test is None else test.p for test in tests])
-    return [rows[0], *(row for row, value in zip(rows[1:], p, strict=True) if not value < LEVEL)]
+    p = holm([test.p for test in tests if test])
+    return [rows[0], *(row for row, value in zip(rows[1:], p, strict=True) if value >= LEVEL)]
 
 
 def _cheapest(rows: Rows) -> Mapping[str, Any]:
@@ -111,12 +125,15 @@ def _cheapest(rows: Rows) -> Mapping[str, Any]:
 def qualified(results: Mapping[str, Any], task: str) -> list[str]:
     """What else speaks for a method, or against all.
 
-    That none is seen to learn; by the means, few parameters where the best trains many, and little forgotten.
+    Which are left out; differences that other cases may turn; that none is seen to learn; by the means, few parameters
+    where the best trains many, and little forgotten.
     """
-    rows, base = _scored(results, task), results["base"].get(task) or {}
+    rows, base = _whole(results, task), results["base"].get(task) or {}
+    said = _left_out(results, task)
     if not rows:
-        return []
-    best, said = rows[0], _not_learned(rows, base)
+        return said
+    best = rows[0]
+    said += [*_near(rows), *_not_learned(_scored(results, task), base)]
     few = [row for row in rows if FEW * row["parameters"] <= best["parameters"]]
     if few and few[0] is not _cheapest(_alike(rows) or rows[:1]):
         named = f"{few[0]['method']} has the best mean, {few[0]['mean']:.4g}"
@@ -131,6 +148,26 @@ def qualified(results: Mapping[str, Any], task: str) -> list[str]:
             what = f"in both score and what is forgotten of {' and '.join(names)}"
             said.append(f"By the means not beaten {what}: {', '.join(front)}, what forgets least first.")
     return said
+
+
+def _left_out(results: Mapping[str, Any], task: str) -> list[str]:
+    seeds = len(results["seeds"])
+    known = [(row["method"], lacking(row, seeds)) for row in results["rows"] if row["task"] == task]
+    names = ", ".join(f"{name} ({lacks})" for name, lacks in known if lacks)
+    return [f"Left out, without a score of every seed: {names}."] if names else []
+
+
+def _near(rows: Rows) -> list[str]:
+    """How many are nearer to the best than the standard error of a share of the cases, sqrt(p (1 - p) / n)."""
+    best, number = rows[0], rows[0].get("cases")
+    if best["metric"] not in SHARES or not number:
+        return []
+    error = math.sqrt(max(0.0, best["mean"] * (1 - best["mean"])) / number)
+    near = sum(best["mean"] - row["mean"] < error for row in rows[1:])
+    if not near:
+        return []
+    start = f"On {number:,} cases {best['metric']} has a standard error of {error:.2g}"
+    return [f"{start}: the difference from the best is less for {near} of {len(rows) - 1} others."]
 
 
 def _not_learned(rows: Rows, base: Mapping[str, Any]) -> list[str]:
@@ -148,32 +185,30 @@ def _values(row: Mapping[str, Any]) -> dict[int, float]:
 
 
 def _scored(results: Mapping[str, Any], task: str) -> list[Mapping[str, Any]]:
-    """The task's methods that have a score, the best first."""
-    rows = [row for row in results["rows"] if row["task"] == task and is_finite(row["mean"])]
-    return sorted(rows, key=lambda row: row["mean"], reverse=bool(rows) and not is_lower_better(rows[0]["metric"]))
+    """The task's methods that have a score, as they are ranked."""
+    return ranked([row for row in results["rows"] if row["task"] == task], len(results["seeds"]))
+
+
+def _whole(results: Mapping[str, Any], task: str) -> list[Mapping[str, Any]]:
+    """Those of them that have one of every seed: only these can be the best."""
+    return [row for row in _scored(results, task) if not lacking(row, len(results["seeds"]))]
 
 
 def _task_section(results: Mapping[str, Any], task: str) -> str:
-    rows = _scored(results, task)
+    own, rows, seeds = [row for row in results["rows"] if row["task"] == task], _scored(results, task), results["seeds"]
+    notes = [*filter(None, [search_note(own)]), *(f"{row['method']}: {row['failed']}" for row in own if row["failed"])]
+    anchor = f"task-{task}"  # beside the sections of all pages
     if not rows:
-        reasons = [f"{row['method']}: {row['failed']}" for row in results["rows"] if row["task"] == task]
-        return section(task, "".join(map(muted, reasons)))
+        return section(task, "".join(map(muted, notes)), anchor=anchor)
     metric, base = rows[0]["metric"], results["base"].get(task) or {}
-    better = "less" if is_lower_better(metric) else "more"
-    caption = (
-        f"{metric} ({better} is better): mean and standard deviation over the seeds, difference from "
-        f"{results['against']}, and p of a paired t-test by Holm's correction. A heading sorts."
-    )
-    head, *texts = grid(results["rows"], task)
-    parts = [table(caption, head, [[(text, "") for text in row] for row in texts], kind=" sortable")]
+    head, *texts = grid(own, len(seeds))
+    above = f"{caption(own, len(seeds), results['against'])}. A heading sorts."
+    parts = [table(above, head, [[(text, "") for text in row] for row in texts], kind=" sortable")]
     if is_finite(base.get(metric)):
         parts.append(muted(f"Before any training: {metric} {base[metric]:.4g}."))
-    parts += [
-        muted(f"{row['method']}: {row['failed']}") for row in results["rows"] if row["task"] == task and row["failed"]
-    ]
-    lead = (
-        f"{rows[0]['method']} is best with {rows[0]['mean']:.4g}, {rows[-1]['method']} last with {rows[-1]['mean']:.4g}"
-    )
+    parts += map(muted, notes)
+    lead = _score_words(_whole(results, task))
+    rows = [{**row, "method": _named(row, len(seeds))} for row in rows]
     figures = [plot(score_figure(rows, metric), f"{task}-scores", lead)]
     figures.append(plot(cost_figure(rows, metric), f"{task}-cost", _cost_words(rows)))
     if len(rows[0]["metrics"]) > 1:
@@ -192,19 +227,45 @@ def _task_section(results: Mapping[str, Any], task: str) -> str:
     if unknown := [row["method"] for row in rows if not row["curve"]]:
         parts.append(muted(f"Learning curves and ranks by layer are not known of all runs of {', '.join(unknown)}."))
     figures += [plot(drawn, f"{task}-{name}", words) for name, drawn, words in training_figures(rows, metric)]
-    found = search_figure([row for row in results["search"] if row["task"] == task], metric)
+    search = [row for row in results["search"] if row["task"] == task]
+    found = search_figure(search, metric)
     if found is not None:
-        figures.append(plot(found, f"{task}-search", "the first round of the search; settings were chosen by it alone"))
-    return section(task, "\n".join(parts) + f'\n<div class="plots">{"".join(figures)}</div>')
+        figures.append(plot(found, f"{task}-search", _search_words(search)))
+    return section(task, "\n".join(parts) + f'\n<div class="plots">{"".join(figures)}</div>', anchor=anchor)
+
+
+def _named(row: Mapping[str, Any], seeds: int) -> str:
+    lacks = lacking(row, seeds)
+    return f"{row['method']} ({lacks})" if lacks else row["method"]
+
+
+def _score_words(whole: Rows) -> str:
+    if not whole:
+        return "no method has a score of every seed"
+    if len(whole) == 1:
+        return f"{whole[0]['method']} has {whole[0]['mean']:.4g}"
+    first, last = (f"with {whole[at]['mean']:.4g}" for at in (0, -1))
+    return f"{whole[0]['method']} is best {first}, {whole[-1]['method']} last {last}"
+
+
+def _search_words(search: Rows) -> str:
+    rounds = len({row["share"] for row in search})
+    which = "the search" if rounds == 1 else f"the first of {rounds} rounds of the search"
+    return f"{which}: settings are chosen on rows held out of the training data"
 
 
 def forgotten_metrics(results: Mapping[str, Any], task: str, rows: Rows) -> list[str]:
-    """The losses on texts, and of each other task that was measured its first metric."""
+    """The losses on texts, and of each other task that was measured its first metric, where a row has it."""
     comparison = results["comparison"]
     asked = {**comparison.get("shared", {}), **comparison.get("tasks", {}).get(task, {})}.get("evaluation") or {}
-    names = list(rows[0]["metrics"])
-    others = [next((name for name in names if name.startswith(f"{other} ")), "") for other in asked.get("tasks") or {}]
-    return [name for name in names if name.endswith(" loss") or name in others]
+    names = [name for name in rows[0]["metrics"] if any(is_finite(row["metrics"].get(name)) for row in rows)]
+    texts = {f"{text} loss" for text in asked.get("texts") or {}}
+    firsts: dict[str, str] = {}
+    for name in names:
+        owners = [task for task in asked.get("tasks") or {} if name.startswith(f"{task} ") and name not in texts]
+        if owners:
+            firsts.setdefault(max(owners, key=len), name)  # one task's name may begin with another's
+    return [name for name in names if name.endswith(" loss") or name in firsts.values()]
 
 
 def _metrics_table(rows: Rows, base: Mapping[str, float]) -> str:
@@ -287,4 +348,5 @@ def _settings(results: Mapping[str, Any]) -> str:
 
 def _versions(results: Mapping[str, Any]) -> str:
     written = {str(name): str(value) for name, value in results["versions"].items()}
-    return section("Versions", pairs_table("What the runs stood on.", ["name", "version"], written))
+    words = "What the last rankwise compare stood on; runs that it found finished may stand on other versions."
+    return section("Versions", pairs_table(words, ["name", "version"], written))

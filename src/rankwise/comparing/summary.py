@@ -53,6 +53,7 @@ def run_rows(comparison: Comparison, cells: Iterable[Cell]) -> list[dict[str, An
                 "base": _base(result),
                 "updates": result.get("updates") or {},
                 "drift": result.get("drift") or {},
+                "cases": (row or {}).get("cases"),
                 "training": (row or {}).get("training_metrics") or {},
                 "curve": result.get("curve") or [],
                 "ranks": result.get("ranks") or {},
@@ -156,9 +157,11 @@ def summarise(
     """A row for each task and method, over the seeds: score, cost, and the difference from the baseline.
 
     Returns:
-        ``task``, ``method``, ``title``, ``paper``, the chosen ``learning_rate``, ``rank`` and ``budget``; ``metric``
-        with ``mean``, ``deviation``, ``low``, ``high`` and ``values`` by seed; ``difference`` from the baseline with
-        its interval, the paired t-test's ``p`` and ``p_holm`` over the task's methods (None with one seed);
+        ``task``, ``method``, ``title``, ``paper``, the chosen ``learning_rate``, ``rank`` and ``budget``, and
+        ``undecided``, why the search did not choose them, if so; ``metric`` with ``mean``, ``deviation``, ``low``,
+        ``high`` and ``values`` by seed, which lack those that failed, over ``cases`` (None where seeds differ in it);
+        ``difference`` from the baseline with its interval, the paired t-test's ``p`` and ``p_holm`` over the task's
+        methods (None with one seed, and where the difference is the same at each);
         ``parameters``, ``step_seconds`` (median), ``peak_memory`` (largest); means of all ``metrics``, of
         ``updates``, where these lie, of ``drift``, by rows and layer, of metrics on ``training`` rows, and, where all
         runs kept them, of the learning ``curve`` and of ``ranks`` by layer; ``failed``, the first mistake of a run;
@@ -180,14 +183,15 @@ def summarise(
                     "learning_rate": setting.learning_rate,
                     "rank": setting.rank,
                     "budget": setting.budget,
+                    "undecided": _undecided(_of(rows, task, entry.name, "search"), setting),
                     **_scores(own),
                     **_difference(own, baseline, entry.name == comparison.baseline),
                     **_cost(own),
-                    "updates": _means(row["updates"] for row in own),
+                    "updates": means(row["updates"] for row in own),
                     "drift": _drift([row["drift"] for row in own]),
-                    "training": _means(row["training"] for row in own),
+                    "training": means(row["training"] for row in own),
                     "curve": _curve(_of_all(own, "curve")),
-                    "ranks": _means(_of_all(own, "ranks")),
+                    "ranks": means(_of_all(own, "ranks")),
                     "failed": next((row["failed"] for row in own if row["failed"]), None),
                     "cells": {row["seed"]: row["run"] for row in own},
                 }
@@ -203,8 +207,25 @@ def _known(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _of(rows: Sequence[Mapping[str, Any]], task: str, method: str) -> list[Mapping[str, Any]]:
-    return [row for row in rows if (row["task"], row["method"], row["part"]) == (task, method, "final")]
+def _of(rows: Sequence[Mapping[str, Any]], task: str, method: str, part: str = "final") -> list[Mapping[str, Any]]:
+    return [row for row in rows if (row["task"], row["method"], row["part"]) == (task, method, part)]
+
+
+def _undecided(rows: Sequence[Mapping[str, Any]], chosen: Setting) -> str | None:
+    """Why the runs of a method's search did not choose its setting; None where they did, or there are none.
+
+    A setting is equal to the chosen one where it had the same scores as long as it was in the search.
+    """
+    if not rows:
+        return None
+    if all(row["value"] is None for row in rows):
+        return f"every run failed: {rows[0]['failed']}"
+    scores: dict[Setting, dict[float, float | None]] = {}
+    for row in rows:
+        setting = Setting(row["learning_rate"], row["rank"], row["budget"])
+        scores.setdefault(setting, {})[row["share"]] = row["value"]
+    equal = [one for one in scores.values() if one.items() <= scores[chosen].items()]
+    return f"{len(equal)} of {len(scores)} had the same score" if len(equal) > 1 else None
 
 
 def _by_seed(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
@@ -214,10 +235,17 @@ def _by_seed(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
 def _scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     values = _by_seed(rows)
     if not values:
-        return {"metric": None, "values": {}, "metrics": {}} | dict.fromkeys(("mean", "deviation", "low", "high"))
-    metric = next(row["metric"] for row in rows if row["metric"])
-    means = _means(row["metrics"] for row in rows if row["value"] is not None)
-    return {"metric": metric, "values": values, "metrics": means, **spread(list(values.values()))._asdict()}
+        none = dict.fromkeys(("metric", "mean", "deviation", "low", "high", "cases"))
+        return {**none, "values": {}, "metrics": {}}
+    scored = [row for row in rows if row["value"] is not None]
+    cases = {row["cases"] for row in scored}
+    return {
+        "metric": scored[0]["metric"],
+        "values": values,
+        "cases": cases.pop() if len(cases) == 1 else None,
+        "metrics": means(row["metrics"] for row in scored),
+        **spread(list(values.values()))._asdict(),
+    }
 
 
 def _difference(rows: Sequence[Mapping[str, Any]], baseline: Mapping[int, float], is_baseline: bool) -> dict[str, Any]:
@@ -241,7 +269,7 @@ def _cost(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _drift(found: Sequence[Mapping[str, Mapping[str, float | None]]]) -> dict[str, dict[str, float | None]]:
     names = dict.fromkeys(name for one in found for name in one)
-    return {name: _means(one[name] for one in found if name in one) for name in names}
+    return {name: means(one[name] for one in found if name in one) for name in names}
 
 
 def _of_all(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
@@ -260,8 +288,8 @@ def _curve(curves: Sequence[Sequence[Sequence[float | int]]]) -> list[list[float
     return [[step, float(loss)] for step, loss in zip(at, losses, strict=True)]
 
 
-def _means(found: Iterable[Mapping[str, float | int | None]]) -> dict[str, float | None]:
-    """Of each name, over those that have it."""
+def means(found: Iterable[Mapping[str, float | int | None]]) -> dict[str, float | None]:
+    """Of each name, over those that have it and are not None."""
     rows = list(found)
     return {name: _mean(row.get(name) for row in rows) for name in dict.fromkeys(name for row in rows for name in row)}
 
