@@ -160,6 +160,8 @@ def test_the_page_is_whole(results: dict[str, Any], tmp_path: Path) -> None:
     assert page == render_comparison(json.loads((tmp_path / "out" / "summary.json").read_text()))
     assert page.count("<script>alert") == 0
     assert "&lt;script&gt;alert(1)" in page
+    tasks = [{**row, "task": f'"{EVIL}'} for row in results["rows"]]
+    assert render_comparison(results | {"rows": tasks}).count("<script>alert") == 0
     without_scripts = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", without_scripts)
     assert page.count('class="scroll sortable"') == 2 * 2  # the scores, and all that was measured

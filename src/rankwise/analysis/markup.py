@@ -14,7 +14,7 @@ Cell = tuple[str, str]  # text, and the attributes of its element
 
 def section(title: str, body: str, attributes: str = "", anchor: str = "") -> str:
     """A titled section with an anchor, made of its title where none is given; ``body`` is HTML."""
-    anchor = anchor or re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+    anchor = re.sub(r"[^A-Za-z0-9_.-]+", "-", anchor or title.lower())
     head = f'<h2 id="{anchor}-title">{escape(title)}</h2>'
     return f'<section id="{anchor}" aria-labelledby="{anchor}-title"{attributes}>\n{head}\n{body}\n</section>'
 
