@@ -197,6 +197,20 @@ def test_what_failed_or_is_no_number_is_not_chosen(tmp_path: Path) -> None:
     assert set(choose(made(output=str(tmp_path)), fake(loss, [])).values()) == {Setting(1e-1)}
 
 
+def test_of_equal_scores_less_training_loss_at_the_end_decides(tmp_path: Path) -> None:
+    losses = {1e-3: 0.9, 1e-2: 0.5, 1e-1: 0.7, 1.0: 0.8}
+
+    def run(cells: Sequence[Cell]) -> None:
+        fake(lambda _: 1.0, [])(cells)
+        for one in cells:
+            last = losses[one.setting.learning_rate]
+            curve = [[step, 1 - last if step < 18 else last] for step in range(20)]
+            path = one.beside(".json")
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"curve": curve}))
+
+    assert set(choose(made(output=str(tmp_path)), run).values()) == {Setting(1e-2)}
+
+
 def test_a_round_in_which_all_failed_is_the_last(tmp_path: Path) -> None:
     """Of ``small`` all runs fail at once, and of ``lora`` in the second round: the better of the first is taken."""
     seen: list[list[Cell]] = []
@@ -302,8 +316,9 @@ def test_what_the_search_did_not_choose_is_told(tmp_path: Path) -> None:
         (1e-3, "every run failed: no"),
     ]
     said = (
-        "The search did not choose the setting of 2 of 3 methods, and the first listed was taken: "
-        "dora (2 of 4 had the same score); vera (every run failed: no)."
+        "The search did not choose the setting of 2 of 3 methods (of equal ones that with the least training loss was "
+        "taken, and where every run failed the first listed): dora (2 of 4 had the same score); vera (every run "
+        "failed: no)."
     )
     assert markdown(comparison, summary).endswith(f"|\n\n{said}\n")
     assert f"\n\\par {said}\n\\end{{table}}" in latex(comparison, summary)

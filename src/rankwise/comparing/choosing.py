@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any
 
 from rankwise.analysis.columns import is_lower_better
@@ -43,13 +44,19 @@ def score(comparison: Comparison, cell: Cell, result: dict[str, Any]) -> float:
     return -float(value) if is_lower_better(metric) else float(value)
 
 
+def training_loss(result: dict[str, Any]) -> float:
+    """The mean of the last tenth of the losses that the training logged; infinite where it logged none."""
+    losses = [loss for _, loss in result.get("curve") or []]
+    return fmean(losses[-max(1, len(losses) // 10) :]) if losses else math.inf
+
+
 def choose(comparison: Comparison, run: Callable[[Sequence[Cell]], None]) -> dict[Key, Setting]:
     """The setting of each method on each task.
 
     All settings are tried on a share ``first`` of the epochs; the best part, one in ``factor`` and at least one, on
-    ``factor`` times as much, and so on, until one is left or all epochs were run. Of equal ones those come first that
-    were better in the round before, and in the first round those that are listed first. Where all runs of a round
-    failed, none goes on, and the first of them is taken.
+    ``factor`` times as much, and so on, until one is left or all epochs were run. Of equal ones (on few rows all may
+    give the most frequent label) those come first that have less training loss. Where all runs of a round failed, none
+    goes on, and the first of them is taken.
 
     Args:
         comparison: checked.
@@ -63,12 +70,17 @@ def choose(comparison: Comparison, run: Callable[[Sequence[Cell]], None]) -> dic
         cells = {key: _round(comparison, key, tried, share) for key, tried in left.items() if len(tried) > 1}
         run([cell for found in cells.values() for cell in found])
         for key, found in cells.items():
-            scores = {cell.setting: score(comparison, cell, cell.result() or {}) for cell in found}
-            ended = share >= 1 or max(scores.values()) == -math.inf
+            ordered = sorted(found, key=lambda cell: _place(comparison, cell))
+            ended = share >= 1 or _place(comparison, ordered[0])[0] == math.inf
             kept = 1 if ended else max(1, len(found) // comparison.search.factor)
-            left[key] = sorted(scores, key=lambda setting: -scores[setting])[:kept]
+            left[key] = [cell.setting for cell in ordered[:kept]]
         share = min(1.0, share * comparison.search.factor)
     return {key: tried[0] for key, tried in left.items()}
+
+
+def _place(comparison: Comparison, cell: Cell) -> tuple[float, float]:
+    result = cell.result() or {}
+    return -score(comparison, cell, result), training_loss(result)
 
 
 def _round(comparison: Comparison, key: Key, tried: Sequence[Setting], share: float) -> list[Cell]:

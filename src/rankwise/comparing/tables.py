@@ -76,8 +76,8 @@ def search_note(rows: Rows) -> str:
     if not why:
         return ""
     number, said = sum(map(len, why.values())), [f"{', '.join(names)} ({reason})" for reason, names in why.items()]
-    start = f"The search did not choose the setting of {number} of {len(rows)} methods, and the first listed was taken"
-    return f"{start}: {'; '.join(said)}."
+    taken = "of equal ones that with the least training loss was taken, and where every run failed the first listed"
+    return f"The search did not choose the setting of {number} of {len(rows)} methods ({taken}): {'; '.join(said)}."
 
 
 def terminal_tables(comparison: Comparison, summary: Rows) -> list[Table]:
