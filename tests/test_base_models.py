@@ -195,6 +195,7 @@ def test_the_base_s_own_dropout_may_be_set(tmp_path: Path, dropout: float | None
     assert torch.equal(model(words).logits, model(words).logits) == same
     shares = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
     assert shares == {0.1 if dropout is None else dropout}
+    assert model.config.hidden_dropout_prob == 0.1  # what is saved with the model
 
 
 def test_a_model_without_dropout_has_none_to_set(tmp_path: Path) -> None:

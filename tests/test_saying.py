@@ -21,13 +21,19 @@ def test_brackets_are_no_markup() -> None:
     assert small_runs.printed(console) == "no [/INST] in [q_proj]\n"
 
 
+def test_a_line_stays_one() -> None:
+    console = small_runs.silent()
+    path = "a folder/" * 50
+    say(console, f"report: {path}")
+    assert small_runs.printed(console) == f"report: {path}\n"
+
+
 def test_texts_are_said_by_it_alone() -> None:
-    """No other call prints a string, unless it says itself that this is no markup."""
+    """No other call prints a string."""
     for path in Path(rankwise.__file__).parent.rglob("*.py"):
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("console.print"):
-                text = isinstance(call.args[0], ast.Constant | ast.JoinedStr)
-                assert not text or any(word.arg == "markup" for word in call.keywords), f"{path}:{call.lineno}"
+                assert not isinstance(call.args[0], ast.Constant | ast.JoinedStr), f"{path}:{call.lineno}"
 
 
 def test_names_in_a_table_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -253,7 +253,7 @@ def report(arguments: Arguments, console: Console) -> Any:
         return {"report": str(page)}
     results = combined(runs)
     if arguments.markdown:
-        console.print(result_markdown(results), markup=False, highlight=False, soft_wrap=True)
+        say(console, result_markdown(results))
     else:
         console.print(result_table(results))
     return results

@@ -9,5 +9,8 @@ if TYPE_CHECKING:
 
 
 def say(console: Console, text: str, dim: bool = False) -> None:
-    """Print a text as it is: ``[q_proj]`` in it would vanish as markup of rich's, and ``[/INST]`` raise an error."""
-    console.print(text, style="dim" if dim else None, markup=False, highlight=False)
+    """Print a text as it is, a line as one line, from which a path can be copied.
+
+    As markup of rich's ``[q_proj]`` would vanish from it, and ``[/INST]`` raise an error.
+    """
+    console.print(text, style="dim" if dim else None, markup=False, highlight=False, soft_wrap=True)

@@ -142,19 +142,21 @@ def _load(kind: type, settings: ModelSettings, head: bool = False, **options: ob
     if spread:
         options["distributed_config"] = DistributedConfig(fsdp_size=world_size())
     with loading(f"model.path {settings.path}"):
-        if settings.dropout is not None:
-            options |= _dropouts(place, settings.dropout)
+        own = {} if settings.dropout is None else _dropouts(place, settings.dropout)
+        options |= dict.fromkeys(own, settings.dropout)
         model = load_base(kind, place, head, dtype=getattr(torch, settings.dtype), **options)
+        model.config.update(own)  # it is how this training runs, and no part of a model that is saved
     return model if spread else model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _dropouts(place: str, share: float) -> dict[str, float]:
-    """The model's settings of dropout, which its config calls as its family does."""
+    """The model's own settings of dropout, by the names that its family has for them."""
     config = AutoConfig.from_pretrained(place, trust_remote_code=False).to_dict()
-    names = [name for name, value in config.items() if re.search("dropout|pdrop", name) and type(value) in (int, float)]
-    if not names:
+    named = {name: value for name, value in config.items() if re.search("dropout|pdrop", name)}
+    found = {name: value for name, value in named.items() if type(value) in (int, float)}
+    if not found:
         raise UserError(f"model.dropout {share}: the model's config.json has no dropout: leave it out")
-    return dict.fromkeys(names, share)
+    return found
 
 
 @contextmanager

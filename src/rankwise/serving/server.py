@@ -42,9 +42,7 @@ def serve_run(run: Path, names: list[str] | None, settings: ServerSettings, cons
             if number:
                 say(console, f"  {name}: {number}", dim=True)
         listener.listen()  # who reads the next line may connect at once, and waits until the server runs
-        console.print(
-            f"serving {', '.join(stages.kinds)} of {run}: {address}", markup=False, highlight=False, soft_wrap=True
-        )
+        say(console, f"serving {', '.join(stages.kinds)} of {run}: {address}")
         config = uvicorn.Config(
             create_app(stages, settings, run.resolve().name),
             log_config=None,

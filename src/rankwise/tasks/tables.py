@@ -116,7 +116,7 @@ def as_text(value: object) -> str:
     if isinstance(value, str):
         return value if value.strip() else ""
     if isinstance(value, int | float):
-        return str(value).replace("nan", "")
+        return str(value) if value == value else ""  # NaN is equal to nothing
     return ""
 
 
@@ -129,8 +129,9 @@ def _read_json(path: Path, counts: dict[str, int]) -> list[Row]:
     text = read_utf8(path)
     begun = text.lstrip()
     if not begun.startswith("["):
-        whole = _parse(text) if _parse(begun[: begun.find("\n") + 1 or None]) is None else None
-        return _parse_lines(text, counts) if whole is None else _objects([whole], text, counts)
+        if _parse(begun.partition("\n")[0]) is None and (whole := _parse(text)) is not None:
+            return _objects([whole], text, counts)
+        return _parse_lines(text, counts)
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
