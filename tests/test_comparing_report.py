@@ -15,15 +15,10 @@ import small_runs
 from page_checks import NEEDS_CHROMIUM, Page, check_accessible, check_on_a_phone, drawn, page_in
 from rankwise.cli import main
 from rankwise.comparing import compare as comparing
+from rankwise.comparing.advice import advice, forgotten_metrics, qualified
 from rankwise.comparing.cells import Cell
 from rankwise.comparing.figures import search_figure, unbeaten
-from rankwise.comparing.report import (
-    advice,
-    forgotten_metrics,
-    qualified,
-    render_comparison,
-    write_comparison_report,
-)
+from rankwise.comparing.report import render_comparison, write_comparison_report
 from rankwise.comparing.statistics import spread
 from rankwise.errors import UserError
 from small_comparisons import TASK, fake, made
