@@ -41,3 +41,13 @@ def test_the_step_of_each_method_is_measured_to_the_end() -> None:
     table = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
     assert [line[0] for line in table[2:]] == ["lora", "sora", "full"]
     assert table[2][-1] == "1.00 (1.00 to 1.00)" and all("ms (" in line[2] for line in table[2:])
+
+
+def test_attention_in_bfloat16_is_measured_to_the_end() -> None:
+    script = ROOT / "benchmarks" / "bench_attention.py"
+    settings = ["--runs", "1", "--lengths", "8", "--threads", "1"]
+    done = subprocess.run([sys.executable, script, *settings], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    table = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
+    assert [line[0].split(",")[0] for line in table[2:]] == ["attention", "step"]
+    assert all("ms (" in cell for line in table[2:] for cell in line[2:5])

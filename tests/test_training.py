@@ -14,6 +14,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 import small_runs
@@ -238,6 +240,32 @@ def test_after_training_in_bfloat16_the_model_computes_in_float32(
         found = adapted.eval()(input_ids=ids).logits
         expected = adapted.base_model(input_ids=ids).logits
     assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["sft", "softmax_dpo"])
+def test_attention_is_never_given_bfloat16_on_a_cpu(
+    adapted: PeftModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    rows: Any,
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    """Its gradients would take several times as long."""
+    seen = []
+
+    class Watching(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is functional.scaled_dot_product_attention:
+                seen.append(torch.bfloat16 if torch.is_autocast_enabled("cpu") else args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    stage: Any = SftStage(name="one", kind="sft", epochs=1, batch_size=4, learning_rate=1e-3)
+    if kind == "softmax_dpo":
+        stage = SoftmaxDpoStage(name="one", kind="softmax_dpo", epochs=1, batch_size=4, learning_rate=1e-3)
+        rows = [{"prompt": "The", "chosen": " fox", "rejected": [" dog"]}] * 4
+    with Watching():
+        train(adapted, tiny_tokenizer, tmp_path, stage, rows, bfloat16=True)
+    assert seen and set(seen) == {torch.float32}
 
 
 def test_bfloat16_trains_and_leaves_float32_parameters(
