@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import polars as pl
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -51,3 +53,14 @@ def test_attention_in_bfloat16_is_measured_to_the_end() -> None:
     table = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
     assert [line[0].split(",")[0] for line in table[2:]] == ["attention", "step"]
     assert all("ms (" in cell for line in table[2:] for cell in line[2:5])
+
+
+def test_the_tables_on_encoders_are_printed_from_the_runs_that_were_kept() -> None:
+    script, runs = ROOT / "benchmarks" / "encoder_table.py", ROOT / "benchmarks" / "results" / "encoders.parquet"
+    done = subprocess.run([sys.executable, script, runs], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    [scores, differences, robustness] = [block.splitlines()[2:] for block in done.stdout.strip().split("\n\n")]
+    assert (len(scores), len(differences), len(robustness)) == (20, 19, 20)
+    [lora] = [line for line in robustness if line.startswith("| LoRA ")]
+    kept = pl.read_parquet(runs).filter(part="final", task="sst2", method="lora")["value"]
+    assert f"| {kept.mean():.4f} ± {kept.std():.4f} |".replace("0.", ".") in lora
