@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from rankwise.attention import Float32Attention
+from rankwise.attention import Float32Attention, fast_attention
 
 attention = functional.scaled_dot_product_attention
 
@@ -81,3 +81,11 @@ def test_every_argument_of_torch_is_passed_on() -> None:
     expected = attention(*wide, is_causal=True, scale=0.3, enable_gqa=True).bfloat16()
     assert torch.equal(result, expected)
     assert torch.equal(by_name, expected)
+
+
+def test_only_bfloat16_on_a_cpu_is_watched() -> None:
+    """Each call of a torch function within costs some microseconds."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert isinstance(fast_attention(cpu, torch.bfloat16), Float32Attention)
+    others = [(cpu, torch.float32), (cpu, torch.float64), (gpu, torch.bfloat16), (gpu, torch.float32)]
+    assert not any(isinstance(fast_attention(*one), Float32Attention) for one in others)

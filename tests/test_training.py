@@ -242,6 +242,7 @@ def test_after_training_in_bfloat16_the_model_computes_in_float32(
     assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["sft", "softmax_dpo"])
 def test_attention_is_never_given_bfloat16_on_a_cpu(
     adapted: PeftModel,
@@ -249,6 +250,7 @@ def test_attention_is_never_given_bfloat16_on_a_cpu(
     rows: Any,
     tmp_path: Path,
     kind: str,
+    weights: torch.dtype,
 ) -> None:
     """Its gradients would take several times as long."""
     seen = []
@@ -263,8 +265,9 @@ def test_attention_is_never_given_bfloat16_on_a_cpu(
     if kind == "softmax_dpo":
         stage = SoftmaxDpoStage(name="one", kind="softmax_dpo", epochs=1, batch_size=4, learning_rate=1e-3)
         rows = [{"prompt": "The", "chosen": " fox", "rejected": [" dog"]}] * 4
+    adapted.to(weights)
     with Watching():
-        train(adapted, tiny_tokenizer, tmp_path, stage, rows, bfloat16=True)
+        train(adapted, tiny_tokenizer, tmp_path, stage, rows, bfloat16=weights == torch.float32)
     assert seen and set(seen) == {torch.float32}
 
 

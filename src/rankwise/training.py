@@ -21,7 +21,7 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from rankwise.attention import Float32Attention
+from rankwise.attention import fast_attention
 from rankwise.checkpoints import CheckpointedTrainer
 from rankwise.checkpoints.resuming import checkpoints_of
 from rankwise.checkpoints.stopping import SaveInTime, StopRequest
@@ -171,7 +171,8 @@ def train_stage(
     for callback in (*tools.callbacks, *metrics, *trackers):
         made.add_callback(callback)  # the file and trackers are last: they hold what the others add to the log
     allocation = add_allocation(made, adapter)
-    with bar.progress, _threshold(model, stage), Float32Attention(), stop.watched():
+    attention = fast_attention(made.args.device, torch.bfloat16 if bfloat16 else model.dtype)
+    with bar.progress, _threshold(model, stage), attention, stop.watched():
         try:
             made.train(checkpoint)
         finally:  # accelerate leaves its autocast around the model's forward: what follows would not be float32
