@@ -15,7 +15,7 @@ from scipy import stats
 import small_runs
 from rankwise.comparing.cells import Cell, Setting, make_cell, settings
 from rankwise.comparing.choosing import choose
-from rankwise.comparing.compare import _bases, compare, final_cells
+from rankwise.comparing.compare import _by_task, compare, final_cells
 from rankwise.comparing.statistics import holm, paired, spread
 from rankwise.comparing.summary import run_rows, summarise
 from rankwise.comparing.tables import latex, markdown, ranked, search_note, terminal_tables
@@ -346,7 +346,7 @@ def test_a_method_that_lacks_seeds_stands_behind_those_that_do_not(tmp_path: Pat
 
 def test_what_base_models_lack_is_in_no_mean() -> None:
     bases = [{"loss": 2.0, "films loss": None}, {"loss": 4.0, "films loss": 1.0}, {"loss": 3.0}, {}]
-    assert _bases([{"task": "a", "base": base} for base in bases] + [{"task": "b", "base": {}}]) == {
+    assert _by_task([{"task": "a", "base": base} for base in bases] + [{"task": "b", "base": {}}], "base") == {
         "a": {"loss": 3.0, "films loss": 1.0}
     }
 

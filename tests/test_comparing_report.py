@@ -207,6 +207,18 @@ def test_few_parameters_and_little_forgotten_are_told(results: dict[str, Any]) -
     assert qualified(results | {"rows": []}, "stories") == []
 
 
+def test_a_task_on_which_none_is_seen_to_beat_the_most_frequent_label_is_told(results: dict[str, Any]) -> None:
+    for row in results["rows"]:
+        row["metric"] = "accuracy"
+    results["base"]["stories"]["accuracy"] = 1.0  # than which all methods' intervals are better
+    results["frequent"] = {"stories": {"accuracy": 1.1}}
+    assert not any("none is seen to learn" in sentence for sentence in qualified(results, "stories"))
+    results["frequent"] = {"stories": {"accuracy": 4.0}}
+    said = "No method's 95 % interval is better than the most frequent label's, 4: none is seen to learn this task."
+    assert said in qualified(results, "stories")
+    assert "The most frequent label of the training rows, always: accuracy 4." in render_comparison(results)
+
+
 @pytest.mark.parametrize(("metric", "worse", "better"), [("loss", 1.0, 4.0), ("accuracy", 4.0, 1.0)])
 def test_a_task_that_none_is_seen_to_learn_is_told(
     results: dict[str, Any], metric: str, worse: float, better: float

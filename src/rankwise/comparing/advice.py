@@ -74,7 +74,7 @@ def qualified(results: Mapping[str, Any], task: str) -> list[str]:
     if not rows:
         return said
     best = rows[0]
-    said += [*_near(rows), *_not_learned(scored(results, task), base)]
+    said += [*_near(rows), *_not_learned(scored(results, task), base, most_frequent(results, task))]
     few = [row for row in rows if FEW * row["parameters"] <= best["parameters"]]
     if few and few[0] is not _cheapest(_alike(rows) or rows[:1]):
         named = f"{few[0]['method']} has the best mean, {few[0]['mean']:.4g}"
@@ -111,14 +111,25 @@ def _near(rows: Rows) -> list[str]:
     return [f"{start}: the difference from the best is less for {near} of {len(rows) - 1} others."]
 
 
-def _not_learned(rows: Rows, base: Mapping[str, Any]) -> list[str]:
+def _not_learned(rows: Rows, base: Mapping[str, Any], frequent: Mapping[str, Any]) -> list[str]:
     metric = rows[0]["metric"]
-    before, lower = base.get(metric), is_lower_better(metric)
+    lower = is_lower_better(metric)
     ends = [end for row in rows if is_finite(end := row["high" if lower else "low"])]
-    if not (is_finite(before) and ends) or any(end < before if lower else end > before for end in ends):
+    known = {"the score before any training": base.get(metric), "the most frequent label's": frequent.get(metric)}
+    beaten = {what: value for what, value in known.items() if is_finite(value)}
+    if not (beaten and ends):
         return []
-    said = f"No method's 95 % interval is better than the score before any training, {before:.4g}"
+    hardest = (min if lower else max)(beaten, key=beaten.__getitem__)
+    if any(end < beaten[hardest] if lower else end > beaten[hardest] for end in ends):
+        return []
+    said = f"No method's 95 % interval is better than {hardest}, {beaten[hardest]:.4g}"
     return [f"{said}: none is seen to learn this task."]
+
+
+def most_frequent(results: Mapping[str, Any], task: str) -> Mapping[str, Any]:
+    """Metrics of the training rows' most frequent label; none where a task has no labels, or an earlier version ran."""
+    found: Mapping[str, Any] = results.get("frequent", {}).get(task) or {}
+    return found
 
 
 def _values(row: Mapping[str, Any]) -> dict[int, float]:

@@ -90,7 +90,7 @@ def compare(comparison: Comparison, console: Console, cluster: bool = False) -> 
         finally:  # also of a comparison that is broken off
             rows = run_rows(comparison, cells)
             write_runs(folder, rows, earlier)
-    found = summarise(comparison, rows, chosen)
+    found, reported = summarise(comparison, rows, chosen), [row for row in rows if row["part"] == "final"]
     results = {
         "version": SUMMARY_VERSION,
         "name": comparison.name,
@@ -99,7 +99,8 @@ def compare(comparison: Comparison, console: Console, cluster: bool = False) -> 
         "rows": found,
         "runs": len(rows),
         "search": _searched(rows),
-        "base": _bases(rows),
+        "base": _by_task(reported, "base"),
+        "frequent": _by_task(reported, "frequent"),
         "comparison": comparison.model_dump(mode="json"),
         "versions": versions(),
     }
@@ -128,12 +129,12 @@ def _tell_failures(
         say(console, f"  {line}", dim=True)
 
 
-def _bases(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Each task's metrics before training, means over the seeds, as the methods' are: seeds may draw other rows."""
+def _by_task(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, dict[str, float | None]]:
+    """Each task's metrics without training; means over the seeds, as the methods' are: seeds may draw other rows."""
     found: dict[str, list[Mapping[str, float]]] = {}
     for row in rows:
-        found.setdefault(row["task"], []).append(row["base"])
-    return {task: means(bases) for task, bases in found.items() if any(bases)}
+        found.setdefault(row["task"], []).append(row[name])
+    return {task: means(metrics) for task, metrics in found.items() if any(metrics)}
 
 
 def _searched(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from rankwise.analysis.markup import Cell, muted, pairs_table, plot, section, ta
 from rankwise.analysis.place_tables import HEAD as PLACES_HEAD
 from rankwise.analysis.place_tables import MEANING, TITLE, place_figure, place_texts
 from rankwise.analysis.report import page
-from rankwise.comparing.advice import TESTED, advice, forgotten_metrics, qualified, scored, whole
+from rankwise.comparing.advice import TESTED, advice, forgotten_metrics, most_frequent, qualified, scored, whole
 from rankwise.comparing.figures import cost_figure, forgetting_figure, forgotten, score_figure, search_figure
 from rankwise.comparing.tables import caption, grid, lacking, search_note
 from rankwise.comparing.training_figures import training_figures
@@ -84,6 +84,8 @@ def _task_section(results: Mapping[str, Any], task: str) -> str:
     parts = [table(above, head, [[(text, "") for text in row] for row in texts], kind=" sortable")]
     if is_finite(base.get(metric)):
         parts.append(muted(f"Before any training: {metric} {base[metric]:.4g}."))
+    if is_finite(label := most_frequent(results, task).get(metric)):
+        parts.append(muted(f"The most frequent label of the training rows, always: {metric} {label:.4g}."))
     parts += map(muted, notes)
     lead = _score_words(whole(results, task))
     rows = [{**row, "method": _named(row, len(seeds))} for row in rows]

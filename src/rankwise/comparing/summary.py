@@ -50,7 +50,8 @@ def run_rows(comparison: Comparison, cells: Iterable[Cell]) -> list[dict[str, An
                 "metric": metric,
                 "value": value if scored else None,
                 "metrics": row["metrics"] if row else {},
-                "base": _base(result),
+                "base": _metrics_of(result, "base model"),
+                "frequent": _metrics_of(result, "most frequent"),
                 "updates": result.get("updates") or {},
                 "drift": result.get("drift") or {},
                 "cases": (row or {}).get("cases"),
@@ -71,9 +72,9 @@ def run_rows(comparison: Comparison, cells: Iterable[Cell]) -> list[dict[str, An
     return rows
 
 
-def _base(result: Mapping[str, Any]) -> dict[str, float]:
-    """The base model's metrics, where the cell measured them."""
-    found = [row["metrics"] for row in result.get("rows") or [] if row["name"] == "base model"]
+def _metrics_of(result: Mapping[str, Any], name: str) -> dict[str, float]:
+    """Of a row beside the trained stages, where the cell measured it."""
+    found = [row["metrics"] for row in result.get("rows") or [] if row["name"] == name]
     return found[0] if found else {}
 
 
@@ -86,7 +87,7 @@ def write_runs(folder: Path, rows: Sequence[Mapping[str, Any]], earlier: pl.Data
     ``recipe`` (YAML) and ``result`` (JSON) are all that a cell consists of: see :func:`restore`. Runs of an ``earlier``
     file that are not among the rows stay: so nothing is lost while a comparison comes to them. No file for no runs.
     """
-    nested = ("metrics", "updates", "drift", "base", "training", "curve", "ranks")
+    nested = ("metrics", "updates", "drift", "base", "frequent", "training", "curve", "ranks")
     flat = [{key: value for key, value in row.items() if key not in nested} for row in rows]
     last = [{name: [*layers.values()][-1] for name, layers in row["drift"].items()} for row in rows]
     wide = {name: [row[name] for row in rows] for name in ("training", "updates")}
