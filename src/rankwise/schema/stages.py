@@ -80,7 +80,7 @@ class SftStage(Stage):
     group_by_length: bool = Field(
         False,
         description="Draw batches of rows of about the same length, so that less is padded: of at most 50 batches "
-        "at a time, the longest first.",
+        "at a time, the longest first. Where rows are few a method may learn nothing from them: see the loss.",
     )
     threshold: Threshold | None = Field(None, description="Of SoRA, in this stage; the adapter's where not given.")
     thresholds: Thresholds | None = Field(
