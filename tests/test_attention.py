@@ -62,6 +62,17 @@ def test_float32_under_autocast_is_not_rounded_before() -> None:
     assert torch.equal(result, attention(query, key, value.bfloat16().float()).bfloat16())
 
 
+def test_long_rows_of_wide_heads_are_left_to_the_kernel() -> None:
+    """Where it is the faster: its sums in bfloat16 differ from float32's."""
+    generator = torch.Generator().manual_seed(0)
+    for length, same in ((128, False), (129, True)):
+        inputs = [torch.randn(1, 1, length, 128, generator=generator).bfloat16() for _ in range(3)]
+        with Float32Attention():
+            result = attention(*inputs)
+        assert torch.equal(result, attention(*inputs)) == same
+        assert torch.equal(result, attention(*(one.float() for one in inputs)).bfloat16()) != same
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_other_dtypes_are_as_without_it(dtype: torch.dtype) -> None:
     query, key, value = _inputs(dtype)
