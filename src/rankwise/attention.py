@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+LARGEST = 2**14  # keys times width of a head, up to which float32 was not slower (docs/log.md)
+
 
 def fast_attention(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Where attention's gradients can be faster in float32 than in what a model computes in, computes them so."""
     return Float32Attention() if device.type == "cpu" and dtype == torch.bfloat16 else nullcontext()
-
-
-LARGEST = 2**14  # keys times width of a head, up to which float32 was not slower (docs/log.md)
 
 
 class Float32Attention(TorchFunctionMode):

@@ -116,7 +116,8 @@ def train_stage(
         context: most tokens of a row.
         folder: the run's folder, whose ``metrics.jsonl`` grows; checkpoints are in ``checkpoints/<stage>``.
         seed: of the order of rows and of dropout.
-        bfloat16: whether to compute in bfloat16 (parameters stay float32).
+        bfloat16: whether to compute in bfloat16 (parameters stay float32, and so does attention where
+            :mod:`rankwise.attention` says).
         console: where progress is shown.
         trainer: makes the trainer of an sft stage; :class:`AnswerTrainer` where it is not given.
         catalogue: answers that rejected ones may be drawn from.
