@@ -1,8 +1,8 @@
 """The tables of docs/results.md on encoders, from the runs that were kept.
 
 Mean and standard deviation over seeds, and the difference from LoRA, paired by seed, with p of a t-test by Holm's
-correction over the other methods. *Mean of tasks* is of a method's scores on all tasks, whatever their metrics are; only
-of methods that have every seed of each.
+correction over the other methods. *Mean of tasks* is of a method's scores on all tasks, whatever their metrics are, and
+only of methods that have every seed of each.
 
     python benchmarks/encoder_table.py benchmarks/results/encoders.parquet
 """
