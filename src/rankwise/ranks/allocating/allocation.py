@@ -11,9 +11,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from jaxtyping import Bool, Float
 from peft import LoraConfig, PeftType
 from torch import Tensor, nn
@@ -48,8 +49,9 @@ def importance(model: nn.Module, loss: Callable[[nn.Module], Tensor | float]) ->
     of scores are the paper's.
 
     Two forward passes a direction, and no gradient; where the model lets them, they begin at the block of the
-    direction, with what the blocks before it gave. The model computes in evaluation mode; afterwards its modes and its
-    B are what they were, bit for bit, also where ``loss`` raises.
+    direction, with what the blocks before it gave. The model computes in evaluation mode and, where all of its weights
+    are float32, without autocast: what most directions do to the loss is less than bfloat16's rounding. Afterwards its
+    modes, its autocast and its B are what they were, bit for bit, also where ``loss`` raises.
 
     Args:
         model: a PEFT model whose active adapter is plain LoRA.
@@ -69,7 +71,7 @@ def importance(model: nn.Module, loss: Callable[[nn.Module], Tensor | float]) ->
     layers = dict(adapted_layers(model, adapter))
     columns = {name: factor_parameters(layer, adapter)[1] for name, layer in layers.items()}
     trained = {name: b.detach().clone() for name, b in columns.items()}
-    with evaluating(model), _restored(columns, trained):
+    with evaluating(model), _without_autocast(model), _restored(columns, trained):
         blocks = Blocks(model, lambda: _finite(loss(model)))
         places = {name: blocks.place(layer) for name, layer in layers.items()}
         score = partial(_each, columns, trained, lambda: _finite(loss(model)), blocks, places)
@@ -112,6 +114,24 @@ def _finite(value: Tensor | float) -> float:
             "rate, or look for rows without an answer"
         )
     return found
+
+
+@contextmanager
+def _without_autocast(model: nn.Module) -> Iterator[None]:
+    """Autocast is off meanwhile, also that which accelerate puts around a forward, if all weights are float32."""
+    weights = [weight for weight in model.parameters() if weight.is_floating_point()]
+    if any(weight.dtype != torch.float32 for weight in weights):
+        yield
+        return
+    own = vars(model)
+    kept: dict[str, Any] = {name: own[name] for name in ("forward", "_original_forward") if name in own}
+    extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    try:
+        with torch.autocast(weights[0].device.type, enabled=False):
+            yield
+    finally:
+        own.pop("forward", None)
+        own.update(kept)
 
 
 @contextmanager

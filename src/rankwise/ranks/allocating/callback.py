@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from rankwise.ranks.allocating.allocation import (
     choose,
     importance,
 )
+from rankwise.ranks.allocating.rows import Part, rows_of_events
 from rankwise.ranks.resizing import check_one_process, resize_adapter
 from rankwise.reading import first_line, read_json
 
@@ -67,9 +69,9 @@ class AllocationCallback(TrainerCallback):
     """Moves directions between the layers of a LoRA adapter while a ``transformers.Trainer`` trains it.
 
     At ``events`` steps of the training each direction is scored on a batch of the trainer's ``eval_dataset``, rows that
-    are not trained on, by the trainer's own loss. The lowest are cut, as many new ones go to layers that lose none
-    (see ``choose``), and the optimizer goes on. The adapter is plain LoRA throughout.
-    Scoring costs two forward passes a direction. ::
+    are not trained on, by the trainer's own loss, a mean over rows or over tokens with a label. The lowest are cut, as
+    many new ones go to layers that lose none (see ``choose``), and the optimizer goes on. The adapter is plain LoRA
+    throughout. Scoring costs two forward passes a direction, in parts of no more rows than a batch of training. ::
 
         trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=held_out)
         trainer.add_callback(AllocationCallback(trainer, events=4))
@@ -120,8 +122,7 @@ class AllocationCallback(TrainerCallback):
         self.steps = allocation_steps(state.max_steps, self.events, self.first, self.last)
         if not state.global_step:
             self.history = []
-        # All at once: a dataloader that is left half read makes accelerate believe that it is the one of the training.
-        self.batches = list(self.trainer.get_eval_dataloader())
+        self.rows = rows_of_events(self.trainer, self.events)
 
     def on_step_end(
         self,
@@ -154,8 +155,7 @@ class AllocationCallback(TrainerCallback):
 
     def _move(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
         started = time.perf_counter()
-        batch = self.batches[self.steps.index(step) % len(self.batches)]
-        scores = importance(model, lambda scored: self._loss(scored, batch))
+        scores = self._scores(model, self.rows[self.steps.index(step) % len(self.rows)])
         adapter = active_adapter(model)
         count, before = self._count(model, adapter), _ranks(model, adapter)
         kept, added = choose(scores, count)
@@ -175,9 +175,14 @@ class AllocationCallback(TrainerCallback):
         message = "step %d: %d of %d directions moved in %.1f s; %d layers lost their adapter"
         logger.info(message, step, count, len(values), event.seconds, len(event.removed))
 
+    def _scores(self, model: nn.Module, parts: list[Part]) -> dict[str, Tensor]:
+        """Those on all of the parts at once: a score is linear in the loss, which is a weighted mean."""
+        every = [importance(model, partial(self._loss, batch=part.batch)) for part in parts]
+        weights = torch.tensor([part.weight for part in parts], dtype=torch.float64)
+        return {name: weights / weights.sum() @ torch.stack([scores[name] for scores in every]) for name in every[0]}
+
     def _loss(self, model: nn.Module, batch: Any) -> Tensor:
-        with self.trainer.compute_loss_context_manager():
-            loss: Tensor = self.trainer.compute_loss(model, dict(batch))
+        loss: Tensor = self.trainer.compute_loss(model, dict(batch))
         return loss
 
     def _count(self, model: nn.Module, adapter: str) -> int:
