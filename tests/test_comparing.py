@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ from rankwise.comparing.choosing import choose
 from rankwise.comparing.compare import _by_task, compare, final_cells
 from rankwise.comparing.statistics import holm, paired, spread
 from rankwise.comparing.summary import run_rows, summarise
-from rankwise.comparing.tables import latex, markdown, ranked, search_note, terminal_tables
+from rankwise.comparing.tables import latex, markdown, ranked
 from rankwise.errors import UserError
 from rankwise.schema import Comparison
-from small_comparisons import TASK, fake, made, summary_of, whole_summary_of
+from small_comparisons import TASK, fake, made, summary_of
 
 
 def cell(comparison: Comparison, number: int = 0, part: str = "search", **setting: Any) -> Cell:
@@ -122,6 +121,7 @@ def test_a_cells_place_follows_from_all_that_it_depends_on() -> None:
         ),
         ({"budgets": [0.5, 0.5]}, r"budgets \[0.5, 0.5\] has one of them twice"),
         ({"seeds": [0, 0]}, r"seeds \[0, 0\] has one of them twice"),
+        ({"search": {"seeds": [1, 1]}}, r"search.seeds \[1, 1\] has one of them twice"),
         ({"methods": [{"kind": "lora", "ranks": [2, 2]}]}, r"methods.lora.ranks \[2, 2\] has one of them twice"),
         (
             {"methods": [{"kind": "lora", "learning_rates": [1, 1]}]},
@@ -168,76 +168,6 @@ def test_mistakes_that_are_told_before_any_run(changes: dict[str, Any], message:
     with pytest.raises(UserError, match=message):
         compare(made(output=str(tmp_path / "out"), **changes), small_runs.silent())
     assert not (tmp_path / "out").exists()
-
-
-# Choices, with results that are made up
-
-
-def test_halving_keeps_the_best(tmp_path: Path) -> None:
-    seen: list[list[Cell]] = []
-    best = {"lora": 1e-2, "small": 1.0}
-    comparison = made(output=str(tmp_path))
-    run = fake(lambda one: abs(math.log(one.setting.learning_rate / best[one.method])), seen)
-    assert choose(comparison, run) == {("stories", "lora"): Setting(1e-2), ("stories", "small"): Setting(1.0)}
-    assert [len(cells) for cells in seen] == [8, 4]
-    assert [{one.share for one in cells} for cells in seen] == [{0.25}, {0.5}]
-
-
-def test_a_search_of_all_epochs_ends(tmp_path: Path) -> None:
-    seen: list[list[Cell]] = []
-    comparison = made(output=str(tmp_path), search={"first": 1.0})
-    chosen = choose(comparison, fake(lambda one: one.setting.learning_rate, seen))
-    assert set(chosen.values()) == {Setting(1e-3)}
-    assert [len(cells) for cells in seen] == [8]
-
-
-def test_what_failed_or_is_no_number_is_not_chosen(tmp_path: Path) -> None:
-    def loss(one: Cell) -> float | None:
-        return {1e-3: None, 1e-2: math.nan, 1e-1: 5.0, 1.0: 7.0}[one.setting.learning_rate]
-
-    assert set(choose(made(output=str(tmp_path)), fake(loss, [])).values()) == {Setting(1e-1)}
-
-
-def test_of_equal_scores_less_training_loss_at_the_end_decides(tmp_path: Path) -> None:
-    losses = {1e-3: 0.9, 1e-2: 0.5, 1e-1: 0.7, 1.0: 0.8}
-
-    def run(cells: Sequence[Cell]) -> None:
-        fake(lambda _: 1.0, [])(cells)
-        for one in cells:
-            last = losses[one.setting.learning_rate]
-            curve = [[step, 1 - last if step < 18 else last] for step in range(20)]
-            path = one.beside(".json")
-            path.write_text(json.dumps(json.loads(path.read_text()) | {"curve": curve}))
-
-    assert set(choose(made(output=str(tmp_path)), run).values()) == {Setting(1e-2)}
-
-
-def test_a_round_in_which_all_failed_is_the_last(tmp_path: Path) -> None:
-    """Of ``small`` all runs fail at once, and of ``lora`` in the second round: the better of the first is taken."""
-    seen: list[list[Cell]] = []
-
-    def loss(one: Cell) -> float | None:
-        return -one.setting.learning_rate if (one.method, one.share) == ("lora", 0.25) else None
-
-    comparison = made(output=str(tmp_path), search={"first": 0.25, "factor": 2})
-    chosen = choose(comparison, fake(loss, seen))
-    assert chosen == {("stories", "lora"): Setting(1.0), ("stories", "small"): Setting(1e-3)}
-    assert [[one.method for one in cells] for cells in seen] == [["lora"] * 4 + ["small"] * 4, ["lora"] * 2]
-
-
-def test_equal_settings_are_taken_in_the_order_of_the_round_before(tmp_path: Path) -> None:
-    def loss(one: Cell) -> float:
-        return -one.setting.learning_rate if one.share == 0.25 else 0.0
-
-    assert set(choose(made(output=str(tmp_path)), fake(loss, [])).values()) == {Setting(1.0)}
-    assert set(choose(made(output=str(tmp_path / "b")), fake(lambda _: 1.0, [])).values()) == {Setting(1e-3)}
-
-
-def test_one_setting_is_not_searched_for(tmp_path: Path) -> None:
-    seen: list[list[Cell]] = []
-    comparison = made(output=str(tmp_path), learning_rates=[0.1])
-    assert set(choose(comparison, fake(lambda _: 1.0, seen)).values()) == {Setting(0.1)}
-    assert seen == []
 
 
 # Statistics against scipy
@@ -298,33 +228,6 @@ def test_tables(tmp_path: Path) -> None:
     assert "| 0.9333 ± 0.1528 | 0.5539 to 1.3128 | -0.1667 |" in text
     assert "not possible" in text
     assert r"dora & 0.9333 $\pm$ 0.1528 & 0.5539 to 1.3128 & -0.1667" in latex(comparison, summary)
-
-
-def test_what_the_search_did_not_choose_is_told(tmp_path: Path) -> None:
-    """Of dora the two best are equal in both rounds, of vera all runs fail; lora's search chooses."""
-
-    losses = {"lora": [4.0, 3.0, 2.0, 1.0], "dora": [4.0, 1.0, 3.0, 1.0]}
-
-    def loss(one: Cell) -> float | None:
-        at = [1e-3, 1e-2, 1e-1, 1.0].index(one.setting.learning_rate)
-        return losses[one.method][at] if one.method in losses else None
-
-    comparison = made(output=str(tmp_path), methods=["lora", "dora", "vera"])
-    summary = whole_summary_of(comparison, loss)
-    assert [(row["learning_rate"], row["undecided"]) for row in summary] == [
-        (1.0, None),
-        (1e-2, "2 of 4 had the same score"),
-        (1e-3, "every run failed: no"),
-    ]
-    said = (
-        "The search did not choose the setting of 2 of 3 methods (of equal ones that with the least training loss was "
-        "taken, and where every run failed the first listed): dora (2 of 4 had the same score); vera (every run "
-        "failed: no)."
-    )
-    assert markdown(comparison, summary).endswith(f"|\n\n{said}\n")
-    assert f"\n\\par {said}\n\\end{{table}}" in latex(comparison, summary)
-    assert str(terminal_tables(comparison, summary)[0].caption) == said
-    assert search_note(summary[:1]) == ""
 
 
 def test_a_method_that_lacks_seeds_stands_behind_those_that_do_not(tmp_path: Path) -> None:

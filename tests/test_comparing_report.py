@@ -273,12 +273,18 @@ def test_names_that_look_alike_are_told_apart(results: dict[str, Any]) -> None:
 
 def test_the_search_shows_its_first_round_and_the_best_rank() -> None:
     rows = [
-        {"method": "lora", "learning_rate": 0.1, "rank": rank, "share": share, "value": value}
+        {"method": "lora", "learning_rate": 0.1, "rank": rank, "budget": None, "share": share, "value": value}
         for rank, share, value in ((2, 0.25, 3.0), (4, 0.25, 2.0), (4, 0.5, 1.0))
     ]
     figure = search_figure(rows, "loss")
     assert figure is not None
     assert list(figure.data[0].y) == [2.0]
+    figure = search_figure([*rows, *(row | {"value": row["value"] + 2.0} for row in rows[:2])], "loss")
+    assert figure is not None
+    assert list(figure.data[0].y) == [3.0]  # means over two seeds
+    figure = search_figure([*rows, rows[1] | {"value": None}], "loss")
+    assert figure is not None
+    assert list(figure.data[0].y) == [3.0]  # a rank that failed with one of them has none
     assert search_figure([], "loss") is None
 
 

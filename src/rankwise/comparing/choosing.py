@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -54,8 +55,9 @@ def choose(comparison: Comparison, run: Callable[[Sequence[Cell]], None]) -> dic
     """The setting of each method on each task.
 
     All settings are tried on a share ``first`` of the epochs; the best part, one in ``factor`` and at least one, on
-    ``factor`` times as much, and so on, until one is left or all epochs were run. Of equal ones (on few rows all may
-    give the most frequent label) those come first that have less training loss. Where all runs of a round failed, none
+    ``factor`` times as much, and so on, until one is left or all epochs were run. With several seeds in the search the
+    mean over them decides; a setting that failed with one of them comes last. Of equal ones (on few rows all may give
+    the most frequent label) those come first that have less training loss. Where every setting failed in a round, none
     goes on, and the first of them is taken.
 
     Args:
@@ -67,23 +69,25 @@ def choose(comparison: Comparison, run: Callable[[Sequence[Cell]], None]) -> dic
     }
     share = comparison.search.first
     while any(len(tried) > 1 for tried in left.values()):
-        cells = {key: _round(comparison, key, tried, share) for key, tried in left.items() if len(tried) > 1}
-        run([cell for found in cells.values() for cell in found])
-        for key, found in cells.items():
-            ordered = sorted(found, key=lambda cell: _place(comparison, cell))
-            ended = share >= 1 or _place(comparison, ordered[0])[0] == math.inf
-            kept = 1 if ended else max(1, len(found) // comparison.search.factor)
-            left[key] = [cell.setting for cell in ordered[:kept]]
+        rounds = {key: _round(comparison, key, tried, share) for key, tried in left.items() if len(tried) > 1}
+        run([cell for found in rounds.values() for cells in found.values() for cell in cells])
+        for key, found in rounds.items():
+            places = {setting: _place(comparison, cells) for setting, cells in found.items()}
+            ordered = sorted(found, key=places.__getitem__)
+            ended = share >= 1 or places[ordered[0]][0] == math.inf
+            left[key] = ordered[: 1 if ended else max(1, len(found) // comparison.search.factor)]
         share = min(1.0, share * comparison.search.factor)
     return {key: tried[0] for key, tried in left.items()}
 
 
-def _place(comparison: Comparison, cell: Cell) -> tuple[float, float]:
-    result = cell.result() or {}
-    return -score(comparison, cell, result), training_loss(result)
+def _place(comparison: Comparison, cells: Sequence[Cell]) -> tuple[float, float]:
+    results = [(cell, cell.result() or {}) for cell in cells]
+    losses = [training_loss(result) for _, result in results]
+    return -fmean(score(comparison, cell, result) for cell, result in results), fmean(losses)
 
 
-def _round(comparison: Comparison, key: Key, tried: Sequence[Setting], share: float) -> list[Cell]:
+def _round(comparison: Comparison, key: Key, tried: Sequence[Setting], share: float) -> dict[Setting, list[Cell]]:
+    """The runs of each setting, one for each seed of the search."""
     entry = next(one for one in comparison.methods if one.name == key[1])
-    seed = comparison.search.seed
-    return [make_cell(comparison, key[0], entry, setting, seed, share, "search") for setting in tried]
+    make = partial(make_cell, comparison, key[0], entry, share=share, part="search")
+    return {setting: [make(setting=setting, seed=seed) for seed in comparison.search.seeds] for setting in tried}

@@ -139,7 +139,7 @@ def _by_task(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, dict[str
 
 def _searched(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What the search measured, a row a run."""
-    names = ("task", "method", "learning_rate", "rank", "budget", "share", "value")
+    names = ("task", "method", "learning_rate", "rank", "budget", "seed", "share", "value")
     searched = [{name: row[name] for name in names} for row in rows if row["part"] == "search"]
     return [row | {"value": row["value"] if is_finite(row["value"]) else None} for row in searched]
 

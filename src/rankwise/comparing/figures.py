@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import plotly.graph_objects as go
@@ -150,18 +151,25 @@ def labelled(
 
 
 def search_figure(search: Rows, metric: str) -> go.Figure | None:
-    """The first round's scores on held-out data by learning rate, a line a method; None where nothing was searched."""
+    """The first round's scores on held-out data by learning rate, a line a method; None where nothing was searched.
+
+    Means over the seeds of the search; of the ranks and budgets tried at a rate, the best.
+    """
     if not search:
         return None
     first = min(row["share"] for row in search)
     figure = go.Figure(layout=axes("Learning rates", "learning rate (log scale)", f"{metric} on held-out data"))
     names = list(dict.fromkeys(row["method"] for row in search))
     for number, name in enumerate(names):
-        found = [row for row in search if row["method"] == name and row["share"] == first and is_finite(row["value"])]
-        best: dict[float, float] = {}  # of the ranks tried at a rate
-        for row in found:
-            choose = min if is_lower_better(metric) else max
-            best[row["learning_rate"]] = choose(best.get(row["learning_rate"], row["value"]), row["value"])
+        tried: dict[tuple[float, ...], list[float]] = {}
+        for row in search:
+            if row["method"] == name and row["share"] == first:
+                tried.setdefault((row["learning_rate"], row["rank"], row["budget"]), []).append(row["value"])
+        best: dict[float, float] = {}
+        for (rate, *_), values in tried.items():
+            if all(map(is_finite, values)):
+                choose = min if is_lower_better(metric) else max
+                best[rate] = choose(best.get(rate, fmean(values)), fmean(values))
         rates = sorted(best)
         line = {"width": 2, **numbered_line(number)}
         figure.add_trace(

@@ -131,7 +131,9 @@ def _score_words(whole: Rows) -> str:
 def _search_words(search: Rows) -> str:
     rounds = len({row["share"] for row in search})
     which = "the search" if rounds == 1 else f"the first of {rounds} rounds of the search"
-    return f"{which}: settings are chosen on rows held out of the training data"
+    seeds = len({row.get("seed") for row in search})  # which comparisons of earlier versions do not say
+    means = f", by means over {seeds} seeds" if seeds > 1 else ""
+    return f"{which}: settings are chosen on rows held out of the training data{means}"
 
 
 def _metrics_table(rows: Rows, base: Mapping[str, float]) -> str:

@@ -215,16 +215,24 @@ def _of(rows: Sequence[Mapping[str, Any]], task: str, method: str, part: str = "
 def _undecided(rows: Sequence[Mapping[str, Any]], chosen: Setting) -> str | None:
     """Why the runs of a method's search did not choose its setting; None where they did, or there are none.
 
-    A setting is equal to the chosen one where it had the same scores as long as it was in the search.
+    A setting is equal to the chosen one where it had the same scores, means over the seeds, as long as it was in the
+    search.
     """
     if not rows:
         return None
-    if all(row["value"] is None for row in rows):
-        return f"every run failed: {rows[0]['failed']}"
-    scores: dict[Setting, dict[float, float | None]] = {}
+    found: dict[Setting, dict[float, list[float]]] = {}
     for row in rows:
         setting = Setting(row["learning_rate"], row["rank"], row["budget"])
-        scores.setdefault(setting, {})[row["share"]] = row["value"]
+        value = -math.inf if row["value"] is None else row["value"]
+        found.setdefault(setting, {}).setdefault(row["share"], []).append(value)
+    scores = {
+        setting: {share: statistics.fmean(values) for share, values in one.items()} for setting, one in found.items()
+    }
+    if set().union(*(one.values() for one in scores.values())) == {-math.inf}:
+        which = (
+            "every run failed" if all(row["value"] is None for row in rows) else "each setting had a run that failed"
+        )
+        return f"{which}: {next(row['failed'] for row in rows if row['value'] is None)}"
     equal = [one for one in scores.values() if one.items() <= scores[chosen].items()]
     return f"{len(equal)} of {len(scores)} had the same score" if len(equal) > 1 else None
 

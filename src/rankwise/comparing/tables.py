@@ -76,7 +76,7 @@ def search_note(rows: Rows) -> str:
     if not why:
         return ""
     number, said = sum(map(len, why.values())), [f"{', '.join(names)} ({reason})" for reason, names in why.items()]
-    taken = "of equal ones that with the least training loss was taken, and where every run failed the first listed"
+    taken = "of equal ones that with the least training loss was taken, and where all failed the first listed"
     return f"The search did not choose the setting of {number} of {len(rows)} methods ({taken}): {'; '.join(said)}."
 
 

@@ -64,7 +64,9 @@ class Search(Section):
 
     first: float = Field(0.25, gt=0, le=1, description="Share of the epochs in the first round.")
     factor: int = Field(2, ge=2, description="By this much each round is longer and tries fewer settings.")
-    seed: Seed = Field(0, description="Of the runs in the search, and of what they hold out.")
+    seeds: list[Seed] = Field(
+        [0], min_length=1, description="Of the runs in the search, and of what they hold out: means decide."
+    )
 
 
 class Comparison(Section):
@@ -129,6 +131,7 @@ class Comparison(Section):
             if task not in self.tasks:
                 raise ValueError(f"metrics.{task} is of no task: {nearest(task, self.tasks)}")
         _check_once(self, "", ("seeds", "learning_rates", "ranks", "budgets"))
+        _check_once(self.search, "search.", ("seeds",))
         return self
 
     @property
