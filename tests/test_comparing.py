@@ -122,6 +122,9 @@ def test_a_cells_place_follows_from_all_that_it_depends_on() -> None:
         ({"budgets": [0.5, 0.5]}, r"budgets \[0.5, 0.5\] has one of them twice"),
         ({"seeds": [0, 0]}, r"seeds \[0, 0\] has one of them twice"),
         ({"search": {"seeds": [1, 1]}}, r"search.seeds \[1, 1\] has one of them twice"),
+        ({"search": {"seeds_of": {"stories": [2, 2]}}}, r"search.seeds_of.stories \[2, 2\] has one of them twice"),
+        ({"search": {"seeds_of": {"storys": [2]}}}, "search.seeds_of.storys is of no task: did you mean 'stories'"),
+        ({"search": {"seeds_of": {"stories": []}}}, "search.seeds_of.stories .*at least 1 item"),
         ({"methods": [{"kind": "lora", "ranks": [2, 2]}]}, r"methods.lora.ranks \[2, 2\] has one of them twice"),
         (
             {"methods": [{"kind": "lora", "learning_rates": [1, 1]}]},

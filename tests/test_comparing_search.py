@@ -10,7 +10,7 @@ from pathlib import Path
 from rankwise.comparing.cells import Cell, Setting
 from rankwise.comparing.choosing import choose
 from rankwise.comparing.tables import latex, markdown, search_note, terminal_tables
-from small_comparisons import fake, made, whole_summary_of
+from small_comparisons import TASK, fake, made, whole_summary_of
 
 
 def test_halving_keeps_the_best(tmp_path: Path) -> None:
@@ -92,6 +92,14 @@ def test_the_mean_over_the_seeds_of_a_search_decides(tmp_path: Path) -> None:
     ]
     comparison = made(output=str(tmp_path / "one"), search={"first": 0.5})
     assert set(choose(comparison, fake(loss, [])).values()) == {Setting(1e-3)}
+
+
+def test_a_task_can_have_its_own_seeds(tmp_path: Path) -> None:
+    seen: list[list[Cell]] = []
+    search = {"first": 1.0, "seeds": [3], "seeds_of": {"poems": [0, 5]}}
+    comparison = made(output=str(tmp_path), tasks={"stories": TASK, "poems": TASK}, methods=["lora"], search=search)
+    choose(comparison, fake(lambda one: one.setting.learning_rate, seen))
+    assert [(one.task, one.seed) for one in seen[0]] == [("stories", 3)] * 4 + [("poems", 0), ("poems", 5)] * 4
 
 
 def test_less_training_loss_is_a_mean_over_the_seeds_too(tmp_path: Path) -> None:

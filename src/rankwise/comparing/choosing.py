@@ -90,4 +90,5 @@ def _round(comparison: Comparison, key: Key, tried: Sequence[Setting], share: fl
     """The runs of each setting, one for each seed of the search."""
     entry = next(one for one in comparison.methods if one.name == key[1])
     make = partial(make_cell, comparison, key[0], entry, share=share, part="search")
-    return {setting: [make(setting=setting, seed=seed) for seed in comparison.search.seeds] for setting in tried}
+    seeds = comparison.search.seeds_of.get(key[0], comparison.search.seeds)
+    return {setting: [make(setting=setting, seed=seed) for seed in seeds] for setting in tried}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -51,9 +51,12 @@ def _check_budgets(entry: MethodEntry) -> None:
 
 def _check_once(section: Section, where: str, fields: Sequence[str]) -> None:
     for field in fields:
-        given = getattr(section, field) or []
-        if len(set(given)) < len(given):
-            raise ValueError(f"{where}{field} {given} has one of them twice: leave it out")
+        _check_list_once(f"{where}{field}", getattr(section, field) or [])
+
+
+def _check_list_once(where: str, given: Sequence[int | float]) -> None:
+    if len(set(given)) < len(given):
+        raise ValueError(f"{where} {given} has one of them twice: leave it out")
 
 
 class Search(Section):
@@ -66,6 +69,9 @@ class Search(Section):
     factor: int = Field(2, ge=2, description="By this much each round is longer and tries fewer settings.")
     seeds: list[Seed] = Field(
         [0], min_length=1, description="Of the runs in the search, and of what they hold out: means decide."
+    )
+    seeds_of: dict[str, Annotated[list[Seed], Field(min_length=1)]] = Field(
+        {}, description="For single tasks, by name."
     )
 
 
@@ -132,6 +138,10 @@ class Comparison(Section):
                 raise ValueError(f"metrics.{task} is of no task: {nearest(task, self.tasks)}")
         _check_once(self, "", ("seeds", "learning_rates", "ranks", "budgets"))
         _check_once(self.search, "search.", ("seeds",))
+        for task, seeds in self.search.seeds_of.items():
+            if task not in self.tasks:
+                raise ValueError(f"search.seeds_of.{task} is of no task: {nearest(task, self.tasks)}")
+            _check_list_once(f"search.seeds_of.{task}", seeds)
         return self
 
     @property
