@@ -88,6 +88,25 @@ def test_parts_fill_a_batch_of_evaluation_and_fit_one_of_training(
     assert [[len(one.batch["labels"]) for one in event] for event in events] == [[part] * (evaluation // part)] * 2
 
 
+def test_the_trainers_own_evaluation_keeps_its_dataloader(tmp_path: Path) -> None:
+    """Also one whose workers persist, which the trainer keeps; and rows that fill no part are scored on."""
+    kept = {"dataloader_persistent_workers": True, "dataloader_num_workers": 1, "dataloader_drop_last": True}
+    made = trainer("bert", tmp_path, made_rows("bert", 21), **kept)
+    before = made.args.to_dict()
+    events = rows_of_events(made, 3)
+    assert [[len(part.batch["labels"]) for part in event] for event in events] == [[2] * 4, [2] * 4, [2, 2, 1]]
+    assert made.args.to_dict() == before
+    assert [len(batch["labels"]) for batch in made.get_eval_dataloader()] == [8, 8]
+    assert [[len(part.batch["labels"]) for part in event] for event in rows_of_events(made, 1)] == [[2] * 4]
+
+
+def test_a_batch_of_several_devices_is_one_event(tmp_path: Path) -> None:
+    made = trainer("bert", tmp_path, made_rows("bert", 40))
+    made.args._n_gpu = 2
+    events = rows_of_events(made, 2)
+    assert [[len(part.batch["labels"]) for part in event] for event in events] == [[4] * 4] * 2
+
+
 def test_rows_without_a_label_are_left_out_but_not_all(tmp_path: Path) -> None:
     """A part without any would have no mean; it counts for nothing in the batch's."""
     rows = made_rows("llama", 8)

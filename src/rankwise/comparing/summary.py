@@ -220,21 +220,24 @@ def _undecided(rows: Sequence[Mapping[str, Any]], chosen: Setting) -> str | None
     """
     if not rows:
         return None
+    scores = _mean_scores(rows)
+    if failed := [row["failed"] for row in rows if row["value"] is None]:
+        if len(failed) == len(rows):
+            return f"every run failed: {failed[0]}"
+        if all(math.isinf(value) for one in scores.values() for value in one.values()):
+            return f"each setting had a run that failed: {failed[0]}"
+    equal = [one for one in scores.values() if one.items() <= scores[chosen].items()]
+    return f"{len(equal)} of {len(scores)} had the same score" if len(equal) > 1 else None
+
+
+def _mean_scores(rows: Sequence[Mapping[str, Any]]) -> dict[Setting, dict[float, float]]:
+    """Of each setting, by the share of the epochs, the mean over the seeds; -inf where one of them failed."""
     found: dict[Setting, dict[float, list[float]]] = {}
     for row in rows:
         setting = Setting(row["learning_rate"], row["rank"], row["budget"])
         value = -math.inf if row["value"] is None else row["value"]
         found.setdefault(setting, {}).setdefault(row["share"], []).append(value)
-    scores = {
-        setting: {share: statistics.fmean(values) for share, values in one.items()} for setting, one in found.items()
-    }
-    if set().union(*(one.values() for one in scores.values())) == {-math.inf}:
-        which = (
-            "every run failed" if all(row["value"] is None for row in rows) else "each setting had a run that failed"
-        )
-        return f"{which}: {next(row['failed'] for row in rows if row['value'] is None)}"
-    equal = [one for one in scores.values() if one.items() <= scores[chosen].items()]
-    return f"{len(equal)} of {len(scores)} had the same score" if len(equal) > 1 else None
+    return {setting: {share: statistics.fmean(some) for share, some in one.items()} for setting, one in found.items()}
 
 
 def _by_seed(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:

@@ -71,7 +71,7 @@ class Search(Section):
         [0], min_length=1, description="Of the runs in the search, and of what they hold out: means decide."
     )
     seeds_of: dict[str, Annotated[list[Seed], Field(min_length=1)]] = Field(
-        {}, description="For single tasks, by name."
+        {}, description="By the name of a task, its seeds in place of `seeds`."
     )
 
 

@@ -176,7 +176,7 @@ class AllocationCallback(TrainerCallback):
         logger.info(message, step, count, len(values), event.seconds, len(event.removed))
 
     def _scores(self, model: nn.Module, parts: list[Part]) -> dict[str, Tensor]:
-        """Those on all of the parts at once: a score is linear in the loss, which is a weighted mean."""
+        """Of each direction on all parts together: a score is linear in the loss, and that is their weighted mean."""
         every = [importance(model, partial(self._loss, batch=part.batch)) for part in parts]
         weights = torch.tensor([part.weight for part in parts], dtype=torch.float64)
         return {name: weights / weights.sum() @ torch.stack([scores[name] for scores in every]) for name in every[0]}

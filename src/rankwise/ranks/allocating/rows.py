@@ -29,14 +29,17 @@ def rows_of_events(trainer: Trainer, events: int) -> list[list[Part]]:
     """The trainer's batches of evaluation, in order, ``events`` of them if there are as many.
 
     Each comes in parts of no more rows than a batch of training, those of like length together: a pass over them takes
-    less time and memory than one over the whole batch, padded to its longest row.
+    less time and memory than one over the whole batch, padded to its longest row. No row is dropped, and the trainer's
+    own evaluations keep their dataloader.
     """
-    size = trainer.args.per_device_eval_batch_size
-    most = min(trainer.args.per_device_train_batch_size, size)
+    arguments = trainer.args
+    whole, size = arguments.eval_batch_size, arguments.per_device_eval_batch_size  # on all devices, and on each
+    most = min(arguments.per_device_train_batch_size, size)
     part = max(number for number in range(1, most + 1) if size % number == 0)
-    rows = list(islice(trainer.eval_dataset, events * size))
-    ordered = [row for at in range(0, len(rows), size) for row in sorted(rows[at : at + size], key=_length)]
-    with _evaluated_by(trainer.args, part):
+    rows = list(islice(trainer.eval_dataset, events * whole))
+    ordered = [row for at in range(0, len(rows), whole) for row in sorted(rows[at : at + whole], key=_length)]
+    changes = {"dataloader_persistent_workers": False, "dataloader_drop_last": False}  # a kept dataloader is used again
+    with _changed(arguments, per_device_eval_batch_size=part, **changes):
         # At once: a dataloader that is left half read makes accelerate believe that it is the one of the training.
         parts = [Part(batch, _weight(batch)) for batch in trainer.get_eval_dataloader(ordered)]
     return [_counted(parts[at : at + size // part]) for at in range(0, len(parts), size // part)]
@@ -59,9 +62,11 @@ def _counted(parts: list[Part]) -> list[Part]:
 
 
 @contextmanager
-def _evaluated_by(arguments: TrainingArguments, rows: int) -> Iterator[None]:
-    before, arguments.per_device_eval_batch_size = arguments.per_device_eval_batch_size, rows
+def _changed(arguments: TrainingArguments, **changes: Any) -> Iterator[None]:
+    """The arguments with other values meanwhile."""
+    before = {name: getattr(arguments, name) for name in changes}
+    vars(arguments).update(changes)
     try:
         yield
     finally:
-        arguments.per_device_eval_batch_size = before
+        vars(arguments).update(before)
