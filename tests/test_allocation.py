@@ -107,6 +107,8 @@ def test_the_model_is_left_as_it_was(after):
     b = next(iter(tiny.layers(model).values())).lora_B["default"].weight
     b.data[0, 0], b.data[1, 1] = -0.0, 1e-45
     b.grad = torch.ones_like(b)
+    next(iter(tiny.layers(model).values())).lora_A["default"].weight.requires_grad_(False)
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
     values = {name: value.clone().view(torch.int32) for name, value in model.named_parameters()}
     before, calls = modes(model), []
 
@@ -126,6 +128,8 @@ def test_the_model_is_left_as_it_was(after):
     assert modes(model) == before and any(before.values()) and not all(before.values())
     for name, value in model.named_parameters():
         assert torch.equal(value.view(torch.int32), values[name])
+    assert not any(layer.disable_adapters for layer in tiny.layers(model).values())
+    assert {name for name, value in model.named_parameters() if value.requires_grad} == trained
     assert torch.equal(b.grad, torch.ones_like(b))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from jaxtyping import Bool, Float
 from peft import LoraConfig, PeftType
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from rankwise.errors import UserError
@@ -73,8 +74,7 @@ def importance(model: nn.Module, loss: Callable[[nn.Module], Tensor | float]) ->
     trained = {name: b.detach().clone() for name, b in columns.items()}
     with evaluating(model), _without_autocast(model), _restored(columns, trained):
         blocks = Blocks(model, lambda: _finite(loss(model)))
-        places = {name: blocks.place(layer) for name, layer in layers.items()}
-        score = partial(_each, columns, trained, lambda: _finite(loss(model)), blocks, places)
+        score = partial(_each, layers, columns, trained, lambda: _finite(loss(model)), blocks)
         without = score(alone=False)
         for b in columns.values():
             b.zero_()
@@ -83,28 +83,43 @@ def importance(model: nn.Module, loss: Callable[[nn.Module], Tensor | float]) ->
 
 
 def _each(
+    layers: Mapping[str, LoraLayer],
     columns: Mapping[str, Tensor],
     trained: Mapping[str, Tensor],
     loss: Callable[[], float],
     blocks: Blocks,
-    places: Mapping[str, int],
     alone: bool,
 ) -> dict[str, Float[Tensor, " rank"]]:
     """The loss with each column of B in turn set to zero, or to its value."""
     found = {}
-    with blocks.passed_over():
+    places = {name: blocks.place(layer) for name, layer in layers.items()}
+    with blocks.passed_over(), _silent(layers.values() if alone else ()):
         for name in sorted(columns, key=places.__getitem__):
             blocks.begin_at(places[name])
+            layers[name]._disable_adapters = False
             b, losses = columns[name], []
             for number in range(b.shape[1]):
                 column, value = b.select(1, number), trained[name].select(1, number)
                 column.copy_(value if alone else torch.zeros_like(value))
                 losses.append(loss())
                 column.copy_(torch.zeros_like(value) if alone else value)
+            layers[name]._disable_adapters = alone
             found[name] = torch.tensor(losses, dtype=torch.float64)
             way = "alone" if alone else "left out"
             logger.info("scoring directions, each %s: %d of %d layers", way, len(found), len(columns))
     return found
+
+
+@contextmanager
+def _silent(layers: Collection[LoraLayer]) -> Iterator[None]:
+    """Adapters whose B is zero meanwhile are not computed; their weights stay trainable, as PEFT's own way has not."""
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def _finite(value: Tensor | float) -> float:
