@@ -15,9 +15,10 @@ import small_runs
 from rankwise.comparing.cells import Cell, Setting, make_cell, settings
 from rankwise.comparing.choosing import choose
 from rankwise.comparing.compare import _by_task, compare, final_cells
+from rankwise.comparing.formats import latex, markdown
 from rankwise.comparing.statistics import holm, paired, spread
 from rankwise.comparing.summary import run_rows, summarise
-from rankwise.comparing.tables import latex, markdown, ranked
+from rankwise.comparing.tables import ranked
 from rankwise.errors import UserError
 from rankwise.schema import Comparison
 from small_comparisons import TASK, fake, made, summary_of

@@ -121,7 +121,23 @@ def test_a_difference_that_is_the_same_at_every_seed_is_told_apart() -> None:
     same = scored(lora=[0.5, 0.6], bitfit=[0.5, 0.6], parameters={"lora": 3000, "bitfit": 10})
     assert advice(same, "a") == (
         "a: lora has the best mean accuracy, 0.55, with 3,000 parameters. 2 seeds do not tell 1 more apart from it; "
-        "of all these, bitfit (0.55) trains the fewest, 10."
+        "of those with a mean in its 95 % interval, bitfit (0.55) trains the fewest, 10."
+    )
+
+
+def test_a_mean_far_from_the_best_is_not_advised() -> None:
+    """Paired tests do not tell it apart, as it varies much; its mean is below the best's interval, 0.8 ± 0.025."""
+    values = {"lora": [0.79, 0.8, 0.81], "prompt": [0.1, 0.7, 0.4], "dora": [0.79, 0.8, 0.8]}
+    for parameters, end in (
+        ({"prompt": 10, "dora": 90}, "dora (0.7967) trains the fewest, 90."),
+        ({"prompt": 10, "dora": 200}, "none trains fewer."),
+    ):
+        assert advice(scored(parameters=parameters, **values), "a") == (
+            "a: lora has the best mean accuracy, 0.8, with 100 parameters. 3 seeds do not tell 2 more apart from it; "
+            f"of those with a mean in its 95 % interval, {end}"
+        )
+    assert advice(scored(lora=values["lora"], prompt=values["prompt"]), "a").endswith(
+        "3 seeds do not tell 1 more apart from it; none of these has a mean in its 95 % interval."
     )
 
 
@@ -159,11 +175,17 @@ def test_the_page_is_whole(results: dict[str, Any], tmp_path: Path) -> None:
     assert render_comparison(results | {"rows": tasks}).count("<script>alert") == 0
     without_scripts = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", without_scripts)
-    assert page.count('class="scroll sortable"') == 2 * 2  # the scores, and all that was measured
+    assert (
+        page.count('class="scroll sortable"') == 1 + 2 * 2
+    )  # all tasks; of each the scores, and all that was measured
     assert page.count('scope="row">before training</th>') == 2
     assert "Learning curves" in page and "Directions by layer" in page and "Memorisation and generalisation" in page
     assert "milora forgets least (+0.2000 nats), full most (+1.0000)" in page
     assert "bitfit: no" in page
+    lead = page.index("Over the 2 tasks ")
+    assert lead < page.index('<section id="all-tasks"') < page.index("stories: ") < page.index("maths: ")
+    assert (tmp_path / "out" / "table.md").read_text().startswith("**all 2 tasks: ")
+    assert (tmp_path / "out" / "table.tex").read_text().count(r"\begin{table}") == 1 + 2
     assert (tmp_path / "out" / "report.html").stat().st_size < 6e6
 
 
@@ -231,8 +253,9 @@ def test_a_task_that_none_is_seen_to_learn_is_told(
     said = f"No method's 95 % interval is better than the score before any training, {worse:.4g}: none is seen to learn"
     assert qualified(results, "stories")[1].startswith(said)
     for row in results["rows"]:
-        row["low"] = row["high"] = None  # one seed
-    assert not any("none is seen to learn" in sentence for sentence in qualified(results, "stories"))
+        row |= {"low": None, "high": None, "values": {0: 2.0} if row["values"] else {}}
+    one_seed = results | {"seeds": [0]}
+    assert not any("none is seen to learn" in sentence for sentence in qualified(one_seed, "stories"))
 
 
 def test_what_could_not_be_measured_is_not_drawn(results: dict[str, Any]) -> None:
@@ -291,7 +314,7 @@ def test_the_search_shows_its_first_round_and_the_best_rank() -> None:
 def test_it_is_accessible(results: dict[str, Any], tmp_path: Path) -> None:
     page = page_in(tmp_path / "out" / "report.html")
     check_accessible(page)
-    assert len(page.having("table")) == 2 * 2 + 2  # of each task; runs and versions
+    assert len(page.having("table")) == 1 + 2 * 2 + 2  # all tasks; of each; runs and versions
 
 
 @NEEDS_CHROMIUM
@@ -301,12 +324,12 @@ def test_it_is_no_wider_than_a_phone(results: dict[str, Any], tmp_path: Path) ->
 
 @NEEDS_CHROMIUM
 def test_a_browser_draws_and_sorts_it(results: dict[str, Any], tmp_path: Path) -> None:
-    button = "document.querySelectorAll('.sortable thead button')[5]"
-    other = "document.querySelectorAll('.sortable')[2].querySelectorAll('thead button')[1]"  # another task's scores
+    button = "document.querySelectorAll('.sortable')[1].querySelectorAll('thead button')[5]"
+    other = "document.querySelectorAll('.sortable')[3].querySelectorAll('thead button')[1]"  # another task's scores
     click = f"<script>for (const one of [{button}, {other}]) {{one.click(); one.click();}}</script>"  # up, then down
     page = drawn(tmp_path / "out" / "report.html", tmp_path / "profile", script=click)
     assert page.count('class="plot js-plotly-plot"') == 2 * (4 + 3)
-    first, _, third = [re.findall(r'<th scope="row">(\w+)</th>', body) for body in page.split("<tbody>")[1:4]]
+    first, _, third = [re.findall(r'<th scope="row">(\w+)</th>', body) for body in page.split("<tbody>")[2:5]]
     assert (first[0], first[-1]) == ("full", "bitfit")  # by parameters, the largest of them; what has none is last
     assert (third[0], third[-1]) == ("lora", "bitfit")  # by score; so is what was not possible
     assert 'aria-sort="descending"' in page

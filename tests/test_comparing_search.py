@@ -9,7 +9,8 @@ from pathlib import Path
 
 from rankwise.comparing.cells import Cell, Setting
 from rankwise.comparing.choosing import choose
-from rankwise.comparing.tables import latex, markdown, search_note, terminal_tables
+from rankwise.comparing.formats import latex, markdown, terminal_tables
+from rankwise.comparing.tables import search_note
 from small_comparisons import TASK, fake, made, whole_summary_of
 
 

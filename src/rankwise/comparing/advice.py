@@ -10,10 +10,9 @@ from rankwise.analysis.columns import is_lower_better
 from rankwise.analysis.drawing import is_finite
 from rankwise.comparing.figures import unbeaten
 from rankwise.comparing.statistics import holm, paired
-from rankwise.comparing.tables import lacking, ranked
+from rankwise.comparing.tables import FEW, lacking, ranked
 
 LEVEL = 0.05
-FEW = 10  # times fewer parameters than the best are few
 SHARES = ("accuracy", "HR@1")  # metrics that are shares of the cases
 TESTED = (
     "Tests are over the seeds, on these held-out rows: they tell whether other seeds would say the same, roughly where "
@@ -23,9 +22,11 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def advice(results: Mapping[str, Any], task: str) -> str:
-    """Which method to take: the best, or the cheapest of those that the seeds do not tell apart from it.
+    """Which method to take: the best, or the cheapest of those that may be as good.
 
-    Methods without a score of every seed are not looked at.
+    These are not told apart from the best by the seeds, and their mean is in its 95 % interval: a test over few seeds
+    alone tells hardly anything apart from a method that varies much. Methods without a score of every seed are not
+    looked at.
     """
     rows, seeds = whole(results, task), f"{len(results['seeds'])} seeds"
     if not rows:
@@ -36,15 +37,15 @@ def advice(results: Mapping[str, Any], task: str) -> str:
         return f"{task}: {best['method']} has {score}, and no other method gave a score of every seed."
     if not alike:
         return f"{task}: {best['method']} has the best {score}; one seed tells no differences."
-    start, cheapest = f"{task}: {best['method']} has the best mean {score}", _cheapest(alike)
+    start, good = f"{task}: {best['method']} has the best mean {score}", _as_good(alike)
     if len(alike) == 1:
         return f"{start}, and {seeds} tell every other method apart from it (paired tests)."
-    if cheapest is best:
-        return f"{start}, with the fewest parameters ({best['parameters']:,}) of those that {seeds} do not tell apart."
-    return (
-        f"{start}, with {best['parameters']:,} parameters. {seeds} do not tell {len(alike) - 1} more apart from it; "
-        f"of all these, {cheapest['method']} ({cheapest['mean']:.4g}) trains the fewest, {cheapest['parameters']:,}."
-    )
+    start += f", with {best['parameters']:,} parameters. {seeds} do not tell {len(alike) - 1} more apart from it; "
+    if len(good) == 1:
+        return f"{start}none of these has a mean in its 95 % interval."
+    cheapest = _cheapest(good)
+    least = f"{cheapest['method']} ({cheapest['mean']:.4g}) trains the fewest, {cheapest['parameters']:,}"
+    return f"{start}of those with a mean in its 95 % interval, {'none trains fewer' if cheapest is best else least}."
 
 
 def _alike(rows: Rows) -> list[Mapping[str, Any]]:
@@ -59,6 +60,11 @@ def _alike(rows: Rows) -> list[Mapping[str, Any]]:
     return [rows[0], *(row for row, value in zip(rows[1:], p, strict=True) if value >= LEVEL)]
 
 
+def _as_good(alike: Rows) -> Rows:
+    """Of methods that are not told apart, those whose mean is in the first one's 95 % interval."""
+    return [row for row in alike if alike[0]["low"] <= row["mean"] <= alike[0]["high"] or row is alike[0]]
+
+
 def _cheapest(rows: Rows) -> Mapping[str, Any]:
     return min(rows, key=lambda row: row["parameters"])
 
@@ -69,14 +75,14 @@ def qualified(results: Mapping[str, Any], task: str) -> list[str]:
     Which are left out; differences that other cases may turn; that none is seen to learn; by the means, few parameters
     where the best trains many, and little forgotten.
     """
-    rows, base = whole(results, task), results["base"].get(task) or {}
+    rows = whole(results, task)
     said = _left_out(results, task)
     if not rows:
         return said
-    best = rows[0]
-    said += [*_near(rows), *_not_learned(scored(results, task), base, most_frequent(results, task))]
+    best, base = rows[0], results["base"].get(task) or {}
+    said += [*_near(rows), *not_learned(results, task)]
     few = [row for row in rows if FEW * row["parameters"] <= best["parameters"]]
-    if few and few[0] is not _cheapest(_alike(rows) or rows[:1]):
+    if few and few[0] is not _cheapest(_as_good(_alike(rows)) or rows[:1]):
         named = f"{few[0]['method']} has the best mean, {few[0]['mean']:.4g}"
         said.append(f"Of the methods with at most a tenth of {best['method']}'s parameters, {named}.")
     fronts: dict[tuple[str, ...], list[str]] = {}
@@ -111,7 +117,11 @@ def _near(rows: Rows) -> list[str]:
     return [f"{start}: the difference from the best is less for {near} of {len(rows) - 1} others."]
 
 
-def _not_learned(rows: Rows, base: Mapping[str, Any], frequent: Mapping[str, Any]) -> list[str]:
+def not_learned(results: Mapping[str, Any], task: str) -> list[str]:
+    """That no method's interval is better than what needs no training; nothing where one is, or it is not known."""
+    rows, base, frequent = scored(results, task), results["base"].get(task) or {}, most_frequent(results, task)
+    if not rows:
+        return []
     metric = rows[0]["metric"]
     lower = is_lower_better(metric)
     ends = [end for row in rows if is_finite(end := row["high" if lower else "low"])]

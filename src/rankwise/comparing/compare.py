@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rankwise.analysis.drawing import is_finite
 from rankwise.comparing.cells import CELLS, Cell, Setting, make_cell, settings
 from rankwise.comparing.choosing import Key, choose, deciding_metric
+from rankwise.comparing.formats import latex, markdown, terminal_tables
 from rankwise.comparing.report import SUMMARY, SUMMARY_VERSION, write_comparison_report
 from rankwise.comparing.running import run_cells
 from rankwise.comparing.summary import (
@@ -25,7 +26,6 @@ from rankwise.comparing.summary import (
     summarise,
     write_runs,
 )
-from rankwise.comparing.tables import latex, markdown, terminal_tables
 from rankwise.errors import UserError, naming
 from rankwise.files import clear_unfinished, write_json, write_text
 from rankwise.models import context_limit, load_tokenizer

@@ -16,6 +16,7 @@ from rankwise.analysis.place_tables import MEANING, TITLE, place_figure, place_t
 from rankwise.analysis.report import page
 from rankwise.comparing.advice import TESTED, advice, forgotten_metrics, most_frequent, qualified, scored, whole
 from rankwise.comparing.figures import cost_figure, forgetting_figure, forgotten, score_figure, search_figure
+from rankwise.comparing.overview import WEIGHT, overall, overview_caption, overview_grid
 from rankwise.comparing.tables import caption, grid, lacking, search_note
 from rankwise.comparing.training_figures import training_figures
 from rankwise.errors import UserError, shown
@@ -51,7 +52,8 @@ def write_comparison_report(folder: Path) -> Path:
 def render_comparison(results: Mapping[str, Any]) -> str:
     """The page of what ``summary.json`` holds."""
     tasks = list(dict.fromkeys(row["task"] for row in results["rows"]))
-    body = [_task_section(results, task) for task in tasks]
+    body = [_task_section(results, task, own_lead=len(tasks) > 1) for task in tasks]
+    body = [_overview(results), *body] if len(tasks) > 1 else body
     about = [_cells(results), _settings(results), _versions(results)]
     return page(str(results["name"]), _header(results, tasks), [*body, *about])
 
@@ -65,31 +67,47 @@ def _header(results: Mapping[str, Any], tasks: Sequence[str]) -> str:
         "runs": f"{results['runs']:,}, {len(results['search']):,} of them to choose settings",
     }
     found = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
-    said = [" ".join([advice(results, task), *qualified(results, task)]) for task in tasks]
-    leads = "".join(f'<p class="lead">{escape(sentences)}</p>' for sentences in said)
+    leads = _lead(overall(results)) if len(tasks) > 1 else _advised(results, tasks[0])
     leads += muted(TESTED) if len(results["seeds"]) > 1 else ""
     title = f'<p class="kind">rankwise comparison</p>\n<h1>{escape(str(results["name"]))}</h1>'
     return f'{title}\n{leads}\n<dl class="facts">{found}</dl>'
 
 
-def _task_section(results: Mapping[str, Any], task: str) -> str:
+def _lead(text: str) -> str:
+    return f'<p class="lead">{escape(text)}</p>'
+
+
+def _advised(results: Mapping[str, Any], task: str) -> str:
+    return _lead(" ".join([advice(results, task), *qualified(results, task)]))
+
+
+def _overview(results: Mapping[str, Any]) -> str:
+    rows, seeds = results["rows"], len(results["seeds"])
+    head, *texts = overview_grid(rows, seeds)
+    above = f"{overview_caption(rows, seeds)}. A heading sorts."
+    shown = table(above, head, [[(text, "") for text in row] for row in texts], kind=" sortable")
+    return section("All tasks", shown + muted(WEIGHT), anchor="all-tasks")
+
+
+def _task_section(results: Mapping[str, Any], task: str, own_lead: bool) -> str:
     own, rows, seeds = [row for row in results["rows"] if row["task"] == task], scored(results, task), results["seeds"]
     notes = [*filter(None, [search_note(own)]), *(f"{row['method']}: {row['failed']}" for row in own if row["failed"])]
     anchor = f"task-{task}"  # beside the sections of all pages
+    lead = [_advised(results, task)] if own_lead else []
     if not rows:
-        return section(task, "".join(map(muted, notes)), anchor=anchor)
+        return section(task, "".join([*lead, *map(muted, notes)]), anchor=anchor)
     metric, base = rows[0]["metric"], results["base"].get(task) or {}
     head, *texts = grid(own, len(seeds))
     above = f"{caption(own, len(seeds), results['against'])}. A heading sorts."
-    parts = [table(above, head, [[(text, "") for text in row] for row in texts], kind=" sortable")]
+    parts = [*lead, table(above, head, [[(text, "") for text in row] for row in texts], kind=" sortable")]
     if is_finite(base.get(metric)):
         parts.append(muted(f"Before any training: {metric} {base[metric]:.4g}."))
     if is_finite(label := most_frequent(results, task).get(metric)):
         parts.append(muted(f"The most frequent label of the training rows, always: {metric} {label:.4g}."))
     parts += map(muted, notes)
-    lead = _score_words(whole(results, task))
+    words = _score_words(whole(results, task))
     rows = [{**row, "method": _named(row, len(seeds))} for row in rows]
-    figures = [plot(score_figure(rows, metric), f"{task}-scores", lead)]
+    figures = [plot(score_figure(rows, metric), f"{task}-scores", words)]
     figures.append(plot(cost_figure(rows, metric), f"{task}-cost", _cost_words(rows)))
     if len(rows[0]["metrics"]) > 1:
         parts.append(_metrics_table(rows, base))

@@ -1,21 +1,18 @@
-"""The tables of a comparison, one a task, for the terminal, as Markdown and as LaTeX."""
+"""The table of a task: its rows in order, and their texts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from rich.table import Table
-from rich.text import Text
 
 from rankwise.analysis.columns import is_lower_better
 from rankwise.analysis.drawing import is_finite
-from rankwise.schema import Comparison
 
 Rows = Sequence[Mapping[str, Any]]
 
 HEAD = ("method", "score", "95 % interval", "difference", "p", "parameters", "ms a step", "peak MiB", "rate")
 CHOSEN = ("rank", "budget")  # further columns, where they were tried
+FEW = 10  # times fewer parameters than the best are few
 
 
 def ranked(rows: Rows, seeds: int) -> list[Mapping[str, Any]]:
@@ -78,53 +75,3 @@ def search_note(rows: Rows) -> str:
     number, said = sum(map(len, why.values())), [f"{', '.join(names)} ({reason})" for reason, names in why.items()]
     taken = "of equal ones that with the least training loss was taken, and where all failed the first listed"
     return f"The search did not choose the setting of {number} of {len(rows)} methods ({taken}): {'; '.join(said)}."
-
-
-def terminal_tables(comparison: Comparison, summary: Rows) -> list[Table]:
-    """A table for each task."""
-    tables = []
-    for title, (head, *rows), note in _parts(comparison, summary):
-        table = Table(title=Text(title), title_justify="left", box=None, caption_justify="left")
-        table.caption = Text(note) if note else None
-        for number, heading in enumerate(head):
-            table.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
-        for texts in rows:
-            table.add_row(*texts)
-        tables.append(table)
-    return tables
-
-
-def markdown(comparison: Comparison, summary: Rows) -> str:
-    """The tables as Markdown."""
-    parts = []
-    for title, found, note in _parts(comparison, summary):
-        head, *rows = [f"| {' | '.join(text.replace('|', chr(92) + '|') for text in row)} |" for row in found]
-        rule = "|---|" + "---:|" * (len(found[0]) - 1)
-        parts.append("\n".join([f"**{title}**", "", head, rule, *rows, *(["", note] if note else [])]))
-    return "\n\n".join(parts) + "\n"
-
-
-def latex(comparison: Comparison, summary: Rows) -> str:
-    """The tables as LaTeX, each a ``table`` with a ``tabular``, with no package but the kernel's."""
-    parts = []
-    for title, found, note in _parts(comparison, summary):
-        head, *rows = [" & ".join(map(_escaped, row)) + r" \\" for row in found]
-        columns = "l" + "r" * (len(found[0]) - 1)
-        lines = [r"\begin{table}", rf"\caption{{{_escaped(title)}}}", rf"\begin{{tabular}}{{{columns}}}"]
-        lines += [head, r"\hline", *rows, r"\end{tabular}", *([rf"\par {_escaped(note)}"] if note else [])]
-        parts.append("\n".join([*lines, r"\end{table}"]))
-    return "\n\n".join(parts) + "\n"
-
-
-def _parts(comparison: Comparison, summary: Rows) -> Iterator[tuple[str, list[list[str]], str]]:
-    """Each task's caption, table and note."""
-    seeds = len(comparison.seeds)
-    for task in comparison.tasks:
-        rows = [row for row in summary if row["task"] == task]
-        yield f"{task}: {caption(rows, seeds, comparison.baseline)}", grid(rows, seeds), search_note(rows)
-
-
-def _escaped(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    special |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
-    return "".join(special.get(sign, sign) for sign in text)
