@@ -8,6 +8,7 @@ from typing import Any
 from scipy.stats import rankdata
 
 from rankwise.comparing.overview import mean_ranks, overall, overview_grid
+from rankwise.comparing.statistics import spread
 
 Scores = Mapping[tuple[str, str], Sequence[float | None]]
 
@@ -38,27 +39,29 @@ def rows(scores: Scores = SCORES) -> list[dict[str, Any]]:
     return found
 
 
-def test_ranks_are_those_of_each_task_by_hand() -> None:
-    """milora and full share the first two places on stories; prompt lacks a seed there, and is not ranked at all."""
-    assert mean_ranks(rows(), 2) == {"full": [1.5, 1.0], "milora": [1.5, 3.0], "lora": [3.0, 2.0], "bitfit": [4.0, 4.0]}
-    assert list(mean_ranks(rows(), 2)) == ["full", "milora", "lora", "bitfit"]
+def test_ranks_are_those_by_hand() -> None:
+    """milora and full share two places on stories, full and lora on maths with seed 1; prompt lacks a seed there."""
+    by_seed = {"full": [1.25, 1.5], "milora": [2.25, 2.25], "lora": [2.5, 2.25], "bitfit": [4.0, 4.0]}
+    assert mean_ranks(rows(), 2) == {name: spread(values) for name, values in by_seed.items()}
+    assert list(mean_ranks(rows(), 2)) == list(by_seed)
     assert mean_ranks(rows(), 3) == mean_ranks([], 2) == {}
 
 
-def test_ranks_are_scipys() -> None:
+def test_ranks_of_one_seed_are_scipys() -> None:
     values = {("maths", name): [value] for name, value in zip(PARAMETERS, (0.3, 0.1, 0.3, 0.2, 0.3), strict=True)}
     found = mean_ranks(rows(values), 1)
     expected = rankdata([-0.3, -0.1, -0.3, -0.2, -0.3])
-    assert {name: ranks[0] for name, ranks in found.items()} == dict(zip(PARAMETERS, expected, strict=True))
+    assert {name: rank.mean for name, rank in found.items()} == dict(zip(PARAMETERS, expected, strict=True))
+    assert [line[1] for line in overview_grid(rows(values), 1)[1:]] == ["2.0", "2.0", "2.0", "4.0", "5.0"]
 
 
 def test_the_table() -> None:
     scores = {**SCORES, ("maths", "bitfit"): [None, None]}
     assert overview_grid(rows(scores), 2) == [
         ["method", "mean rank", "stories, loss", "maths, accuracy", "parameters"],
-        ["full", "1.2", "1.9000", "0.7000", "9,001"],
-        ["milora", "2.2", "1.9000", "0.4000", "201"],
-        ["lora", "2.5", "2.1000", "0.6000", "201"],
+        ["full", "1.4 ± 0.2", "1.9000", "0.7000", "9,001"],
+        ["milora", "2.2 ± 0.0", "1.9000", "0.4000", "201"],
+        ["lora", "2.4 ± 0.2", "2.1000", "0.6000", "201"],
         ["bitfit", "-", "2.5000", "-", "11"],
         ["prompt", "-", "1.0000, 1 of 2 seeds", "0.9000", "6"],
     ]
@@ -67,13 +70,12 @@ def test_the_table() -> None:
 def test_what_it_advises() -> None:
     results = {"rows": rows(), "seeds": [0, 1], "base": {}}
     assert overall(results) == (
-        "Over the 2 tasks full has the best mean rank, 1.2 of 4 (1 to 1.5 on single ones); next: milora (2.2), "
-        "lora (2.5). Of the methods with at most a tenth of full's 9,001 parameters, milora has the best, 2.2, with "
-        "201."
+        "Over the 2 tasks full has the best mean rank, 1.4 ± 0.2 of 4; next: milora (2.2 ± 0.0), lora (2.4 ± 0.2). Of "
+        "the methods with at most a tenth of full's 9,001 parameters, milora has the best, 2.2 ± 0.0, with 201."
     )
-    few = {key: value for key, value in SCORES.items() if key[1] == "lora"}
-    assert overall(results | {"rows": rows(few)}) == (
-        "Over the 2 tasks lora has the best mean rank, 1.0 of 1 (1 to 1 on single ones)."
+    few = {key: [value[0]] for key, value in SCORES.items() if key[1] == "lora"}
+    assert overall(results | {"rows": rows(few), "seeds": [0]}) == (
+        "Over the 2 tasks lora has the best mean rank, 1.0 of 1."
     )
     assert (
         overall({"rows": rows(), "seeds": [0, 1, 2]}) == "No method has a score of every seed on each of the 2 tasks."
@@ -82,4 +84,4 @@ def test_what_it_advises() -> None:
 
 def test_a_task_that_no_method_is_seen_to_learn_is_named() -> None:
     results = {"rows": rows(), "seeds": [0, 1], "base": {"stories": {"loss": 3.0}, "maths": {"accuracy": 0.95}}}
-    assert "(2.5). No method is seen to learn maths. Of the methods with" in overall(results)
+    assert "(2.4 ± 0.2). No method is seen to learn maths. Of the methods with" in overall(results)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,22 +10,25 @@ from scipy.stats import rankdata
 
 from rankwise.analysis.columns import is_lower_better
 from rankwise.comparing.advice import not_learned
+from rankwise.comparing.statistics import Spread, spread
 from rankwise.comparing.tables import FEW, Rows, lacking, ranked
 
 WEIGHT = "A mean rank counts every task alike, however little its scores differ."
 
 
-def mean_ranks(rows: Rows, seeds: int) -> dict[str, list[float]]:
-    """The ranks of each method on the tasks, in their order, by its mean score; the best mean of ranks first.
+def mean_ranks(rows: Rows, seeds: int) -> dict[str, Spread]:
+    """Each method's rank on a task by its score with a seed, averaged over the tasks: the spread over the seeds.
 
     1 is best; equal scores share the mean of their ranks. Only methods that have a score of every seed on every task
-    are ranked, among themselves.
+    are ranked, among themselves. The best mean comes first.
     """
     tasks = [_complete(own, seeds) for own in by_task(rows).values()]
     names = [name for name in tasks[0] if all(name in task for task in tasks)] if tasks else []
-    ranks = [rankdata([task[name] for name in names]) for task in tasks] if names else []
-    found = {name: [float(rank[at]) for rank in ranks] for at, name in enumerate(names)}
-    return dict(sorted(found.items(), key=lambda item: statistics.fmean(item[1])))
+    if not names:
+        return {}
+    ranks = rankdata([[task[name] for name in names] for task in tasks], axis=1)  # tasks x methods x seeds
+    found = {name: spread(own.tolist()) for name, own in zip(names, ranks.mean(axis=0), strict=True)}
+    return dict(sorted(found.items(), key=lambda item: item[1].mean))
 
 
 def by_task(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
@@ -36,10 +39,15 @@ def by_task(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
     return found
 
 
-def _complete(rows: Rows, seeds: int) -> dict[str, float]:
-    """What less is better of, by the methods that have every seed."""
+def _complete(rows: Rows, seeds: int) -> dict[str, list[float]]:
+    """What less is better of, seed by seed, by the methods that have every one."""
     known = [row for row in ranked(rows, seeds) if not lacking(row, seeds)]
-    return {row["method"]: row["mean"] * (1 if is_lower_better(row["metric"]) else -1) for row in known}
+    sign = 1 if known and is_lower_better(known[0]["metric"]) else -1
+    return {row["method"]: [sign * row["values"][seed] for seed in sorted(row["values"], key=int)] for row in known}
+
+
+def _text(rank: Spread) -> str:
+    return f"{rank.mean:.1f}" + ("" if math.isnan(rank.deviation) else f" ± {rank.deviation:.1f}")
 
 
 def overview_grid(rows: Rows, seeds: int) -> list[list[str]]:
@@ -50,7 +58,7 @@ def overview_grid(rows: Rows, seeds: int) -> list[list[str]]:
     lines = []
     for name in names:
         own = [next((row for row in task if row["method"] == name), None) for task in tasks.values()]
-        rank = f"{statistics.fmean(ranks[name]):.1f}" if name in ranks else "-"
+        rank = _text(ranks[name]) if name in ranks else "-"
         lines.append([name, rank, *(_score(row, seeds) for row in own), _parameters(own)])
     return [["method", "mean rank", *heads, "parameters"], *lines]
 
@@ -74,9 +82,10 @@ def _parameters(rows: Sequence[Mapping[str, Any] | None]) -> str:
 def overview_caption(rows: Rows, seeds: int) -> str:
     """What the table shows."""
     tasks, number = len(by_task(rows)), len(mean_ranks(rows, seeds))
+    over = f"seeds and tasks ± standard deviation over {seeds} seeds" if seeds > 1 else "tasks"
     return (
-        f"all {tasks} tasks: mean over the tasks of a method's rank by its mean score (1 is best), among the {number} "
-        "methods that have every seed of each; mean scores; trained parameters, the most on any task"
+        f"all {tasks} tasks: a method's rank (1 is best) among the {number} methods that have every seed of each, mean "
+        f"over {over}; mean scores; trained parameters, the most on any task"
     )
 
 
@@ -86,16 +95,14 @@ def overall(results: Mapping[str, Any]) -> str:
     ranks, number = mean_ranks(rows, seeds), len(by_task(rows))
     if not ranks:
         return f"No method has a score of every seed on each of the {number} tasks."
-    means = {name: statistics.fmean(own) for name, own in ranks.items()}
-    first, *others = means
-    span = f"{min(ranks[first]):g} to {max(ranks[first]):g} on single ones"
-    said = f"Over the {number} tasks {first} has the best mean rank, {means[first]:.1f} of {len(ranks)} ({span})"
+    first, *others = ranks
+    said = f"Over the {number} tasks {first} has the best mean rank, {_text(ranks[first])} of {len(ranks)}"
     if others:
-        said += f"; next: {', '.join(f'{name} ({means[name]:.1f})' for name in others[:2])}"
+        said += f"; next: {', '.join(f'{name} ({_text(ranks[name])})' for name in others[:2])}"
     most = {name: max(row["parameters"] or 0 for row in rows if row["method"] == name) for name in ranks}
     if unlearned := [task for task in by_task(rows) if not_learned(results, task)]:
         said += f". No method is seen to learn {' and '.join(unlearned)}"
     if few := next((name for name in others if FEW * most[name] <= most[first]), None):
-        least = f"{few} has the best, {means[few]:.1f}, with {most[few]:,}"
+        least = f"{few} has the best, {_text(ranks[few])}, with {most[few]:,}"
         said += f". Of the methods with at most a tenth of {first}'s {most[first]:,} parameters, {least}"
     return f"{said}."
