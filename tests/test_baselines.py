@@ -38,7 +38,7 @@ def two_groups(seed: int = 0) -> list[Window]:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_learns_what_follows_what(name: str) -> None:
-    made = TrainedBaseline(name, CIRCLE).fit(circle(1500, 0), circle(100, 1))
+    made = TrainedBaseline(name, CIRCLE).fit(circle(500, 0), circle(100, 1))
     held_out = circle(50, 2)
     best = made.scores([window.history for window in held_out]).argmax(axis=1)
     assert [CIRCLE[place] for place in best] == [window.target for window in held_out]
@@ -163,4 +163,4 @@ def test_what_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         TrainedBaseline("sasrec", CIRCLE).fit([], circle(100, 1))
     monkeypatch.setattr(Caser, "read", lambda self, rows: self.last.weight.new_full((len(rows), 64), float("nan")))
     with pytest.raises(UserError, match="the validation loss of Caser is nan after 1 passes"):
-        TrainedBaseline("caser", CIRCLE).fit(circle(20, 0), circle(10, 1))
+        TrainedBaseline("caser", CIRCLE).fit(circle(500, 0), circle(10, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -22,6 +23,14 @@ from test_stopping import SHORT, send_at
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="root's rights and mounts are taken away as on Linux")
 MOUNT = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
+ENDED = "and it ended\n"
+SCRIPT = f"""
+import json, sys
+from rankwise.cli import main
+for words in json.loads(sys.argv[1]):
+    assert main(words) in (1, 2), words
+    sys.stderr.write({ENDED!r})
+"""
 SAID = {"permission": "Permission denied", "filesystem": "Read-only file system"}
 
 
@@ -54,15 +63,18 @@ def how(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         path.chmod(path.stat().st_mode | stat.S_IWUSR)
 
 
-def assert_refused(how: str, folder: Path, *words: str) -> None:
-    """A command for which a folder is read-only says so in one line, and leaves what is there."""
+def assert_refused(how: str, folder: Path, *commands: list[str]) -> None:
+    """Commands for which a folder is read-only say so in one line each, and leave what is there."""
     before = small_runs.hashes(folder)
     prefix = without_rights(folder) if how == "permission" else read_only(folder)
-    command = [*prefix, sys.executable, "-m", "rankwise", *words]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert ended.returncode in (1, 2), ended.stderr
-    told = [line for line in ended.stderr.splitlines() if line.startswith("rankwise: ")]
-    assert len(told) == 1 and SAID[how] in told[0] and "Traceback" not in ended.stderr, ended.stderr
+    started = [*prefix, sys.executable, "-c", SCRIPT, json.dumps(commands)]
+    ended = subprocess.run(started, capture_output=True, text=True, timeout=240, check=False)
+    assert ended.returncode == 0, ended.stderr
+    *said, rest = ended.stderr.split(ENDED)
+    assert len(said) == len(commands) and not rest.strip(), ended.stderr
+    for one in said:
+        told = [line for line in one.splitlines() if line.startswith("rankwise: ")]
+        assert len(told) == 1 and SAID[how] in told[0] and "Traceback" not in one, one
     assert small_runs.hashes(folder) == before
 
 
@@ -75,7 +87,7 @@ def test_a_run_that_may_no_longer_be_written_goes_on_when_it_may(
     with monkeypatch.context() as patch, pytest.raises(BaseException, match="stopped by SIGTERM"):
         send_at(4, patch, signal.SIGTERM)
         Run(recipe, small_runs.silent())()
-    assert_refused(how, tmp_path / "run", "train", written(tmp_path, recipe))
+    assert_refused(how, tmp_path / "run", ["train", written(tmp_path, recipe)])
     for path in (tmp_path / "run", *(tmp_path / "run").rglob("*")):
         path.chmod(path.stat().st_mode | stat.S_IWUSR)
     assert Run(recipe, small_runs.silent())()["rows"] == expected["rows"]
@@ -91,13 +103,17 @@ def test_nothing_is_begun_where_nothing_may_be_written(how: str, model_folder: P
     held = tmp_path / "held"
     held.mkdir()
     recipe = small_runs.recipe("instructions", tmp_path, model_folder, stages=[SHORT], output=str(held / "run"))
-    assert_refused(how, held, "train", written(tmp_path, recipe))
-    assert_refused(how, held, "init", str(model_folder), "--out", str(held / "start"), "--rank", "2")
-    cached = ["--out", str(tmp_path / "start"), "--rank", "2", "--cache", str(held / "cache")]
-    assert_refused(how, held, "init", str(model_folder), *cached)
-    assert not (tmp_path / "start").exists()
     shop = small_runs.recipe("interactions", tmp_path / "shop", model_folder)
-    assert_refused(how, held, "prepare", written(tmp_path, shop), str(held / "rows"))
+    cached = ["--out", str(tmp_path / "start"), "--rank", "2", "--cache", str(held / "cache")]
+    assert_refused(
+        how,
+        held,
+        ["train", written(tmp_path, recipe)],
+        ["init", str(model_folder), "--out", str(held / "start"), "--rank", "2"],
+        ["init", str(model_folder), *cached],
+        ["prepare", written(tmp_path / "shop", shop), str(held / "rows")],
+    )
+    assert not (tmp_path / "start").exists()
 
 
 def test_an_export_is_not_begun_where_nothing_may_be_written(how: str, model_folder: Path, tmp_path: Path) -> None:
@@ -105,4 +121,4 @@ def test_an_export_is_not_begun_where_nothing_may_be_written(how: str, model_fol
     Run(recipe, small_runs.silent())()
     held = tmp_path / "held"
     assert main(["export", recipe.output, str(held / "adapter")]) == 0
-    assert_refused(how, held, "export", recipe.output, str(held / "adapter"), "--rank", "2")
+    assert_refused(how, held, ["export", recipe.output, str(held / "adapter"), "--rank", "2"])
