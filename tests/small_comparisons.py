@@ -57,3 +57,8 @@ def whole_summary_of(comparison: Comparison, losses: Callable[[Cell], float | No
     cells = final_cells(comparison, chosen)
     fake(losses, seen)(cells)
     return summarise(comparison, run_rows(comparison, [cell for some in seen for cell in some]), chosen)
+
+
+def results_of(comparison: Comparison, summary: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is made into tables, of a summary."""
+    return {"rows": summary, "seeds": comparison.seeds, "against": comparison.baseline, "base": {}}

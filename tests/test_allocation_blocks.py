@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import peft
@@ -68,6 +70,33 @@ def test_scores_are_those_of_whole_passes_to_the_bit(family: str, monkeypatch: p
     directions = sum(map(len, found.values()))
     assert before >= 2 * directions and after < 0.75 * before
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_adapters_that_are_zero_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each direction alone those of its own layer only; the scores are the same to the bit."""
+    model = tiny.adapted("llama", r=2)
+    layers, passes = list(tiny.layers(model).values()), 0
+    computed = [0] * len(layers)
+
+    def count(number: int, *_: Any) -> None:
+        computed[number] += 1
+
+    for number, layer in enumerate(layers):
+        layer.lora_A["default"].register_forward_pre_hook(partial(count, number))
+
+    def loss(scored: nn.Module) -> Tensor:
+        nonlocal passes
+        passes += 1
+        return loss_of(scored)
+
+    monkeypatch.setattr(allocation, "Blocks", Whole)
+    found = importance(model, loss)
+    alone = 2 * len(layers)
+    assert computed == [passes - alone + 2] * len(layers)
+    first, passes, computed[:] = passes, 0, [0] * len(layers)
+    monkeypatch.setattr(allocation, "_silent", lambda layers: nullcontext())
+    assert_equal(importance(model, loss), found)
+    assert computed == [passes] * len(layers) and passes == first
 
 
 class Net(nn.Module):

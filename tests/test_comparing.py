@@ -21,7 +21,7 @@ from rankwise.comparing.summary import run_rows, summarise
 from rankwise.comparing.tables import ranked
 from rankwise.errors import UserError
 from rankwise.schema import Comparison
-from small_comparisons import TASK, fake, made, summary_of
+from small_comparisons import TASK, fake, made, results_of, summary_of
 
 
 def cell(comparison: Comparison, number: int = 0, part: str = "search", **setting: Any) -> Cell:
@@ -227,11 +227,11 @@ def test_tables(tmp_path: Path) -> None:
     assert dora["difference"] == pytest.approx(-1 / 6)
     assert dora["p_holm"] == dora["p"] == pytest.approx(stats.ttest_rel([0.8, 1.1, 0.9], [1.0, 1.2, 1.1]).pvalue)
     assert (vera["mean"], vera["failed"]) == (None, "no")
-    text = markdown(comparison, summary)
+    text = markdown(results_of(comparison, summary))
     assert [line.split(" | ")[0] for line in text.splitlines()[4:]] == ["| dora", "| lora", "| vera"]  # less is better
     assert "| 0.9333 ± 0.1528 | 0.5539 to 1.3128 | -0.1667 |" in text
     assert "not possible" in text
-    assert r"dora & 0.9333 $\pm$ 0.1528 & 0.5539 to 1.3128 & -0.1667" in latex(comparison, summary)
+    assert r"dora & 0.9333 $\pm$ 0.1528 & 0.5539 to 1.3128 & -0.1667" in latex(results_of(comparison, summary))
 
 
 def test_a_method_that_lacks_seeds_stands_behind_those_that_do_not(tmp_path: Path) -> None:
@@ -240,15 +240,16 @@ def test_a_method_that_lacks_seeds_stands_behind_those_that_do_not(tmp_path: Pat
     comparison = made(output=str(tmp_path), learning_rates=[0.1], methods=["lora", "full", "vera"])
     summary = summary_of(comparison, lambda one: values.get(one.method, {}).get(one.seed))
     assert [row["method"] for row in ranked(summary, 3)] == ["lora", "full"]
-    text = markdown(comparison, summary)
+    text = markdown(results_of(comparison, summary))
     assert "over 3 seeds (of fewer where the row says so: these rows come last)" in text
     assert [line.split(" | ")[:2] for line in text.splitlines()[4:]] == [
         ["| lora", "1.8667 ± 0.9866"],
         ["| full", "1.4000 ± 0.1414, 2 of 3 seeds"],
         ["| vera", "not possible"],
     ]
-    assert r"full & 1.4000 $\pm$ 0.1414, 2 of 3 seeds &" in latex(comparison, summary)
-    assert "over 3 seeds;" in markdown(comparison, summary_of(made(output=str(tmp_path / "b")), lambda _: 1.0))
+    assert r"full & 1.4000 $\pm$ 0.1414, 2 of 3 seeds &" in latex(results_of(comparison, summary))
+    whole = summary_of(made(output=str(tmp_path / "b")), lambda _: 1.0)
+    assert "over 3 seeds;" in markdown(results_of(comparison, whole))
 
 
 def test_what_base_models_lack_is_in_no_mean() -> None:
@@ -283,5 +284,5 @@ def test_a_score_that_is_no_number_is_told_and_in_no_mean(tmp_path: Path, value:
 
 def test_text_is_escaped_in_latex(tmp_path: Path) -> None:
     comparison = made(tasks={"a_b": TASK}, output=str(tmp_path), learning_rates=[1])
-    text = latex(comparison, summary_of(comparison, lambda _: 1.0))
+    text = latex(results_of(comparison, summary_of(comparison, lambda _: 1.0)))
     assert r"a\_b: loss" in text

@@ -69,7 +69,6 @@ def test_what_it_advises(results: dict[str, Any]) -> None:
     said = advice(results, "stories")
     best = min(("milora", "full"), key=lambda name: next(r["mean"] for r in results["rows"] if r["method"] == name))
     assert said.startswith(f"stories: {best} has the best mean loss")
-    assert ("milora (" in said) == (best == "full")
 
 
 def scored(
@@ -100,9 +99,9 @@ def test_a_method_that_lacks_seeds_is_not_named_the_best() -> None:
         "Left out, without a score of every seed: full (2 of 3 seeds), bitfit (0 of 3 seeds)."
     ]
     found = scored(lora=[0.80, 0.81, 0.82], dora=[0.5, 0.51, 0.52], full=[None, None, 0.83])
-    assert (
-        advice(found, "a")
-        == "a: lora has the best mean accuracy, 0.81, and 3 seeds tell every other method apart from it (paired tests)."
+    assert advice(found, "a") == (
+        "a: lora has the best mean accuracy, 0.81, with 100 parameters, and 3 seeds tell every other method apart from "
+        "it (paired tests)."
     )
     assert advice(scored(lora=[0.7, None], full=[None, 0.6]), "a") == "a: no method gave a score of every seed."
     assert advice(scored(lora=[None, None]), "a") == "a: no method gave a score."
@@ -117,28 +116,17 @@ def test_one_method_is_better_than_none() -> None:
 
 def test_a_difference_that_is_the_same_at_every_seed_is_told_apart() -> None:
     found = scored(lora=[1.0, 1.0, 1.0], bitfit=[0.5, 0.5, 0.5], parameters={"lora": 3000, "bitfit": 10})
-    assert advice(found, "a").startswith("a: lora has the best mean accuracy, 1, and 3 seeds tell every other method")
+    assert advice(found, "a").startswith(
+        "a: lora has the best mean accuracy, 1, with 3,000 parameters, and 3 seeds tell"
+    )
     same = scored(lora=[0.5, 0.6], bitfit=[0.5, 0.6], parameters={"lora": 3000, "bitfit": 10})
     assert advice(same, "a") == (
-        "a: lora has the best mean accuracy, 0.55, with 3,000 parameters. 2 seeds do not tell 1 more apart from it; "
-        "of those with a mean in its 95 % interval, bitfit (0.55) trains the fewest, 10."
+        "a: lora has the best mean accuracy, 0.55, with 3,000 parameters. 2 seeds do not tell 1 more apart from it "
+        "(paired tests)."
     )
-
-
-def test_a_mean_far_from_the_best_is_not_advised() -> None:
-    """Paired tests do not tell it apart, as it varies much; its mean is below the best's interval, 0.8 ± 0.025."""
-    values = {"lora": [0.79, 0.8, 0.81], "prompt": [0.1, 0.7, 0.4], "dora": [0.79, 0.8, 0.8]}
-    for parameters, end in (
-        ({"prompt": 10, "dora": 90}, "dora (0.7967) trains the fewest, 90."),
-        ({"prompt": 10, "dora": 200}, "none trains fewer."),
-    ):
-        assert advice(scored(parameters=parameters, **values), "a") == (
-            "a: lora has the best mean accuracy, 0.8, with 100 parameters. 3 seeds do not tell 2 more apart from it; "
-            f"of those with a mean in its 95 % interval, {end}"
-        )
-    assert advice(scored(lora=values["lora"], prompt=values["prompt"]), "a").endswith(
-        "3 seeds do not tell 1 more apart from it; none of these has a mean in its 95 % interval."
-    )
+    assert qualified(same, "a") == [
+        "Of the methods with at most a tenth of lora's parameters, bitfit has the best mean, 0.55."
+    ]
 
 
 def test_differences_that_other_cases_may_turn_are_told() -> None:
@@ -182,9 +170,9 @@ def test_the_page_is_whole(results: dict[str, Any], tmp_path: Path) -> None:
     assert "Learning curves" in page and "Directions by layer" in page and "Memorisation and generalisation" in page
     assert "milora forgets least (+0.2000 nats), full most (+1.0000)" in page
     assert "bitfit: no" in page
-    lead = page.index("Over the 2 tasks ")
+    lead = page.index("Over 2 tasks ")
     assert lead < page.index('<section id="all-tasks"') < page.index("stories: ") < page.index("maths: ")
-    assert (tmp_path / "out" / "table.md").read_text().startswith("**all 2 tasks: ")
+    assert (tmp_path / "out" / "table.md").read_text().startswith("**all tasks: ")
     assert (tmp_path / "out" / "table.tex").read_text().count(r"\begin{table}") == 1 + 2
     assert (tmp_path / "out" / "report.html").stat().st_size < 6e6
 

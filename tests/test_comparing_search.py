@@ -11,7 +11,7 @@ from rankwise.comparing.cells import Cell, Setting
 from rankwise.comparing.choosing import choose
 from rankwise.comparing.formats import latex, markdown, terminal_tables
 from rankwise.comparing.tables import search_note
-from small_comparisons import TASK, fake, made, whole_summary_of
+from small_comparisons import TASK, fake, made, results_of, whole_summary_of
 
 
 def test_halving_keeps_the_best(tmp_path: Path) -> None:
@@ -144,9 +144,9 @@ def test_what_the_search_did_not_choose_is_told(tmp_path: Path) -> None:
         "The search did not choose the setting of 2 of 3 methods (of equal ones that with the least training loss was "
         "taken, and where all failed the first listed): dora (2 of 4 had the same score); vera (every run failed: no)."
     )
-    assert markdown(comparison, summary).endswith(f"|\n\n{said}\n")
-    assert f"\n\\par {said}\n\\end{{table}}" in latex(comparison, summary)
-    assert str(terminal_tables(comparison, summary)[0].caption) == said
+    assert markdown(results_of(comparison, summary)).endswith(f"|\n\n{said}\n")
+    assert f"\n\\par {said}\n\\end{{table}}" in latex(results_of(comparison, summary))
+    assert str(terminal_tables(results_of(comparison, summary))[0].caption) == said
     assert search_note(summary[:1]) == ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -23,13 +24,18 @@ from test_stopping import SHORT, send_at
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="root's rights and mounts are taken away as on Linux")
 MOUNT = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
-ENDED = "and it ended\n"
+ENDED = "and it ended, with status "
 SCRIPT = f"""
 import json, sys
+from pathlib import Path
+import small_runs
 from rankwise.cli import main
-for words in json.loads(sys.argv[1]):
-    assert main(words) in (1, 2), words
-    sys.stderr.write({ENDED!r})
+folder = Path(sys.argv[1])
+for words in json.loads(sys.argv[2]):
+    before = small_runs.hashes(folder)
+    status = main(words)
+    assert small_runs.hashes(folder) == before, words
+    print({ENDED!r} + str(status), file=sys.stderr)
 """
 SAID = {"permission": "Permission denied", "filesystem": "Read-only file system"}
 
@@ -66,13 +72,14 @@ def how(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 def assert_refused(how: str, folder: Path, *commands: list[str]) -> None:
     """Commands for which a folder is read-only say so in one line each, and leave what is there."""
     before = small_runs.hashes(folder)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     prefix = without_rights(folder) if how == "permission" else read_only(folder)
-    started = [*prefix, sys.executable, "-c", SCRIPT, json.dumps(commands)]
-    ended = subprocess.run(started, capture_output=True, text=True, timeout=240, check=False)
+    started = [*prefix, sys.executable, "-c", SCRIPT, str(folder), json.dumps(commands)]
+    ended = subprocess.run(started, capture_output=True, text=True, timeout=240, check=False, env=environment)
     assert ended.returncode == 0, ended.stderr
-    *said, rest = ended.stderr.split(ENDED)
-    assert len(said) == len(commands) and not rest.strip(), ended.stderr
-    for one in said:
+    statuses = re.findall(rf"{ENDED}(\d+)", ended.stderr)
+    assert len(statuses) == len(commands) and set(statuses) <= {"1", "2"}, ended.stderr
+    for one in ended.stderr.split(ENDED)[:-1]:
         told = [line for line in one.splitlines() if line.startswith("rankwise: ")]
         assert len(told) == 1 and SAID[how] in told[0] and "Traceback" not in one, one
     assert small_runs.hashes(folder) == before

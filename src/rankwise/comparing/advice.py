@@ -22,11 +22,9 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def advice(results: Mapping[str, Any], task: str) -> str:
-    """Which method to take: the best, or the cheapest of those that may be as good.
+    """Which method to take: the best, and from how many the seeds do not tell it apart.
 
-    These are not told apart from the best by the seeds, and their mean is in its 95 % interval: a test over few seeds
-    alone tells hardly anything apart from a method that varies much. Methods without a score of every seed are not
-    looked at.
+    Methods without a score of every seed are not looked at.
     """
     rows, seeds = whole(results, task), f"{len(results['seeds'])} seeds"
     if not rows:
@@ -37,15 +35,10 @@ def advice(results: Mapping[str, Any], task: str) -> str:
         return f"{task}: {best['method']} has {score}, and no other method gave a score of every seed."
     if not alike:
         return f"{task}: {best['method']} has the best {score}; one seed tells no differences."
-    start, good = f"{task}: {best['method']} has the best mean {score}", _as_good(alike)
+    start = f"{task}: {best['method']} has the best mean {score}, with {best['parameters']:,} parameters"
     if len(alike) == 1:
         return f"{start}, and {seeds} tell every other method apart from it (paired tests)."
-    start += f", with {best['parameters']:,} parameters. {seeds} do not tell {len(alike) - 1} more apart from it; "
-    if len(good) == 1:
-        return f"{start}none of these has a mean in its 95 % interval."
-    cheapest = _cheapest(good)
-    least = f"{cheapest['method']} ({cheapest['mean']:.4g}) trains the fewest, {cheapest['parameters']:,}"
-    return f"{start}of those with a mean in its 95 % interval, {'none trains fewer' if cheapest is best else least}."
+    return f"{start}. {seeds} do not tell {len(alike) - 1} more apart from it (paired tests)."
 
 
 def _alike(rows: Rows) -> list[Mapping[str, Any]]:
@@ -58,15 +51,6 @@ def _alike(rows: Rows) -> list[Mapping[str, Any]]:
     tests = [paired(_values(rows[0]), _values(row)) for row in rows[1:]]
     p = holm([test.p for test in tests if test])
     return [rows[0], *(row for row, value in zip(rows[1:], p, strict=True) if value >= LEVEL)]
-
-
-def _as_good(alike: Rows) -> Rows:
-    """Of methods that are not told apart, those whose mean is in the first one's 95 % interval."""
-    return [row for row in alike if alike[0]["low"] <= row["mean"] <= alike[0]["high"] or row is alike[0]]
-
-
-def _cheapest(rows: Rows) -> Mapping[str, Any]:
-    return min(rows, key=lambda row: row["parameters"])
 
 
 def qualified(results: Mapping[str, Any], task: str) -> list[str]:
@@ -82,7 +66,7 @@ def qualified(results: Mapping[str, Any], task: str) -> list[str]:
     best, base = rows[0], results["base"].get(task) or {}
     said += [*_near(rows), *not_learned(results, task)]
     few = [row for row in rows if FEW * row["parameters"] <= best["parameters"]]
-    if few and few[0] is not _cheapest(_as_good(_alike(rows)) or rows[:1]):
+    if few:
         named = f"{few[0]['method']} has the best mean, {few[0]['mean']:.4g}"
         said.append(f"Of the methods with at most a tenth of {best['method']}'s parameters, {named}.")
     fronts: dict[tuple[str, ...], list[str]] = {}

@@ -105,9 +105,9 @@ def compare(comparison: Comparison, console: Console, cluster: bool = False) -> 
         "versions": versions(),
     }
     write_json(folder / SUMMARY, results)
-    write_text(folder / "table.md", markdown(comparison, found))
-    write_text(folder / "table.tex", latex(comparison, found))
-    for table in terminal_tables(comparison, found):
+    write_text(folder / "table.md", markdown(results))
+    write_text(folder / "table.tex", latex(results))
+    for table in terminal_tables(results):
         console.print(table)
     _tell_failures(found, rows, folder / CELLS, console)
     say(console, f"runs: {folder / 'runs.parquet'}; tables: {folder / 'table.md'}, table.tex")

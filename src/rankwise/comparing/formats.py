@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from rankwise.comparing.overview import WEIGHT, overview_caption, overview_grid
-from rankwise.comparing.tables import Rows, caption, grid, search_note
-from rankwise.schema import Comparison
+from rankwise.comparing.overview import overview_caption, overview_grid, overview_note, overview_of
+from rankwise.comparing.tables import caption, grid, search_note
+
+Part = tuple[str, list[list[str]], str]  # caption, table, note
 
 
-def terminal_tables(comparison: Comparison, summary: Rows) -> list[Table]:
-    """A table of all tasks, if there are several, and one for each."""
+def terminal_tables(results: Mapping[str, Any]) -> list[Table]:
+    """A table of all tasks, if there are several, and one for each.
+
+    The first has no scores, which the others have, so that it fits beside any number of tasks.
+    """
     tables = []
-    for title, (head, *rows), note in _parts(comparison, summary):
+    for title, (head, *rows), note in [*_of_all(results, scores=False), *_of_each(results)]:
         table = Table(title=Text(title), title_justify="left", box=None, caption_justify="left")
         table.caption = Text(note) if note else None
         for number, heading in enumerate(head):
@@ -26,20 +31,20 @@ def terminal_tables(comparison: Comparison, summary: Rows) -> list[Table]:
     return tables
 
 
-def markdown(comparison: Comparison, summary: Rows) -> str:
+def markdown(results: Mapping[str, Any]) -> str:
     """The tables as Markdown."""
     parts = []
-    for title, found, note in _parts(comparison, summary):
+    for title, found, note in _parts(results):
         head, *rows = [f"| {' | '.join(text.replace('|', chr(92) + '|') for text in row)} |" for row in found]
         rule = "|---|" + "---:|" * (len(found[0]) - 1)
         parts.append("\n".join([f"**{title}**", "", head, rule, *rows, *(["", note] if note else [])]))
     return "\n\n".join(parts) + "\n"
 
 
-def latex(comparison: Comparison, summary: Rows) -> str:
+def latex(results: Mapping[str, Any]) -> str:
     """The tables as LaTeX, each a ``table`` with a ``tabular``, with no package but the kernel's."""
     parts = []
-    for title, found, note in _parts(comparison, summary):
+    for title, found, note in _parts(results):
         head, *rows = [" & ".join(map(_escaped, row)) + r" \\" for row in found]
         columns = "l" + "r" * (len(found[0]) - 1)
         lines = [r"\begin{table}", rf"\caption{{{_escaped(title)}}}", rf"\begin{{tabular}}{{{columns}}}"]
@@ -48,14 +53,22 @@ def latex(comparison: Comparison, summary: Rows) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _parts(comparison: Comparison, summary: Rows) -> Iterator[tuple[str, list[list[str]], str]]:
-    """Caption, table and note: of all tasks, if there are several, and of each."""
-    seeds = len(comparison.seeds)
-    if len(comparison.tasks) > 1:
-        yield overview_caption(summary, seeds), overview_grid(summary, seeds), WEIGHT
-    for task in comparison.tasks:
-        rows = [row for row in summary if row["task"] == task]
-        yield f"{task}: {caption(rows, seeds, comparison.baseline)}", grid(rows, seeds), search_note(rows)
+def _parts(results: Mapping[str, Any]) -> list[Part]:
+    return [*_of_all(results), *_of_each(results)]
+
+
+def _of_all(results: Mapping[str, Any], scores: bool = True) -> Iterator[Part]:
+    """Of all tasks, if there are several."""
+    overview = overview_of(results)
+    if len(overview.tasks) > 1:
+        table = [row if scores else [*row[:2], row[-1]] for row in overview_grid(overview)]
+        yield overview_caption(overview), table, overview_note(overview)
+
+
+def _of_each(results: Mapping[str, Any]) -> Iterator[Part]:
+    seeds = len(results["seeds"])
+    for task, rows in overview_of(results).tasks.items():
+        yield f"{task}: {caption(rows, seeds, results['against'])}", grid(rows, seeds), search_note(rows)
 
 
 def _escaped(text: str) -> str:

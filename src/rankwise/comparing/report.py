@@ -16,7 +16,7 @@ from rankwise.analysis.place_tables import MEANING, TITLE, place_figure, place_t
 from rankwise.analysis.report import page
 from rankwise.comparing.advice import TESTED, advice, forgotten_metrics, most_frequent, qualified, scored, whole
 from rankwise.comparing.figures import cost_figure, forgetting_figure, forgotten, score_figure, search_figure
-from rankwise.comparing.overview import WEIGHT, overall, overview_caption, overview_grid
+from rankwise.comparing.overview import overall, overview_caption, overview_grid, overview_note, overview_of
 from rankwise.comparing.tables import caption, grid, lacking, search_note
 from rankwise.comparing.training_figures import training_figures
 from rankwise.errors import UserError, shown
@@ -67,8 +67,9 @@ def _header(results: Mapping[str, Any], tasks: Sequence[str]) -> str:
         "runs": f"{results['runs']:,}, {len(results['search']):,} of them to choose settings",
     }
     found = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
-    leads = _lead(overall(results)) if len(tasks) > 1 else _advised(results, tasks[0])
-    leads += muted(TESTED) if len(results["seeds"]) > 1 else ""
+    overview = overview_of(results)
+    together = _lead(overall(overview)) + muted(overview_note(overview))
+    leads = together if len(tasks) > 1 else _advised(results, tasks[0])
     title = f'<p class="kind">rankwise comparison</p>\n<h1>{escape(str(results["name"]))}</h1>'
     return f'{title}\n{leads}\n<dl class="facts">{found}</dl>'
 
@@ -78,15 +79,16 @@ def _lead(text: str) -> str:
 
 
 def _advised(results: Mapping[str, Any], task: str) -> str:
-    return _lead(" ".join([advice(results, task), *qualified(results, task)]))
+    tested = muted(TESTED) if len(results["seeds"]) > 1 else ""
+    return _lead(" ".join([advice(results, task), *qualified(results, task)])) + tested
 
 
 def _overview(results: Mapping[str, Any]) -> str:
-    rows, seeds = results["rows"], len(results["seeds"])
-    head, *texts = overview_grid(rows, seeds)
-    above = f"{overview_caption(rows, seeds)}. A heading sorts."
+    overview = overview_of(results)
+    head, *texts = overview_grid(overview)
+    above = f"{overview_caption(overview)}. A heading sorts."
     shown = table(above, head, [[(text, "") for text in row] for row in texts], kind=" sortable")
-    return section("All tasks", shown + muted(WEIGHT), anchor="all-tasks")
+    return section("All tasks", shown, anchor="all-tasks")
 
 
 def _task_section(results: Mapping[str, Any], task: str, own_lead: bool) -> str:

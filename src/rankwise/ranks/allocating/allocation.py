@@ -96,14 +96,13 @@ def _each(
     with blocks.passed_over(), _silent(layers.values() if alone else ()):
         for name in sorted(columns, key=places.__getitem__):
             blocks.begin_at(places[name])
-            layers[name]._disable_adapters = False
             b, losses = columns[name], []
-            for number in range(b.shape[1]):
-                column, value = b.select(1, number), trained[name].select(1, number)
-                column.copy_(value if alone else torch.zeros_like(value))
-                losses.append(loss())
-                column.copy_(torch.zeros_like(value) if alone else value)
-            layers[name]._disable_adapters = alone
+            with _heard(layers[name]):
+                for number in range(b.shape[1]):
+                    column, value = b.select(1, number), trained[name].select(1, number)
+                    column.copy_(value if alone else torch.zeros_like(value))
+                    losses.append(loss())
+                    column.copy_(torch.zeros_like(value) if alone else value)
             found[name] = torch.tensor(losses, dtype=torch.float64)
             way = "alone" if alone else "left out"
             logger.info("scoring directions, each %s: %d of %d layers", way, len(found), len(columns))
@@ -112,7 +111,10 @@ def _each(
 
 @contextmanager
 def _silent(layers: Collection[LoraLayer]) -> Iterator[None]:
-    """Adapters whose B is zero meanwhile are not computed; their weights stay trainable, as PEFT's own way has not."""
+    """Adapters whose B is zero meanwhile are not computed.
+
+    By the attribute behind PEFT's ``disable_adapters``: its ``enable_adapters`` would make all weights trainable again.
+    """
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -120,6 +122,16 @@ def _silent(layers: Collection[LoraLayer]) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._disable_adapters = False
+
+
+@contextmanager
+def _heard(layer: LoraLayer) -> Iterator[None]:
+    """The adapter of this one is computed."""
+    before, layer._disable_adapters = layer._disable_adapters, False
+    try:
+        yield
+    finally:
+        layer._disable_adapters = before
 
 
 def _finite(value: Tensor | float) -> float:
