@@ -105,9 +105,9 @@ def of_tasks(found: Mapping[str, Scores]) -> str:
 
 
 def of_differences(found: Mapping[str, Scores], runs: pl.DataFrame) -> str:
-    """From LoRA, task by task, and the parameters, which are about the same on each."""
+    """From LoRA, task by task, and the parameters on SST-2."""
     shown, trained = {task: cells(values) for task, values in found.items()}, parameters(runs)
-    head = ["", *(TASKS[task].split(",")[0] for task in found), "trained parameters"]
+    head = ["", *(TASKS[task].split(",")[0] for task in found), "trained parameters, on SST-2"]
     lines = []
     for name in in_order(means(found.values())):
         if name != FIRST:
