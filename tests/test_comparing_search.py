@@ -146,7 +146,7 @@ def test_what_the_search_did_not_choose_is_told(tmp_path: Path) -> None:
     )
     assert markdown(results_of(comparison, summary)).endswith(f"|\n\n{said}\n")
     assert f"\n\\par {said}\n\\end{{table}}" in latex(results_of(comparison, summary))
-    assert str(terminal_tables(results_of(comparison, summary))[0].caption) == said
+    assert str(terminal_tables(results_of(comparison, summary))[0].renderables[-1]) == said
     assert search_note(summary[:1]) == ""
 
 

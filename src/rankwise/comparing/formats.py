@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -14,21 +15,20 @@ from rankwise.comparing.tables import caption, grid, search_note
 Part = tuple[str, list[list[str]], str]  # caption, table, note
 
 
-def terminal_tables(results: Mapping[str, Any]) -> list[Table]:
-    """A table of all tasks, if there are several, and one for each.
+def terminal_tables(results: Mapping[str, Any]) -> list[Group]:
+    """A table of all tasks, if there are several, and one for each, between its caption and its note.
 
     The first has no scores, which the others have, so that it fits beside any number of tasks.
     """
-    tables = []
+    parts = []
     for title, (head, *rows), note in [*_of_all(results, scores=False), *_of_each(results)]:
-        table = Table(title=Text(title), title_justify="left", box=None, caption_justify="left")
-        table.caption = Text(note) if note else None
+        table = Table(box=None)
         for number, heading in enumerate(head):
             table.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
         for texts in rows:
             table.add_row(*texts)
-        tables.append(table)
-    return tables
+        parts.append(Group(Text(f"\n{title}", "italic"), table, *([Text(note, "italic dim")] if note else [])))
+    return parts
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -62,7 +62,7 @@ def _of_all(results: Mapping[str, Any], scores: bool = True) -> Iterator[Part]:
     overview = overview_of(results)
     if len(overview.tasks) > 1:
         table = [row if scores else [*row[:2], row[-1]] for row in overview_grid(overview)]
-        yield overview_caption(overview), table, overview_note(overview)
+        yield overview_caption(overview, scores), table, overview_note(overview)
 
 
 def _of_each(results: Mapping[str, Any]) -> Iterator[Part]:

@@ -103,17 +103,17 @@ def _score(row: Mapping[str, Any] | None, seeds: int) -> str:
     return f"{row['mean']:.4f}" + (f", {lacks}" if lacks else "")
 
 
-def overview_caption(overview: Overview) -> str:
-    """What the table shows."""
+def overview_caption(overview: Overview, scores: bool = True) -> str:
+    """What the table shows, with its scores or without."""
     over = f"{len(overview.ranked)} tasks"
     if overview.seeds > 1:
         over = f"seeds and {over} ± standard deviation over {overview.seeds} seeds"
     metrics = dict.fromkeys(map(_metric, overview.tasks.values()))
     less = [name for name in metrics if name and is_lower_better(name)]
-    better = f" (of {_listed(less)} less is better)" if less else ""
+    means = "mean scores" + (f" (of {_listed(less)} less is better)" if less else "") + "; "
     return (
         f"all tasks: a method's rank (1 is best) among the {len(overview.ranks)} that have every seed of each, mean "
-        f"over {over}; mean scores{better}; trained parameters, the most on any task"
+        f"over {over}; {means if scores else ''}trained parameters, the most on any task"
     )
 
 
