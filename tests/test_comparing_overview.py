@@ -127,9 +127,9 @@ def test_tasks_that_no_method_is_seen_to_learn_are_not_ranked() -> None:
 
 def test_the_terminal_has_the_ranks_whole() -> None:
     """A narrow one would cut the names of methods where each of many tasks had a column."""
-    console = Console(width=80, file=io.StringIO())
-    console.print(terminal_tables(results())[0])
-    told = console.file.getvalue()  # type: ignore[attr-defined]
+    file = io.StringIO()
+    Console(width=80, file=file).print(terminal_tables(results())[0])
+    told = file.getvalue()
     assert "full" in told and "1.4 ± 0.2" in told and "9,001" in told and "1.9000" not in told
     assert len(terminal_tables(results())) == 1 + 2
     assert markdown(results()).count("| milora | ") == latex(results()).count("milora & ") == 1 + 2

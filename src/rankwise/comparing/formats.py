@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rankwise.comparing.overview import overview_caption, overview_grid, overview_note, overview_of
-from rankwise.comparing.tables import caption, grid, search_note
+from rankwise.comparing.tables import by_task, caption, grid, search_note
 
 Part = tuple[str, list[list[str]], str]  # caption, table, note
 
@@ -67,7 +67,7 @@ def _of_all(results: Mapping[str, Any], scores: bool = True) -> Iterator[Part]:
 
 def _of_each(results: Mapping[str, Any]) -> Iterator[Part]:
     seeds = len(results["seeds"])
-    for task, rows in overview_of(results).tasks.items():
+    for task, rows in by_task(results["rows"]).items():
         yield f"{task}: {caption(rows, seeds, results['against'])}", grid(rows, seeds), search_note(rows)
 
 

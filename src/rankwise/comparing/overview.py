@@ -11,7 +11,7 @@ from scipy.stats import rankdata
 from rankwise.analysis.columns import is_lower_better
 from rankwise.comparing.advice import not_learned
 from rankwise.comparing.statistics import Spread, spread
-from rankwise.comparing.tables import FEW, Rows, lacking, ranked
+from rankwise.comparing.tables import FEW, Rows, by_task, lacking, ranked
 
 UNTESTED = "Ranks count the tasks alike, are not tested, and depend on which methods are compared."
 
@@ -47,9 +47,7 @@ class Overview(NamedTuple):
 
 def overview_of(results: Mapping[str, Any]) -> Overview:
     """From what ``summary.json`` holds."""
-    seeds, tasks = len(results["seeds"]), dict[str, list[Mapping[str, Any]]]()
-    for row in results["rows"]:
-        tasks.setdefault(row["task"], []).append(row)
+    seeds, tasks = len(results["seeds"]), by_task(results["rows"])
     whole = {task: values for task, rows in tasks.items() if (values := _whole(rows, seeds))}
     learned = tuple(task for task in whole if not not_learned(results, task))
     overview = Overview(seeds, tasks, learned, _mean_ranks([whole[task] for task in learned]))

@@ -16,7 +16,7 @@ from rankwise.analysis.place_tables import MEANING, TITLE, place_figure, place_t
 from rankwise.analysis.report import page
 from rankwise.comparing.advice import TESTED, advice, forgotten_metrics, most_frequent, qualified, scored, whole
 from rankwise.comparing.figures import cost_figure, forgetting_figure, forgotten, score_figure, search_figure
-from rankwise.comparing.overview import overall, overview_caption, overview_grid, overview_note, overview_of
+from rankwise.comparing.overview import Overview, overall, overview_caption, overview_grid, overview_note, overview_of
 from rankwise.comparing.tables import caption, grid, lacking, search_note
 from rankwise.comparing.training_figures import training_figures
 from rankwise.errors import UserError, shown
@@ -51,15 +51,16 @@ def write_comparison_report(folder: Path) -> Path:
 
 def render_comparison(results: Mapping[str, Any]) -> str:
     """The page of what ``summary.json`` holds."""
-    tasks = list(dict.fromkeys(row["task"] for row in results["rows"]))
-    body = [_task_section(results, task, own_lead=len(tasks) > 1) for task in tasks]
-    body = [_overview(results), *body] if len(tasks) > 1 else body
+    overview = overview_of(results)
+    several = len(overview.tasks) > 1
+    body = [_task_section(results, task, own_lead=several) for task in overview.tasks]
+    body = [_overview(overview), *body] if several else body
     about = [_cells(results), _settings(results), _versions(results)]
-    return page(str(results["name"]), _header(results, tasks), [*body, *about])
+    return page(str(results["name"]), _header(results, overview), [*body, *about])
 
 
-def _header(results: Mapping[str, Any], tasks: Sequence[str]) -> str:
-    rows = results["rows"]
+def _header(results: Mapping[str, Any], overview: Overview) -> str:
+    rows, tasks = results["rows"], list(overview.tasks)
     facts = {
         "methods": f"{len({row['method'] for row in rows})}",
         "tasks": f"{len(tasks)}",
@@ -67,9 +68,8 @@ def _header(results: Mapping[str, Any], tasks: Sequence[str]) -> str:
         "runs": f"{results['runs']:,}, {len(results['search']):,} of them to choose settings",
     }
     found = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
-    overview = overview_of(results)
-    together = _lead(overall(overview)) + muted(overview_note(overview))
-    leads = together if len(tasks) > 1 else _advised(results, tasks[0])
+    several = len(tasks) > 1
+    leads = _lead(overall(overview)) + muted(overview_note(overview)) if several else _advised(results, tasks[0])
     title = f'<p class="kind">rankwise comparison</p>\n<h1>{escape(str(results["name"]))}</h1>'
     return f'{title}\n{leads}\n<dl class="facts">{found}</dl>'
 
@@ -83,8 +83,7 @@ def _advised(results: Mapping[str, Any], task: str) -> str:
     return _lead(" ".join([advice(results, task), *qualified(results, task)])) + tested
 
 
-def _overview(results: Mapping[str, Any]) -> str:
-    overview = overview_of(results)
+def _overview(overview: Overview) -> str:
     head, *texts = overview_grid(overview)
     above = f"{overview_caption(overview)}. A heading sorts."
     shown = table(above, head, [[(text, "") for text in row] for row in texts], kind=" sortable")

@@ -15,6 +15,14 @@ CHOSEN = ("rank", "budget")  # further columns, where they were tried
 FEW = 10  # times fewer parameters than the best are few
 
 
+def by_task(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
+    """The rows of each task, in the order of the tasks."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["task"], []).append(row)
+    return found
+
+
 def ranked(rows: Rows, seeds: int) -> list[Mapping[str, Any]]:
     """A task's methods that have a score, the best mean first; behind them all those without one of every seed."""
     known = [row for row in rows if is_finite(row["mean"])]
