@@ -18,15 +18,18 @@ import pytest
 
 import small_runs
 from rankwise.cli import main
+from rankwise.comparing import again as again_module
 from rankwise.comparing import compare as comparing
 from rankwise.comparing import running
 from rankwise.comparing.again import run_again
 from rankwise.comparing.cell_run import run_cell
+from rankwise.comparing.cells import digest_of
 from rankwise.comparing.compare import compare
 from rankwise.errors import UserError
 from rankwise.files import in_use
 from rankwise.recipes import load_comparison, load_recipe, make_comparison
 from rankwise.run import Run
+from rankwise.versions import versions
 
 
 @pytest.fixture
@@ -202,7 +205,7 @@ def test_a_parquet_file_of_something_else(
 
 
 def test_a_cell_runs_again_by_one_command_to_the_same_number(
-    values: dict[str, Any], in_this_process: list[str], tmp_path: Path
+    values: dict[str, Any], in_this_process: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     comparison = make_comparison(values | {"learning_rates": [1e-2], "keep": "adapters"})
     compare(comparison, small_runs.silent())
@@ -213,6 +216,18 @@ def test_a_cell_runs_again_by_one_command_to_the_same_number(
     assert main(["train", str(recipe), f"output={tmp_path / 'again'}"]) == 0
     again = json.loads((tmp_path / "again" / "results.json").read_text())
     assert again["rows"][-1]["metrics"] == kept["rows"][-1]["metrics"]
+
+    # what it stood on then is told where it is another now
+    assert kept["versions"] == versions()
+    elsewhere = kept | {"versions": versions() | {"torch": "1.0", "processor": "an abacus"}}
+    recipe.with_suffix(".json").write_text(json.dumps(elsewhere | {"digest": digest_of(elsewhere)}))
+    monkeypatch.setattr(again_module, "in_a_process", lambda file, keep, *_: run_cell(file, keep))
+    console = small_runs.silent()
+    found = run_again(comparison, recipe.stem, console)
+    assert found["same"]
+    assert found["differing"]["processor"] == ("an abacus", versions()["processor"])
+    assert f"torch was 1.0 then, and is {versions()['torch']} now" in small_runs.printed(console)
+    assert compare(comparison, small_runs.silent())["mixed"]["torch"] == {versions()["torch"]: 3, "1.0": 1}
 
 
 def test_processes_of_their_own_give_the_same(values: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
@@ -234,6 +249,7 @@ def test_processes_of_their_own_give_the_same(values: dict[str, Any], tmp_path: 
     again = json.loads(capsys.readouterr().out)
     assert again["same"]
     assert again["now"] == one["metrics"]
+    assert again["differing"] == {}
     assert not list((Path(values["output"]) / "cells").glob("*lora*/"))
     for name, message in (
         ("text-lara", "has no finished run 'text-lara'"),

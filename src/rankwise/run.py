@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import time
 from collections.abc import Iterator
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from rich.console import Console
 from transformers import set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-import rankwise
 from rankwise.analysis.drift import drift
 from rankwise.analysis.place_tables import PLACES
 from rankwise.analysis.places import places_over_all, update_places
@@ -59,6 +56,7 @@ from rankwise.tasks.load import held_out_elsewhere, load_task
 from rankwise.tasks.task import Task
 from rankwise.tokenise import padding_token
 from rankwise.training import Rows, check_trackers, train_stage
+from rankwise.versions import versions
 
 BASE = "base model"
 
@@ -371,20 +369,6 @@ def whole_rows(rows: Rows) -> Rows:
 def computes_bfloat16() -> bool:
     """Whether products of bfloat16 are computed as such; a processor that cannot takes tens of times as long."""
     return torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the result depends on, and the machine."""
-    packages = ("torch", "transformers", "peft", "accelerate", "tokenizers", "polars", "numpy")
-    found = {name: version(name) for name in packages}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-    return {
-        "rankwise": rankwise.__version__,
-        **found,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": device,
-    }
 
 
 def _ranks(adapter: Path, adapted: list[str], initial: int) -> list[dict[str, Any]]:

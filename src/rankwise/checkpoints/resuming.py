@@ -17,10 +17,10 @@ from rankwise.reading import read_json
 from rankwise.recipes import load_recipe
 from rankwise.saying import say
 from rankwise.schema import Recipe
+from rankwise.versions import PLACE, differing
 
 CHECKPOINTS = "checkpoints"
 VERSIONS = "versions.json"
-PLACE = ("platform", "device")  # in the versions: where a run is, not what it runs
 REPORT = "report.html"  # written last: a run that has one is finished
 UNIMPORTANT = {"output", "log_to", "checkpoint_seconds"}  # these may change while a run is unfinished
 
@@ -74,9 +74,9 @@ def changed_versions(folder: Path, now: Mapping[str, str]) -> list[str]:
         return []
     before = read_json(path, dict, "remove it")
     return [
-        f"{name} was {before[name]} when this run was last begun, and is {version} now"
-        for name, version in now.items()
-        if name not in PLACE and before.get(name, version) != version
+        f"{name} was {then} when this run was last begun, and is {version} now"
+        for name, (then, version) in differing(before, now).items()
+        if name not in PLACE
     ]
 
 

@@ -19,6 +19,7 @@ from rankwise.files import write_text
 from rankwise.recipes import dump_recipe, load_recipe
 from rankwise.saying import say
 from rankwise.schema import Comparison
+from rankwise.versions import differing
 
 
 def run_again(comparison: Comparison, name: str, console: Console) -> dict[str, Any]:
@@ -32,8 +33,8 @@ def run_again(comparison: Comparison, name: str, console: Console) -> dict[str, 
         console: shows the table.
 
     Returns:
-        The cell's name as ``run``, its metrics ``then`` and ``now``, and whether they are the ``same``: not where the
-        run failed, which has none.
+        The cell's name as ``run``, its metrics ``then`` and ``now``, whether they are the ``same``: not where the
+        run failed, which has none; and what it stood on then that is another now, as ``differing``.
 
     Raises:
         UserError: no finished cell has the name, or several do, its figures are not as they were written, or the run
@@ -58,7 +59,10 @@ def run_again(comparison: Comparison, name: str, console: Console) -> dict[str, 
     for one in (before, after):
         if one.get("failed"):
             say(console, f"  {one['failed']}", dim=True)
-    return {"run": cell.stem, "then": then, "now": now, "same": bool(then) and then == now}
+    others = differing(before.get("versions") or {}, after.get("versions") or {})
+    for what, (earlier, later) in others.items():
+        say(console, f"  {what} was {earlier} then, and is {later} now", dim=True)
+    return {"run": cell.stem, "then": then, "now": now, "same": bool(then) and then == now, "differing": others}
 
 
 def _named(cells: Path, name: str) -> Path:

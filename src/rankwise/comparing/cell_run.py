@@ -42,7 +42,8 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
         What was written: ``rows`` and ``columns`` of the results, ``parameters`` that were trained, ``step_seconds``,
         ``seconds``, ``peak_memory`` in bytes (before the updates are looked at; both None of a run that went on, as
         they would be its last process's alone), the last stage's training loss as its ``curve``, ``ranks`` by layer,
-        ``threads``, ``failed`` with the mistake or None, and ``version``; the file has a ``digest`` of it too.
+        ``threads``, the ``versions`` and the machine that it ended on, ``failed`` with the mistake or None, and
+        ``version``; the file has a ``digest`` of it too.
 
     Raises:
         InUse: another process is at the cell.
@@ -53,6 +54,7 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
 
     from rankwise.recipes import load_recipe
     from rankwise.run import Run
+    from rankwise.versions import versions
 
     recipe = load_recipe(recipe_file)
     folder = Path(recipe.output)
@@ -81,7 +83,7 @@ def run_cell(recipe_file: Path, keep_adapter: bool = False) -> dict[str, Any]:
         with contextlib.suppress(UserError):
             measured = read_results(folder)  # the base, say, which no other cell measures
             found |= {name: measured[name] for name in ("rows", "columns", "counts") if name in measured}
-    found["threads"] = torch.get_num_threads()
+    found |= {"threads": torch.get_num_threads(), "versions": versions()}
     found["seconds"] = round(time.perf_counter() - started, 2)
     found.setdefault("peak_memory", peak_memory())
     if goes_on:

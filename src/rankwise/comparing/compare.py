@@ -29,11 +29,11 @@ from rankwise.comparing.summary import (
 from rankwise.errors import UserError, naming
 from rankwise.files import clear_unfinished, write_json, write_text
 from rankwise.models import context_limit, load_tokenizer
-from rankwise.run import versions
 from rankwise.saying import say
 from rankwise.schema import Comparison, Recipe
 from rankwise.tasks.files import check_recipe_files
 from rankwise.tasks.load import load_task
+from rankwise.versions import mixed, versions
 
 EVERY = 60.0  # seconds, at least, between two writings of the runs while they go on
 
@@ -103,6 +103,7 @@ def compare(comparison: Comparison, console: Console, cluster: bool = False) -> 
         "frequent": _by_task(reported, "frequent"),
         "comparison": comparison.model_dump(mode="json"),
         "versions": versions(),
+        "mixed": mixed(row["versions"] for row in rows),
     }
     write_json(folder / SUMMARY, results)
     write_text(folder / "table.md", markdown(results))

@@ -236,4 +236,10 @@ def _settings(results: Mapping[str, Any]) -> str:
 def _versions(results: Mapping[str, Any]) -> str:
     written = {str(name): str(value) for name, value in results["versions"].items()}
     words = "What the last rankwise compare stood on; runs that it found finished may stand on other versions."
-    return section("Versions", pairs_table(words, ["name", "version"], written))
+    notes = [muted(f"Not the same for all runs: {line}.") for line in map(_mixed, (results.get("mixed") or {}).items())]
+    return section("Versions", pairs_table(words, ["name", "version"], written) + "".join(notes))
+
+
+def _mixed(found: tuple[str, Mapping[str, int]]) -> str:
+    name, counts = found
+    return f"{name} {', '.join(f'{one} ({runs:,} runs)' for one, runs in counts.items())}"

@@ -58,6 +58,7 @@ def run_rows(comparison: Comparison, cells: Iterable[Cell]) -> list[dict[str, An
                 "training": (row or {}).get("training_metrics") or {},
                 "curve": result.get("curve") or [],
                 "ranks": result.get("ranks") or {},
+                "versions": result.get("versions") or {},
                 "parameters": result.get("parameters"),
                 "parameters_left": ((row or {}).get("adapter") or {}).get("parameters_left"),
                 "step_seconds": result.get("step_seconds"),
@@ -87,7 +88,7 @@ def write_runs(folder: Path, rows: Sequence[Mapping[str, Any]], earlier: pl.Data
     ``recipe`` (YAML) and ``result`` (JSON) are all that a cell consists of: see :func:`restore`. Runs of an ``earlier``
     file that are not among the rows stay: so nothing is lost while a comparison comes to them. No file for no runs.
     """
-    nested = ("metrics", "updates", "drift", "base", "frequent", "training", "curve", "ranks")
+    nested = ("metrics", "updates", "drift", "base", "frequent", "training", "curve", "ranks", "versions")
     flat = [{key: value for key, value in row.items() if key not in nested} for row in rows]
     last = [{name: [*layers.values()][-1] for name, layers in row["drift"].items()} for row in rows]
     wide = {name: [row[name] for row in rows] for name in ("training", "updates")}
