@@ -15,7 +15,6 @@ import rankwise
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "polars", "numpy")
 PLACE = ("platform", "processor", "device")  # where a run is, not what it runs
 CPUINFO = Path("/proc/cpuinfo")
-NOT_KEPT = "not kept"  # of runs of earlier versions
 
 
 def versions() -> dict[str, str]:
@@ -44,8 +43,8 @@ def differing(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, tu
 
 
 def mixed(found: Iterable[Mapping[str, str]]) -> dict[str, dict[str, int]]:
-    """Of what is not the same for all of several results, how many stand on which, the most frequent first."""
+    """Of what several results do not share, how many stand on which, the most frequent first; those that kept it."""
     kept = list(found)
     names = dict.fromkeys(name for one in kept for name in one)
-    counts = {name: Counter(one.get(name, NOT_KEPT) for one in kept) for name in names}
+    counts = {name: Counter(one[name] for one in kept if name in one) for name in names}
     return {name: dict(count.most_common()) for name, count in counts.items() if len(count) > 1}
