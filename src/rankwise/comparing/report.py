@@ -242,4 +242,5 @@ def _versions(results: Mapping[str, Any]) -> str:
 
 def _mixed(found: tuple[str, Mapping[str, int]]) -> str:
     name, counts = found
-    return f"{name} {', '.join(f'{one} ({runs:,} runs)' for one, runs in counts.items())}"
+    stood = [f"{one} ({runs:,} {'run' if runs == 1 else 'runs'})" for one, runs in counts.items()]
+    return f"{name} {', '.join(stood)}"
