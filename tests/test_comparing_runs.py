@@ -220,12 +220,16 @@ def test_a_cell_runs_again_by_one_command_to_the_same_number(
     # what it stood on then is told where it is another now
     assert kept["versions"] == versions()
     elsewhere = kept | {"versions": versions() | {"torch": "1.0", "processor": "an abacus"}}
+    (step, _), *others = kept["curve"]
+    elsewhere |= {"curve": [[step, 0.5], *others]}
     recipe.with_suffix(".json").write_text(json.dumps(elsewhere | {"digest": digest_of(elsewhere)}))
     monkeypatch.setattr(again_module, "in_a_process", lambda file, keep, *_: run_cell(file, keep))
     console = small_runs.silent()
     found = run_again(comparison, recipe.stem, console)
     assert found["same"]
     assert found["differing"]["processor"] == ("an abacus", versions()["processor"])
+    assert found["losses_differ_from"] == step
+    assert f"training losses differ from step {step} on" in small_runs.printed(console)
     assert f"torch was 1.0 then, and is {versions()['torch']} now" in small_runs.printed(console)
     assert compare(comparison, small_runs.silent())["mixed"]["torch"] == {versions()["torch"]: 3, "1.0": 1}
 
@@ -250,6 +254,7 @@ def test_processes_of_their_own_give_the_same(values: dict[str, Any], tmp_path: 
     assert again["same"]
     assert again["now"] == one["metrics"]
     assert again["differing"] == {}
+    assert again["losses_differ_from"] is None
     assert not list((Path(values["output"]) / "cells").glob("*lora*/"))
     for name, message in (
         ("text-lara", "has no finished run 'text-lara'"),

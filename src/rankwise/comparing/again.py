@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rankwise.analysis.columns import Number
 from rankwise.comparing.cells import CELLS, read_result
 from rankwise.comparing.choosing import final_row
 from rankwise.comparing.running import ending, in_a_process, threads_of
@@ -34,7 +36,9 @@ def run_again(comparison: Comparison, name: str, console: Console) -> dict[str, 
 
     Returns:
         The cell's name as ``run``, its metrics ``then`` and ``now``, whether they are the ``same``: not where the
-        run failed, which has none; and what it stood on then that is another now, as ``differing``.
+        run failed, which has none; the first logged step whose training loss is another, as ``losses_differ_from``,
+        None where there is none: metrics that count rows hide small differences; and what it stood on then that is
+        another now, as ``differing``.
 
     Raises:
         UserError: no finished cell has the name, or several do, its figures are not as they were written, or the run
@@ -62,7 +66,16 @@ def run_again(comparison: Comparison, name: str, console: Console) -> dict[str, 
     others = differing(before.get("versions") or {}, after.get("versions") or {})
     for what, (earlier, later) in others.items():
         say(console, f"  {what} was {earlier} then, and is {later} now", dim=True)
-    return {"run": cell.stem, "then": then, "now": now, "same": bool(then) and then == now, "differing": others}
+    step = _first_difference(before.get("curve") or [], after.get("curve") or [])
+    if step is not None:
+        say(console, f"  training losses differ from step {step} on", dim=True)
+    same = bool(then) and then == now
+    return {"run": cell.stem, "then": then, "now": now, "same": same, "losses_differ_from": step, "differing": others}
+
+
+def _first_difference(then: Sequence[Sequence[Number]], now: Sequence[Sequence[Number]]) -> Number | None:
+    """The first step at which two curves, of steps with a loss, are not the same; None where a run kept none."""
+    return next((one[0] for one, other in zip(then, now, strict=False) if one != other), None)
 
 
 def _named(cells: Path, name: str) -> Path:
