@@ -8,6 +8,8 @@ from pathlib import Path
 
 import polars as pl
 
+from page_checks import NEEDS_CHROMIUM
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -64,3 +66,12 @@ def test_the_tables_on_encoders_are_printed_from_the_runs_that_were_kept() -> No
     [lora] = [line for line in robustness if line.startswith("| LoRA ")]
     kept = pl.read_parquet(runs).filter(part="final", task="sst2", method="lora")["value"]
     assert f"| {kept.mean():.4f} ± {kept.std():.4f} ".replace("0.", ".") in lora
+
+
+@NEEDS_CHROMIUM
+def test_the_page_of_200_runs_is_drawn_to_the_end() -> None:
+    script = ROOT / "benchmarks" / "bench_page.py"
+    done = subprocess.run([sys.executable, script, "--runs", "1"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert said[1].startswith("200 runs, ") and len(said) == 5 and all(" s (" in line for line in said[2:])

@@ -303,6 +303,17 @@ def test_figures_are_drawn_in_a_browser(run, tmp_path):
 
 
 @NEEDS_CHROMIUM
+def test_figures_are_all_drawn_before_the_page_is_printed(run, tmp_path):
+    """At once: those that have been waiting are not drawn yet when the page has been read, and all are on paper."""
+    count = 'document.querySelectorAll(".plot > .plot-container").length'
+    note = f"""<script>const seen = [{count}]; dispatchEvent(new Event("beforeprint")); seen.push({count});
+        document.body.dataset.seen = seen;</script>"""
+    page = drawn(write_report(run), tmp_path / "profile", script=note)
+    assert 'data-seen="0,4"' in page
+    assert page.count('class="plot js-plotly-plot"') == page.count('class="plot-container') == 4
+
+
+@NEEDS_CHROMIUM
 def test_it_is_no_wider_than_a_phone(run, tmp_path):
     check_on_a_phone(write_report(run), tmp_path / "profile")
 

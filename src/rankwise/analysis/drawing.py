@@ -131,13 +131,16 @@ def heatmap(
     )
     longest = max(map(len, x))
     head = 60 + (4 * longest if longest * len(x) > LETTERS else 0)  # names that do not fit are turned, and stand higher
-    figure.update_layout(height=max(160, head + 26 * len(y)), hovermode="closest", margin={"t": 24, "b": 12})
+    figure.update_layout(height=max(160, head + 26 * len(y)), hovermode="closest", margin={"l": 12, "t": 24, "b": 12})
     return figure
 
 
 def axes(title: str, x: str, y: str) -> go.Layout:
-    """An empty figure with these titles."""
-    axis = {"gridcolor": GRID, "zeroline": False, "automargin": True}
+    """An empty figure with these titles, with room for numbers beside its axes.
+
+    An axis of names needs ``automargin``; for all it would draw each figure several times to find its margins.
+    """
+    axis = {"gridcolor": GRID, "zeroline": False}
     return go.Layout(
         template="none",
         title={"text": title, "x": 0, "xref": "paper", "font": {"size": 15}},
@@ -145,7 +148,7 @@ def axes(title: str, x: str, y: str) -> go.Layout:
         height=320,
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        margin={"l": 12, "r": 20, "t": 48, "b": 12},
+        margin={"l": 60, "r": 20, "t": 48, "b": 48},
         xaxis=axis
         | {
             "title": {"text": x, "standoff": 10, "font": {"size": 13}},

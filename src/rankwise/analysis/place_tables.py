@@ -94,7 +94,7 @@ def place_figure(means: Mapping[str, Mapping[str, Any]]) -> go.Figure:
         )
     figure.add_hline(y=1, line={"color": COLORS["text"], "dash": "dot", "width": 1})
     figure.update_yaxes(type="log", dtick=1)
-    figure.update_xaxes(type="category")
+    figure.update_xaxes(type="category", automargin=True)
     return figure
 
 

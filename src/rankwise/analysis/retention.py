@@ -62,7 +62,7 @@ def stage_curve(results: Mapping[str, Any]) -> go.Figure | None:
         style = {"line": {"color": color, "width": 2}, "marker": {"color": color, "size": 8}}
         stages = [row["stage"] for row in rows]
         figure.add_trace(scatter(stages, [row[key] for row in rows], name, mode="lines+markers", **style))
-    figure.update_xaxes(type="category")
+    figure.update_xaxes(type="category", automargin=True)
     return figure
 
 

@@ -44,9 +44,9 @@ def score_figure(rows: Rows, metric: str) -> go.Figure:
             hovertemplate="%{y}: %{x:.4~g}<extra></extra>",
         )
     )
-    figure.update_yaxes(type="category", ticklabelstandoff=8)
+    figure.update_yaxes(type="category", ticklabelstandoff=8, automargin=True)
     figure.update_xaxes(showgrid=True)
-    figure.update_layout(height=max(220, 110 + 26 * len(names)), hovermode="closest")
+    figure.update_layout(height=max(220, 110 + 26 * len(names)), hovermode="closest", margin={"l": 12})
     return figure
 
 
@@ -182,5 +182,7 @@ def search_figure(search: Rows, metric: str) -> go.Figure | None:
                 hovertemplate="%{y:.4~g}",
             )
         )
-    figure.update_xaxes(type="log", tickvals=sorted({row["learning_rate"] for row in search}), showgrid=True)
+    rates = sorted({row["learning_rate"] for row in search})
+    ticks = {"tickvals": rates, "ticktext": [f"{rate:g}" for rate in rates], "automargin": True}
+    figure.update_xaxes(type="log", showgrid=True, **ticks)
     return many_lines(figure)
