@@ -74,8 +74,6 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=7, help="(%(default)s)")
     runs = parser.parse_args().runs
     options = webdriver.ChromeOptions()
-    browsers = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
-    options.binary_location = next(filter(None, browsers), "")
     for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking"):
         options.add_argument(word)
     page = render_comparison(made_up())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import polars as pl
 
-from page_checks import NEEDS_CHROMIUM
+from page_checks import NEEDS_DRIVER
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,7 +68,7 @@ def test_the_tables_on_encoders_are_printed_from_the_runs_that_were_kept() -> No
     assert f"| {kept.mean():.4f} ± {kept.std():.4f} ".replace("0.", ".") in lora
 
 
-@NEEDS_CHROMIUM
+@NEEDS_DRIVER
 def test_the_page_of_200_runs_is_drawn_to_the_end() -> None:
     script = ROOT / "benchmarks" / "bench_page.py"
     done = subprocess.run([sys.executable, script, "--runs", "1"], capture_output=True, text=True, timeout=300)

@@ -232,6 +232,11 @@ def test_a_cell_runs_again_by_one_command_to_the_same_number(
     assert f"training losses differ from step {step} on" in small_runs.printed(console)
     assert f"torch was 1.0 then, and is {versions()['torch']} now" in small_runs.printed(console)
     assert compare(comparison, small_runs.silent())["mixed"]["torch"] == {versions()["torch"]: 3, "1.0": 1}
+    assert "losses were not kept" not in small_runs.printed(console)
+    lossless = kept | {"curve": []}
+    recipe.with_suffix(".json").write_text(json.dumps(lossless | {"digest": digest_of(lossless)}))
+    assert run_again(comparison, recipe.stem, console)["losses_differ_from"] is None
+    assert "training losses were not kept then" in small_runs.printed(console)
 
 
 def test_processes_of_their_own_give_the_same(values: dict[str, Any], tmp_path: Path, capsys: Any) -> None:

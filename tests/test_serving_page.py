@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -19,15 +18,14 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 import serving_runs
+from page_checks import CHROMIUM, DRIVER, NEEDS_DRIVER
 from rankwise.recommend.recommender import Ranking, Recommendation
 from rankwise.serving.app import create_app
 from rankwise.serving.settings import ServerSettings
 from rankwise.serving.stages import Stages, load_stages
 from serving_runs import EVIL
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium with its driver is installed")
+pytestmark = NEEDS_DRIVER
 TOKEN = "a-token-of-26-letters-long"
 
 

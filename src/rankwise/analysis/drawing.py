@@ -136,7 +136,7 @@ def heatmap(
 
 
 def axes(title: str, x: str, y: str) -> go.Layout:
-    """An empty figure with these titles, with room for numbers beside its axes.
+    """An empty figure with these titles, with room for numbers of eight characters beside its axes.
 
     An axis of names needs ``automargin``; for all it would draw each figure several times to find its margins.
     """
@@ -148,7 +148,7 @@ def axes(title: str, x: str, y: str) -> go.Layout:
         height=320,
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        margin={"l": 60, "r": 20, "t": 48, "b": 48},
+        margin={"l": 72, "r": 20, "t": 48, "b": 48},
         xaxis=axis
         | {
             "title": {"text": x, "standoff": 10, "font": {"size": 13}},

@@ -37,8 +37,8 @@ def run_again(comparison: Comparison, name: str, console: Console) -> dict[str, 
     Returns:
         The cell's name as ``run``, its metrics ``then`` and ``now``, whether they are the ``same``: not where the
         run failed, which has none; the first logged step whose training loss is another, as ``losses_differ_from``,
-        None where there is none: metrics that count rows hide small differences; and what it stood on then that is
-        another now, as ``differing``.
+        None where there is none, or where the run kept no losses, which is said: metrics that count rows hide small
+        differences; and what it stood on then that is another now, as ``differing``.
 
     Raises:
         UserError: no finished cell has the name, or several do, its figures are not as they were written, or the run
@@ -66,15 +66,18 @@ def run_again(comparison: Comparison, name: str, console: Console) -> dict[str, 
     others = differing(before.get("versions") or {}, after.get("versions") or {})
     for what, (earlier, later) in others.items():
         say(console, f"  {what} was {earlier} then, and is {later} now", dim=True)
-    step = _first_difference(before.get("curve") or [], after.get("curve") or [])
+    losses = before.get("curve") or []
+    step = _first_difference(losses, after.get("curve") or [])
     if step is not None:
         say(console, f"  training losses differ from step {step} on", dim=True)
+    elif then and not losses:
+        say(console, "  training losses were not kept then: metrics alone are compared", dim=True)
     same = bool(then) and then == now
     return {"run": cell.stem, "then": then, "now": now, "same": same, "losses_differ_from": step, "differing": others}
 
 
 def _first_difference(then: Sequence[Sequence[Number]], now: Sequence[Sequence[Number]]) -> Number | None:
-    """The first step at which two curves, of steps with a loss, are not the same; None where a run kept none."""
+    """The first step at which two curves, of steps with a loss, are not the same; None where there is none."""
     return next((one[0] for one, other in zip(then, now, strict=False) if one != other), None)
 
 

@@ -9,7 +9,7 @@ const draw = (plot) => {
 };
 // One after the other, each as a task of its own: the page can be read and scrolled before the last is drawn.
 const waiting = [...plots];
-const drawNext = () => { if (waiting.length) { draw(waiting.shift()); setTimeout(drawNext); } };
+const drawNext = () => { if (waiting.length) { setTimeout(drawNext); draw(waiting.shift()); } };  // also after one fails
 setTimeout(drawNext);
 // On paper all are to be seen.
 window.addEventListener("beforeprint", () => waiting.splice(0).forEach(draw));
